@@ -1,0 +1,29 @@
+# Everything runs in a virtual environment of its own, made from nothing but Python and make.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Two processes of one thread each: the suite is many small models, which threads only slow down.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test lint types clean
+
+demo: $(VENV)/.examples
+	OMP_NUM_THREADS=$$(nproc 2>/dev/null || echo 2) $(BIN)/python examples/quickstart.py $(ARGS)
+
+test: lint types
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.test
+	$(BIN)/mypy
+
+$(VENV)/.examples $(VENV)/.test: $(VENV)/.%: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache out runs

@@ -1,0 +1,17 @@
+"""Dynamic Subset Tuning for Hugging Face PEFT.
+
+Importing this package registers the method with PEFT; from then on `DSTConfig` works wherever PEFT's own configs do.
+"""
+
+from .registration import register
+
+
+register()
+
+from .config import DSTConfig  # noqa: E402
+from .model import DSTModel  # noqa: E402
+from .training import DSTCallback, create_dst_optimizer, parameter_groups  # noqa: E402
+
+
+__version__ = "0.1.0"
+__all__ = ["DSTCallback", "DSTConfig", "DSTModel", "create_dst_optimizer", "parameter_groups", "register"]

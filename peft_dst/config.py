@@ -1,0 +1,179 @@
+"""DSTConfig: the options of the method, their validation, and nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft.config import PeftConfig
+from peft.utils import PeftType
+
+from .core.distances import DISTANCES, Distance
+from .core.silos import SILOINGS, Siloing, compile_silo_patterns
+from .delta import FORMAT_VERSION, stamp
+
+
+DEFAULT_EPSILON = 1e-3
+
+
+@dataclass
+class DSTConfig(PeftConfig):
+    """Configuration of Dynamic Subset Tuning (Stahlberg, Lichtarge and Kumar, 2024).
+
+    After every optimizer step exactly a fraction epsilon of the tuned parameters differs from the pretrained values;
+    which ones is chosen again at every step. See the help of each field, also in docs/options.md.
+    """
+
+    epsilon: float | None = field(
+        default=None,
+        metadata={
+            "help": "Fraction of the tuned parameters that may differ from the seed, 0 < epsilon <= 1. 1e-3 if neither "
+            "this nor num_free_parameters is given."
+        },
+    )
+    num_free_parameters: int | None = field(
+        default=None,
+        metadata={"help": "The same budget as an absolute number of parameters, instead of epsilon."},
+    )
+    siloing: Siloing = field(
+        default="module_and_layer",
+        metadata={
+            "help": "Parameters within which the budget is shared: one kind of module in one layer "
+            "('module_and_layer', the paper's default), one kind across all layers ('module'), the whole model "
+            "('none') or one tensor ('parameter')."
+        },
+    )
+    silo_pattern: str | list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Regular expressions, searched in parameter names, for models whose names the built-in rules do not "
+            "read: a group named 'module' gives the kind of module, an optional group 'layer' the layer. The first that "
+            "is found decides; names without a match follow the built-in rules."
+        },
+    )
+    distance: Distance = field(
+        default="inverse_relative",
+        metadata={
+            "help": "What ranks a component: |seed * change| ('inverse_relative', the paper's default), |change / seed| "
+            "('relative') or |change| ('absolute')."
+        },
+    )
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Modules to tune, with everything below them: names or name endings, a regular expression, or "
+            "'all-linear'. None tunes every parameter of the base model but the modules_to_save."
+        },
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Modules not to tune, with everything below them; names as in target_modules."}
+    )
+    target_parameters: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Single parameters to tune, by name or name ending, e.g. 'experts.gate_up_proj'. With target_modules "
+            "None, only these."
+        },
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the layers to tune; parameters outside any layer are left alone."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Name of the list that layers_to_transform counts in, e.g. 'layers' or 'h'; None takes any."},
+    )
+    modules_to_save: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Modules trained densely and saved whole beside the delta, such as a fresh classification head."
+        },
+    )
+    bias: str = field(
+        default="none",
+        metadata={"help": "Only 'none': biases are parameters like any other, and compete for the budget."},
+    )
+    init_weights: bool = field(
+        default=True,
+        metadata={
+            "help": "Start from the seed. False starts from a random subset slightly moved, which only tests want."
+        },
+    )
+    # What follows is written by saving, for loading; it is not for users to set.
+    records: dict[str, Any] | None = field(
+        default=None,
+        metadata={
+            "help": "Written on saving: entries, position digest and seed checksums of each tensor with entries."
+        },
+    )
+    format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Written on saving: version of the format."})
+    requires: str = field(
+        default="pip install peft-dst, then `import peft_dst` before loading with peft or transformers",
+        metadata={"help": "Written on saving: a note for whoever opens this file after KeyError: 'DST'."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType("DST")
+        self._check_budget()
+        _check_choice("siloing", self.siloing, SILOINGS)
+        _check_choice("distance", self.distance, DISTANCES)
+        _check_choice("bias", self.bias, ("none",), "To train biases densely put their modules in modules_to_save.")
+        compile_silo_patterns(self.silo_pattern)
+        if self.format_version != FORMAT_VERSION:
+            raise ValueError(
+                f"this adapter has format version {self.format_version!r}; this peft_dst reads version {FORMAT_VERSION}. "
+                "Install a peft_dst that writes that version, or save the adapter again with this one."
+            )
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            setattr(self, name, set(value) if isinstance(value, list) else value)
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern is given without layers_to_transform; say which layers it should pick.")
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError(
+                "layers_to_transform cannot be combined with target_modules as a regular expression; put the layers "
+                "into the expression, or give target_modules as a list."
+            )
+
+    def _check_budget(self) -> None:
+        if self.epsilon is not None and self.num_free_parameters is not None:
+            raise ValueError(
+                f"epsilon={self.epsilon} and num_free_parameters={self.num_free_parameters} are two ways to set one "
+                "budget; give one of them."
+            )
+        if self.num_free_parameters is not None:
+            if type(self.num_free_parameters) is not int or self.num_free_parameters < 1:
+                raise ValueError(f"num_free_parameters must be a positive integer, got {self.num_free_parameters!r}.")
+            return
+        if self.epsilon is None:
+            self.epsilon = DEFAULT_EPSILON
+        if isinstance(self.epsilon, bool) or not isinstance(self.epsilon, int | float) or not 0 < self.epsilon <= 1:
+            raise ValueError(
+                f"epsilon must be a fraction with 0 < epsilon <= 1, got {self.epsilon!r}. To give an absolute number of "
+                "free parameters use num_free_parameters."
+            )
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write adapter_config.json, and its format metadata into an adapter_model.safetensors beside it.
+
+        PEFT writes the tensors first and this file next, and offers no way to say what the first one's metadata is.
+        """
+        super().save_pretrained(save_directory, **kwargs)
+        stamp(
+            save_directory,
+            {
+                "epsilon": self.epsilon,
+                "num_free_parameters": self.num_free_parameters,
+                "siloing": self.siloing,
+                "distance": self.distance,
+                "base_model_name_or_path": self.base_model_name_or_path,
+                "revision": self.revision,
+                "records": self.records,
+            },
+        )
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...], remedy: str = "") -> None:
+    if value not in choices:
+        allowed = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"{name} must be one of {allowed}; got {value!r}. {remedy}".rstrip())

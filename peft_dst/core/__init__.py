@@ -1,0 +1,35 @@
+"""The method itself, on plain tensors: silos, budgets, distances, selection, and the step that enforces the constraint.
+
+Nothing here knows of PEFT or transformers; the only import besides the standard library is torch.
+
+* `silos`      which parameters compete with one another (names only)
+* `budgets`    how many components of each silo may differ from the seed
+* `distances`  how far a component has moved from its seed
+* `selection`  the exact choice of a silo's subset
+* `weights`    live weights that differ from their seed in a few known places
+* `constraint` one adapter's constraint: what happens around an optimizer step
+* `hook`       the global optimizer hook that calls it, for any `torch.optim` optimizer
+* `reference`  the same step, dense and plain, to test the fast one against
+"""
+
+from .budgets import allocate_budgets
+from .constraint import Constraint, Silo
+from .distances import DISTANCES, distance
+from .selection import NonFiniteDistanceError, Selection, select
+from .silos import SILOINGS, partition
+from .weights import SparseWeight
+
+
+__all__ = [
+    "DISTANCES",
+    "SILOINGS",
+    "Constraint",
+    "NonFiniteDistanceError",
+    "Selection",
+    "Silo",
+    "SparseWeight",
+    "allocate_budgets",
+    "distance",
+    "partition",
+    "select",
+]

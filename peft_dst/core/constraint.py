@@ -1,0 +1,147 @@
+"""One adapter's constraint, and what happens around an optimizer step to keep it (Alg. 1 of the DST paper)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .selection import NonFiniteDistanceError, Selection, select
+from .weights import SparseWeight
+
+
+@dataclass(eq=False)
+class Silo:
+    """Parameters that compete with one another, and how many of their components may differ from the seed.
+
+    Attributes:
+        name: e.g. "encoder.layer.3.attention".
+        weights: the silo's tensors, in model order.
+        budget: number of free components.
+        threshold: smallest kept distance of the last selection, 0-d tensor.
+        previous: the subset before the last selection, one index tensor a weight.
+    """
+
+    name: str
+    weights: list[SparseWeight]
+    budget: int
+    threshold: Tensor = field(default_factory=lambda: torch.zeros(()))
+    previous: list[Tensor] = field(default_factory=list)
+
+    @property
+    def size(self) -> int:
+        return sum(weight.data.numel() for weight in self.weights)
+
+    def free(self) -> int:
+        """Number of components that differ from the seed now."""
+        return sum(weight.indices.numel() for weight in self.weights)
+
+    def churn(self) -> float:
+        """Share of the current subset that was not in the one before the last step (0 for an empty subset)."""
+        if not self.free():
+            return 0.0
+        new = sum(
+            int(torch.isin(weight.indices, before.to(weight.indices.device), invert=True).sum())
+            for weight, before in zip(self.weights, self.previous, strict=False)
+        )
+        return new / self.free()
+
+
+@dataclass
+class _Snapshot:
+    """A weight before the step: its dense seed, and what stood at its subset."""
+
+    seed: Tensor
+    indices: Tensor
+    values: Tensor
+
+
+class Constraint:
+    """Keeps at most `budget` components of each silo different from the seed, choosing them anew at every step.
+
+    Call `before_step` and `after_step` around the optimizer's step; the optimizer itself never learns of the subset, so
+    its moments are those of the dense update (Section 3 of the paper). In between, one dense copy of the weights of the
+    silos concerned is held.
+
+    Args:
+        adapter: name of the adapter whose values the subset's are.
+        silos: the partition of the tuned parameters with its budgets.
+        distance: name of the distance to the seed.
+    """
+
+    def __init__(self, adapter: str, silos: list[Silo], distance: str):
+        self.adapter = adapter
+        self.silos = silos
+        self.distance = distance
+        self.steps = 0
+        self._snapshots: dict[SparseWeight, _Snapshot] = {}
+
+    @property
+    def weights(self) -> Iterable[SparseWeight]:
+        return (weight for silo in self.silos for weight in silo.weights)
+
+    @property
+    def budget(self) -> int:
+        """Number of free parameters, over all silos."""
+        return sum(silo.budget for silo in self.silos)
+
+    def silos_of(self, parameters: set[int]) -> list[Silo]:
+        """The silos with at least one trainable weight among the parameters of these `id`s."""
+        return [
+            silo
+            for silo in self.silos
+            if any(w.parameter.requires_grad and id(w.parameter) in parameters for w in silo.weights)
+        ]
+
+    def before_step(self, silos: list[Silo]) -> None:
+        """Note Θ0 and Θt of the given silos, before the optimizer writes Θ̂ over them."""
+        self._snapshots = {
+            weight: _Snapshot(weight.seed_copy(), weight.indices, weight.values())
+            for silo in silos
+            for weight in silo.weights
+        }
+
+    def after_step(self, silos: list[Silo]) -> None:
+        """Project the given silos onto the constraint: the subset keeps Θ̂, all else returns to Θ0 (Eq. 7).
+
+        Raises:
+            FloatingPointError: if an update is NaN or infinite. The weights are put back to what they were before the
+                step; the optimizer's state is not ours to restore.
+        """
+        try:
+            selections = [self._select(silo) for silo in silos]
+            for silo, selection in zip(silos, selections, strict=True):
+                self._commit(silo, selection)
+        finally:
+            self._snapshots = {}
+        self.steps += 1
+
+    def _select(self, silo: Silo) -> Selection:
+        seeds = [self._snapshots[weight].seed for weight in silo.weights]
+        try:
+            return select(seeds, [weight.flat() for weight in silo.weights], silo.budget, self.distance)
+        except NonFiniteDistanceError as error:
+            culprit = silo.weights[error.position].name
+            for weight, before in self._snapshots.items():
+                before.seed[before.indices] = before.values
+                weight.data.copy_(before.seed.view(weight.data.shape))
+            raise FloatingPointError(
+                f"the optimizer's update of {culprit!r} is NaN or infinite. The weights were put back to what they were "
+                "before this step; the optimizer's state was not. Lower the learning rate, clip the gradient norm, or "
+                "(under fp16) let a GradScaler skip such steps; then resume from the last checkpoint."
+            ) from error
+
+    def _commit(self, silo: Silo, selection: Selection) -> None:
+        everything = silo.budget >= silo.size
+        silo.previous = [weight.indices for weight in silo.weights]
+        silo.threshold = selection.threshold
+        for weight, indices in zip(silo.weights, selection.indices, strict=True):
+            seed = self._snapshots[weight].seed
+            seeds = seed[indices]
+            if not everything:
+                seed[indices] = weight.flat()[indices]
+                weight.data.copy_(seed.view(weight.data.shape))
+            weight.place(indices, seeds)
+            weight.stepped = True

@@ -1,0 +1,42 @@
+"""Component-wise distance of updated weights to their seed (Table 1 of the DST paper)."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+
+Distance = Literal["inverse_relative", "relative", "absolute"]
+DISTANCES: tuple[str, ...] = get_args(Distance)
+
+# A seed of (almost) zero counts as this in the relative distance. Far below any weight that matters, and large enough
+# for the quotient to stay finite in float32 up to |θ̂ − θ0| = 2^27. So a component that leaves zero ranks above all
+# others, as the limit of the formula has it, zeros rank among themselves by how far they moved, and 0 / 0 is 0.
+RELATIVE_FLOOR = 2.0**-100
+
+
+def distance(kind: str, seed: Tensor, updated: Tensor) -> Tensor:
+    """Distance Δ of each component to its seed.
+
+    Args:
+        kind: "inverse_relative" |θ0 · (θ̂ − θ0)| (Eq. 5, the paper's default), "relative" |(θ̂ − θ0) / θ0|, or
+            "absolute" |θ̂ − θ0|.
+        seed: θ0, any shape and floating dtype, e.g. (4096,) bfloat16.
+        updated: θ̂, same shape.
+
+    Returns:
+        Δ, same shape, non-negative; float64 for float64 weights, else float32 (a difference of two bfloat16 values is
+        not representable in bfloat16 in general, and would tie with its neighbours).
+    """
+    dtype = torch.float64 if seed.dtype == torch.float64 else torch.float32
+    seed = seed.to(dtype)
+    delta = updated.to(dtype) - seed
+    if kind == "absolute":
+        return delta.abs_()
+    if kind == "inverse_relative":
+        return delta.mul_(seed).abs_()
+    if kind == "relative":
+        return delta.abs_().div_(seed.abs().clamp_min_(RELATIVE_FLOOR))
+    raise ValueError(f"unknown distance {kind!r}: use one of {', '.join(DISTANCES)}")

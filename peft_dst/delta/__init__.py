@@ -1,0 +1,31 @@
+"""The finished artefact: records of indices and values, what a reader must check, and the file they stand in.
+
+Imports torch, safetensors and the standard library only.
+"""
+
+from .files import WEIGHTS_NAME, read_metadata, stamp
+from .records import (
+    FORMAT_VERSION,
+    DeltaError,
+    Record,
+    Summary,
+    check_record,
+    check_seed,
+    index_dtype,
+    summarize,
+)
+
+
+__all__ = [
+    "FORMAT_VERSION",
+    "WEIGHTS_NAME",
+    "DeltaError",
+    "Record",
+    "Summary",
+    "check_record",
+    "check_seed",
+    "index_dtype",
+    "read_metadata",
+    "stamp",
+    "summarize",
+]

@@ -1,0 +1,166 @@
+"""One tensor's entries, and everything that must hold before they may be written into a weight."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+FORMAT_VERSION = 1
+# Dtypes in which a seed can be compared, from exact to coarse.
+_PRECISIONS: dict[torch.dtype, str] = {
+    torch.float64: "float64",
+    torch.float32: "float32",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+}
+
+
+class DeltaError(ValueError):
+    """An adapter's entries are malformed, or belong to another base model. Nothing has been changed."""
+
+
+class Record(NamedTuple):
+    """Entries of one tensor: sorted flat positions, int32 or int64 (k,), and the new values there, floating (k,)."""
+
+    indices: Tensor
+    values: Tensor
+
+
+class Summary(NamedTuple):
+    """What `adapter_config.json` says of a record: enough to size it, and to recognise its base.
+
+    Attributes:
+        entries: number of entries.
+        digest: CRC-32 of the positions, in hexadecimal.
+        seed: CRC-32 of the seed's values there, in the base's dtype and in every coarser one it may be loaded in,
+            dtype → hexadecimal. So an adapter trained in float32 is recognised on the same base in bfloat16.
+    """
+
+    entries: int
+    digest: str
+    seed: Mapping[str, str]
+
+    @classmethod
+    def parse(cls, name: str, raw: Any) -> Summary:
+        """Read one from JSON.
+
+        Raises:
+            DeltaError: if it has not the form of one.
+        """
+        try:
+            entries, digest, seed = raw
+            if type(entries) is int and entries > 0 and type(digest) is str and isinstance(seed, Mapping):
+                return cls(entries, digest, dict(seed))
+        except (TypeError, ValueError):
+            pass
+        raise DeltaError(
+            f"adapter_config.json has a malformed entry for {name!r} in `records`: {raw!r:.80}. The file was damaged or "
+            "edited; save the adapter again."
+        )
+
+
+def index_dtype(numel: int) -> torch.dtype:
+    """int32, or int64 for tensors whose positions do not fit."""
+    return torch.int32 if numel <= 2**31 - 1 else torch.int64
+
+
+def check_record(name: str, numel: int, record: Record) -> None:
+    """Check that entries can be written into a tensor of `numel` components.
+
+    Raises:
+        DeltaError: naming the tensor, the first offending entry and the remedy.
+    """
+    indices, values = record
+    if indices.dtype not in (torch.int32, torch.int64) or not values.dtype.is_floating_point:
+        raise DeltaError(
+            f"{name!r}: indices are {indices.dtype} and values {values.dtype}; expected int32 or int64, and floating "
+            "point. The file is not a DST adapter of this format; save the adapter again."
+        )
+    if indices.dim() != 1 or indices.shape != values.shape:
+        raise DeltaError(
+            f"{name!r}: indices of shape {tuple(indices.shape)} and values of shape {tuple(values.shape)}; expected two "
+            "vectors of one length. The file is damaged; save or download it again."
+        )
+    if not indices.numel():
+        return
+    wrong = (indices < 0) | (indices >= numel)
+    if wrong.any():
+        at = int(wrong.nonzero()[0])
+        raise DeltaError(
+            f"{name!r}: entry {at} has position {int(indices[at])}, outside a tensor of {numel:,} components. The adapter "
+            "was made for a base of another shape, or the file is damaged."
+        )
+    unsorted = indices[1:] <= indices[:-1]
+    if unsorted.any():
+        at = int(unsorted.nonzero()[0]) + 1
+        raise DeltaError(
+            f"{name!r}: positions are not strictly ascending at entry {at} ({int(indices[at])} after "
+            f"{int(indices[at - 1])}). The file is damaged; save or download it again."
+        )
+    strange = ~torch.isfinite(values)
+    if strange.any():
+        at = int(strange.nonzero()[0])
+        raise DeltaError(
+            f"{name!r}: entry {at} has the value {float(values[at])}. An adapter may not write non-finite weights; train "
+            "it again with a lower learning rate."
+        )
+
+
+def _crc(tensor: Tensor) -> str:
+    data = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
+    return f"{zlib.crc32(data):08x}"
+
+
+def _coarser(dtype: torch.dtype) -> list[torch.dtype]:
+    """The dtype itself and every one that a base may be rounded to from it."""
+    return [dtype, *(d for d in _PRECISIONS if torch.finfo(d).bits < torch.finfo(dtype).bits)]
+
+
+def summarize(record: Record, seeds: Tensor) -> Summary:
+    """Summarise a record for `adapter_config.json`.
+
+    Args:
+        record: the entries.
+        seeds: the seed's values at their positions, (k,) in the base's dtype.
+    """
+    return Summary(
+        record.indices.numel(),
+        _crc(record.indices.to(torch.int64)),
+        {_PRECISIONS[dtype]: _crc(seeds.to(dtype)) for dtype in _coarser(seeds.dtype)},
+    )
+
+
+def check_seed(name: str, summary: Summary, record: Record, seeds: Tensor) -> None:
+    """Check that a base has the values that an adapter was trained from.
+
+    The comparison is made in the coarser of the two dtypes; a base in a dtype that neither rounds to the other
+    (float16 against bfloat16) cannot be compared and passes.
+
+    Args:
+        name: the tensor's name.
+        summary: what was saved.
+        record: the entries.
+        seeds: this base's values at their positions, (k,).
+
+    Raises:
+        DeltaError: if the entries are not those summarised, or the base has other values there.
+    """
+    if record.indices.numel() != summary.entries or _crc(record.indices.to(torch.int64)) != summary.digest:
+        raise DeltaError(
+            f"{name!r}: the entries in adapter_model.safetensors are not those that adapter_config.json describes. The "
+            "two files come from different saves; copy or download both again."
+        )
+    for dtype in _coarser(seeds.dtype):
+        if saved := summary.seed.get(_PRECISIONS[dtype]):
+            if saved != _crc(seeds.to(dtype)):
+                raise DeltaError(
+                    f"{name!r}: the base model's values differ from those the adapter was trained from. The adapter "
+                    "belongs to another base, another revision of it, or one that was fine-tuned or merged since. Load "
+                    "it onto the base named in adapter_config.json (base_model_name_or_path, revision)."
+                )
+            return

@@ -1,0 +1,283 @@
+"""The marker child: PEFT's layer contract over records of indices and values.
+
+DST edits the base model's own weights in place, so nothing is wrapped and nothing is added to the forward pass. What
+PEFT needs to find (adapters by name, their tensors in the state dict, merge, enable, delete) lives in one child module
+called `_sparse` of every module that holds tuned parameters:
+
+    dst_indices.<adapter>.<parameter>   sorted flat positions, int32 (int64 past 2^31)
+    dst_values.<adapter>.<parameter>    the new values there, in the base's dtype
+
+While an adapter is written into the live weights they, not its record, are
+up to date; the record is refreshed whenever somebody could see it (`state_dict`) or the adapter leaves the weights.
+
+Several active adapters add up, as in PEFT's LoRA: a component that one of them changes takes its value, a component that
+several change takes seed + Σ (value − seed).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from .core import SparseWeight
+from .delta import Record, index_dtype
+
+
+MARKER = "_sparse"
+# What stands in a record whose tensors have their size but are still to be loaded: no valid index.
+NOT_LOADED = -1
+
+
+class SparseLayer(nn.Module, BaseTunerLayer):
+    """Child of a host module; holds the records of all adapters for the host's own parameters.
+
+    Args:
+        host: the module whose direct parameters are tuned.
+        name: the host's name in the base model, "" for the base model itself.
+    """
+
+    adapter_layer_names = ("dst_values",)
+    other_param_names = ("dst_indices",)
+
+    def __init__(self, host: nn.Module, name: str):
+        super().__init__()
+        # Not by attribute: the host would become a submodule of its own child.
+        object.__setattr__(self, "host", host)
+        self.name = name
+        self.dst_indices = nn.ModuleDict({})
+        self.dst_values = nn.ModuleDict({})
+        self.tuned: dict[str, tuple[str, ...]] = {}
+        self.weights: dict[str, SparseWeight] = {}
+        self.merged_adapters: list[str] = []
+        self._active_adapter: str | list[str] = []
+        self._disable_adapters = False
+        self._written: tuple[str, ...] = ()
+        self._stale = False
+        self._awaited: set[str] = set()
+        host.register_load_state_dict_pre_hook(_before_host_loads)
+
+    def __repr__(self) -> str:
+        return f"dst.{type(self).__name__}({', '.join(self.weights)})"
+
+    # Records
+
+    def add_adapter(self, adapter: str, parameters: Sequence[str], entries: Mapping[str, int] | None = None) -> None:
+        """Make room for an adapter.
+
+        Args:
+            adapter: its name.
+            parameters: names of the host's parameters that it tunes.
+            entries: for a saved adapter whose tensors are still to come, the number of entries of each parameter that
+                has any. Its records then have their size before they are loaded, since transformers' own loader checks
+                shapes, and parameters without entries have no record, since they have none on disk either.
+        """
+        self.dst_indices[adapter] = BufferDict(persistent=True)
+        self.dst_values[adapter] = nn.ParameterDict()
+        self.tuned[adapter] = tuple(parameters)
+        if entries is not None:
+            self._awaited.add(adapter)
+        for parameter in parameters:
+            if parameter not in self.weights:
+                name = f"{self.name}.{parameter}" if self.name else parameter
+                self.weights[parameter] = SparseWeight(self.host, parameter, name)
+            data = self.weights[parameter].data
+            if entries is None or parameter in entries:
+                size = entries[parameter] if entries else 0
+                indices = torch.full((size,), NOT_LOADED, dtype=index_dtype(data.numel()), device=data.device)
+                self._store(adapter, parameter, indices, torch.zeros(size, dtype=data.dtype, device=data.device))
+
+    def is_loaded(self, adapter: str) -> bool:
+        """Whether no record of this adapter still waits for its tensors."""
+        if adapter in self._awaited:
+            indices = self.dst_indices[adapter].values()
+            if any(i.is_meta or (i.numel() and int(i[0]) == NOT_LOADED) for i in indices):
+                return False
+            self._awaited.discard(adapter)
+            self._stale = True
+        return True
+
+    def records(self, adapter: str) -> dict[str, Record]:
+        """The adapter's records, parameter → Record, brought up to date with the live weights."""
+        self.refresh()
+        indices, values = self.dst_indices[adapter], self.dst_values[adapter]
+        return {parameter: Record(indices[parameter], values[parameter].data) for parameter in indices.keys()}
+
+    def write_record(self, adapter: str, parameter: str, record: Record) -> None:
+        """Replace a record. Call `sync` when all are written; the live weights follow if the adapter is active."""
+        self.refresh()
+        self._store(adapter, parameter, record.indices, record.values)
+        self._stale = True
+
+    def _store(self, adapter: str, parameter: str, indices: Tensor, values: Tensor) -> None:
+        self.dst_indices[adapter][parameter] = indices
+        self.dst_values[adapter][parameter] = nn.Parameter(values, requires_grad=False)
+
+    def refresh(self) -> None:
+        """Bring the record of the adapter in the live weights up to date with what training made of them."""
+        if len(self._written) != 1 or self._written[0] not in self.tuned:
+            return
+        (adapter,) = self._written
+        for parameter in self.tuned[adapter]:
+            weight = self.weights[parameter]
+            if weight.stepped:
+                values = weight.values()
+                self._store(adapter, parameter, weight.indices.to(index_dtype(weight.data.numel())), values)
+                weight.stepped = False
+
+    # Live weights
+
+    def effective_adapters(self) -> tuple[str, ...]:
+        """The adapters whose values the live weights should have now."""
+        if self._disable_adapters:
+            return ()
+        names = self.merged_adapters or self.active_adapters
+        return tuple(name for name in names if name in self.tuned and self.is_loaded(name))
+
+    def sync(self) -> None:
+        """Make the live weights those of the effective adapters, starting from the seed. Bit-exact both ways."""
+        wanted = self.effective_adapters()
+        if wanted != self._written or self._stale:
+            self.refresh()
+            for parameter, weight in self.weights.items():
+                records = [
+                    Record(self.dst_indices[name][parameter], self.dst_values[name][parameter].data)
+                    for name in wanted
+                    if parameter in self.dst_indices[name]
+                ]
+                if not records:
+                    weight.revert()
+                elif len(records) == 1:
+                    weight.apply(records[0].indices.long(), records[0].values)
+                else:
+                    weight.apply(*_add_up(weight, records))
+                weight.stepped = False
+        self._written, self._stale = wanted, False
+        for parameter, weight in self.weights.items():
+            weight.adapters = tuple(name for name in wanted if parameter in self.tuned[name])
+            weight.disabled = self._disable_adapters
+
+    def forget_seed(self, parameters: Sequence[str]) -> None:
+        """Dense weights are about to be loaded over these parameters: keep what training made, let go of the seed."""
+        self.refresh()
+        for parameter in parameters:
+            self.weights[parameter].forget()
+        self._stale = True
+
+    # PEFT's contract
+
+    def get_base_layer(self) -> nn.Module:
+        return self.host
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Activate adapters: their values go into the live weights, which become trainable unless `inference_mode`."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self._active_adapter = names
+        for parameter, weight in self.weights.items():
+            tuned = any(parameter in self.tuned.get(name, ()) for name in names)
+            weight.parameter.requires_grad_(tuned and not inference_mode)
+        self.sync()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Show the active adapters, or the seed. `requires_grad` stays as it is: a reference pass inside a training
+        step must not disturb the graph or DDP's reducer.
+        """
+        self._disable_adapters = not enabled
+        self.sync()
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Make the parameters that the named adapters tune trainable or not, if such an adapter is active."""
+        names = {adapter_names} if isinstance(adapter_names, str) else set(adapter_names)
+        for parameter, weight in self.weights.items():
+            if any(parameter in self.tuned.get(name, ()) for name in names.intersection(self.active_adapters)):
+                weight.parameter.requires_grad_(requires_grad)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Declare adapters part of the base weights, where their values already stand or now come to stand.
+
+        Raises:
+            ValueError: if `safe_merge` and a value is not finite.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.tuned]
+        if safe_merge:
+            for name in names:
+                for parameter, record in self.records(name).items():
+                    if not torch.isfinite(record.values).all():
+                        raise ValueError(
+                            f"NaNs detected in the merged weights: adapter {name!r} has non-finite values for "
+                            f"{self.weights[parameter].name!r}. Nothing was merged here."
+                        )
+        self.merged_adapters.extend(names)
+        self.sync()
+
+    def unmerge(self) -> None:
+        """Undo `merge`: the live weights are those of the active adapters again."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self.merged_adapters.clear()
+        self.sync()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self.tuned.pop(adapter_name, None)
+        super().delete_adapter(adapter_name)
+        self.sync()
+
+    # State dicts
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        # Parents save before their children: the records are fresh by the time they are collected.
+        self.refresh()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # A full state dict holds the live weights; with the seed values beside them it can be loaded and reverted.
+        for parameter, weight in self.weights.items():
+            if weight.indices.numel():
+                destination[f"{prefix}dst_seed_indices.{parameter}"] = weight.indices
+                destination[f"{prefix}dst_seeds.{parameter}"] = weight.seeds
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Tensor], prefix: str, local_metadata: Any, strict: bool, *lists: list[str]
+    ) -> None:
+        # Records change their length from step to step, so they are replaced rather than copied into.
+        self.refresh()
+        for adapter, parameters in self.tuned.items():
+            for parameter in parameters:
+                indices = state_dict.get(f"{prefix}dst_indices.{adapter}.{parameter}")
+                values = state_dict.get(f"{prefix}dst_values.{adapter}.{parameter}")
+                if indices is not None and values is not None:
+                    data = self.weights[parameter].data
+                    # No aliases: the caller keeps the tensors of a state dict and may change them.
+                    self._store(adapter, parameter, indices.to(data.device, copy=True), values.to(data, copy=True))
+                    self._stale = True
+        for parameter, weight in self.weights.items():
+            seeds = state_dict.get(f"{prefix}dst_seeds.{parameter}")
+            if seeds is not None and prefix.removesuffix(f"{MARKER}.") + parameter in state_dict:
+                weight.place(state_dict[f"{prefix}dst_seed_indices.{parameter}"].clone(), seeds.clone())
+        self.sync()
+
+
+def _add_up(weight: SparseWeight, records: Sequence[Record]) -> tuple[Tensor, Tensor]:
+    """Combine records of one weight: seed + Σ (value − seed), in float64; exact where only one has an entry."""
+    indices = torch.cat([record.indices.long() for record in records]).unique()
+    seeds = weight.seeds_at(indices.to(weight.data.device))
+    total, count, single = seeds.double(), torch.zeros_like(indices), seeds.clone()
+    for record in records:
+        at = torch.searchsorted(indices, record.indices.long())
+        total[at] += record.values.double() - seeds[at].double()
+        count[at] += 1
+        single[at] = record.values.to(single)
+    return indices, torch.where(count == 1, single, total.to(single))
+
+
+def _before_host_loads(host: nn.Module, state_dict: Mapping[str, Any], prefix: str, *unused: Any) -> None:
+    """Before new dense weights are loaded over a host's: save what training made, and let go of the old seed."""
+    marker = getattr(host, MARKER, None)
+    if isinstance(marker, SparseLayer):
+        loaded = [parameter for parameter in marker.weights if prefix + parameter in state_dict]
+        if loaded:
+            marker.forget_seed(loaded)

@@ -1,0 +1,456 @@
+"""DSTModel: the tuner. Finds the target parameters, places the marker children, and owns the adapters' constraints."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft.config import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
+from peft.utils.error import NoMatchingPeftModuleError
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from .config import DSTConfig
+from .core import Constraint, Silo, allocate_budgets, partition
+from .core.hook import watch
+from .core.silos import compile_silo_patterns
+from .delta import DeltaError, Record, Summary, check_record, check_seed, summarize
+from .layer import MARKER, SparseLayer
+from .targets import find_targets, is_targeted
+
+
+# Where a base model keeps its adapters' constraints: on the model itself, because transformers' own `load_adapter` and
+# `add_adapter` keep the model that was injected into and drop the tuner.
+_CONSTRAINTS = "dst_constraints"
+_PEFT_PREFIX = "base_model.model."
+_RECORD_KEY = re.compile(rf"(?P<host>(?:.*\.)?){MARKER}\.(?P<part>dst_indices|dst_values)\.(?P<parameter>[^.]+)")
+
+
+def markers(model: nn.Module) -> Iterator[tuple[str, SparseLayer]]:
+    """The marker children of a model with their names, in model order."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, SparseLayer))
+
+
+def active_constraints(model: nn.Module) -> list[Constraint]:
+    """The constraints of a model's active adapters, whether it is a PeftModel, wrapped otherwise, or injected into."""
+    for module in model.modules():
+        if constraints := module.__dict__.get(_CONSTRAINTS):
+            return [c for c in constraints.values() if any(c.adapter in w.adapters for w in c.weights)]
+    return []
+
+
+class DSTModel(BaseTuner):
+    """Creates a Dynamic Subset Tuning model from a pretrained one; `get_peft_model` makes it.
+
+    The base model is edited in place: its forward pass, its parameters' names and its memory stay what they were. While
+    an adapter is active the base's own weights are the tuned ones, also in `get_base_model().state_dict()`.
+
+    Several active adapters add up: a component that one of them changes takes its value, one that several change takes
+    seed + Σ (value − seed). Training wants exactly one active adapter.
+    """
+
+    prefix = "dst_"
+    tuner_layer_cls = SparseLayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    # What users ask
+
+    def constraint(self, adapter_name: str = "default") -> Constraint:
+        """The constraint that one adapter is trained under: silos, budgets, thresholds, churn."""
+        constraints = getattr(self.model, _CONSTRAINTS)
+        if adapter_name not in constraints:
+            raise ValueError(f"adapter {adapter_name!r} does not exist; there are {', '.join(constraints) or 'none'}.")
+        return constraints[adapter_name]
+
+    def silos(self, adapter_name: str = "default") -> dict[str, list[str]]:
+        """The partition of an adapter: silo's name → its parameters' names, in model order."""
+        return {silo.name: [w.name for w in silo.weights] for silo in self.constraint(adapter_name).silos}
+
+    def print_silos(self, adapter_name: str = "default") -> None:
+        """Print the partition as a table: silo, tensors, size, budget."""
+        constraint = self.constraint(adapter_name)
+        rows = [(s.name, f"{len(s.weights)}", f"{s.size:,}", f"{s.budget:,}") for s in constraint.silos]
+        tensors, size = sum(len(s.weights) for s in constraint.silos), sum(s.size for s in constraint.silos)
+        rows.append(("total", f"{tensors}", f"{size:,}", f"{constraint.budget:,}"))
+        header = ("silo", "tensors", "size", "budget")
+        widths = [max(len(row[i]) for row in [header, *rows]) for i in range(4)]
+        rule = "  ".join("-" * width for width in widths)
+        lines = [
+            "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(cells))
+            for cells in (list(zip(row, widths, strict=True)) for row in [header, *rows])
+        ]
+        print("\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]]))
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(free parameters, all parameters): the budget of what is under the constraint, the size of what is not.
+
+        Everything under the constraint gets a gradient, but only the budget can end up different from the seed.
+        """
+        constrained: set[int] = set()
+        free = 0
+        for constraint in getattr(self.model, _CONSTRAINTS).values():
+            active = constraint.adapter in self.active_adapters
+            for silo in constraint.silos:
+                constrained.update(id(w.parameter) for w in silo.weights)
+                if active and any(w.parameter.requires_grad for w in silo.weights):
+                    free += silo.budget
+        records = {id(p) for _, marker in markers(self.model) for p in marker.parameters()}
+        everything = 0
+        for parameter in self.model.parameters():
+            if id(parameter) not in records:
+                everything += parameter.numel()
+                if parameter.requires_grad and id(parameter) not in constrained:
+                    free += parameter.numel()
+        return free, everything
+
+    # Injection
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        config = self.peft_config[adapter_name]
+        # Everything that can be wrong with config and base is found here, before the model is touched.
+        config = _maybe_include_all_linear_layers(config, model)
+        targets = find_targets(model, config)
+        silos = _silo_sizes(model, config, [target.name for target in targets])
+        _check_no_copies(model, config, adapter_name)
+        summaries = {name: Summary.parse(name, raw) for name, raw in (config.records or {}).items()}
+        _check_summaries(summaries, silos)
+
+        self._placing = {}
+        for target in targets:
+            self._placing.setdefault(target.host, []).append(target.parameter)
+        self._entries = None if config.records is None else {name: s.entries for name, s in summaries.items()}
+        if state_dict is not None:
+            # PEFT finds the hosts in a state dict by cutting its keys at the prefix; the marker is not a host.
+            state_dict = {key.replace(f".{MARKER}.", "."): value for key, value in state_dict.items()}
+        if "" in self._placing:
+            self._mark(model, "", adapter_name)
+        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        _drop_copied_markers(model)
+        found = dict(markers(model))
+        self.targeted_module_names = [m.name for m in found.values() if m.name]
+
+        weights = {w.name: w for marker in found.values() for w in marker.weights.values()}
+        budgets = allocate_budgets(
+            [sum(sizes.values()) for sizes in silos.values()],
+            epsilon=config.epsilon,
+            num_free_parameters=config.num_free_parameters,
+        )
+        constraint = Constraint(
+            adapter_name,
+            [Silo(s, [weights[n] for n in sizes], k) for (s, sizes), k in zip(silos.items(), budgets, strict=True)],
+            config.distance,
+        )
+        if not hasattr(model, _CONSTRAINTS):
+            setattr(model, _CONSTRAINTS, {})
+        getattr(model, _CONSTRAINTS)[adapter_name] = constraint
+        if config.inference_mode is False:
+            for weight in constraint.weights:
+                weight.remember_seed()
+        if not config.init_weights:
+            _start_at_random(found, constraint)
+        if summaries:
+            _settle_before_forward(model)
+        watch(constraint)
+
+    def _create_and_replace(
+        self,
+        peft_config: PeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        host = current_key if parameter_name is None else current_key.rpartition(".")[0]
+        if host in self._placing:
+            self._mark(target, host, adapter_name)
+
+    def _mark(self, host: nn.Module, name: str, adapter_name: str) -> None:
+        """Give a host its marker, and the marker this adapter."""
+        if not hasattr(host, MARKER):
+            host.add_module(MARKER, SparseLayer(host, name))
+        prefix = f"{name}." if name else ""
+        parameters = self._placing[name]
+        entries = None
+        if self._entries is not None:
+            entries = {p: self._entries[prefix + p] for p in parameters if prefix + p in self._entries}
+        marker = getattr(host, MARKER)
+        if adapter_name not in marker.tuned:
+            marker.add_adapter(adapter_name, parameters, entries)
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: PeftConfig, key: str) -> bool:
+        return is_targeted(peft_config, key)
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
+        # target_modules=None has a meaning of its own, so there is nothing to fill in by architecture.
+        return peft_config
+
+    def _check_tied_modules(self, model: nn.Module, peft_config: PeftConfig) -> None:
+        # Tied weights edited in place stay tied. Only a dense copy of one of them unties it.
+        if any(m.split(".")[-1] in EMBEDDING_LAYER_NAMES for m in peft_config.modules_to_save or []):
+            super()._check_tied_modules(model, peft_config)
+
+    def _check_merge_allowed(self) -> None:
+        # For the same reason merging is always possible.
+        return
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        # The markers have set the parameters they tune; modules_to_save take care of their own; the rest is frozen.
+        handled = {id(w.parameter) for _, marker in markers(model) for w in marker.weights.values()}
+        for module in model.modules():
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                handled.update(id(parameter) for parameter in module.parameters())
+        for parameter in model.parameters():
+            if id(parameter) not in handled:
+                parameter.requires_grad = False
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        # Values stay in the base's dtype. PEFT calls this after loading: the loaded values go into the weights.
+        settle(self.model)
+
+    # Removal
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        getattr(self.model, _CONSTRAINTS).pop(adapter_name, None)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        found = list(markers(self.model))
+        for _, marker in found:
+            marker.merged_adapters.clear()
+            if merge:
+                marker.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            else:
+                marker._disable_adapters = True
+                marker.sync()
+        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        for _, marker in found:
+            delattr(marker.host, MARKER)
+        delattr(model, _CONSTRAINTS)
+        return model
+
+    # State dicts
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: DSTConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """The adapter's records with any entries, and their summaries into the config that is saved next.
+
+        Raises:
+            RuntimeError: if weights were changed that the constraint never saw.
+        """
+        kept: dict[str, Tensor] = {}
+        summaries: dict[str, Summary] = {}
+        for name, marker in markers(model):
+            name = name.removeprefix("_fsdp_wrapped_module.")
+            for parameter in marker.tuned.get(adapter_name, ()):
+                weight = marker.weights[parameter]
+                if adapter_name in weight.adapters and not weight.seed_is_intact():
+                    raise RuntimeError(_UNSEEN_CHANGE.format(name=weight.name, adapter=adapter_name))
+                keys = [f"{name}.{part}.{adapter_name}.{parameter}" for part in ("dst_indices", "dst_values")]
+                if keys[0] not in state_dict or not state_dict[keys[0]].numel():
+                    continue
+                record = Record(*(state_dict[key] for key in keys))
+                kept |= dict(zip(keys, record, strict=True))
+                summaries[weight.name] = summarize(record, weight.seeds_at(record.indices.long()))
+        config.records = {name: list(summary) for name, summary in summaries.items()}
+        return kept
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: DSTConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Check every record of a file against the model, and give its keys the adapter's name.
+
+        Raises:
+            DeltaError: if a record is malformed or the base is another one; nothing has been changed by then.
+        """
+        loaded: dict[str, dict[str, Tensor]] = {}
+        rest: dict[str, Tensor] = {}
+        for key, tensor in state_dict.items():
+            if found := _RECORD_KEY.fullmatch(key.removeprefix(_PEFT_PREFIX)):
+                loaded.setdefault(found["host"] + found["parameter"], {})[found["part"]] = tensor
+            else:
+                rest[key] = tensor
+        summaries = {name: Summary.parse(name, raw) for name, raw in (config.records or {}).items()}
+        for name, marker in markers(model):
+            for parameter in marker.tuned.get(adapter_name, ()):
+                weight = marker.weights[parameter]
+                parts = loaded.pop(weight.name, None)
+                if parts is None:
+                    nothing = torch.empty(0)
+                    record = Record(nothing.int(), nothing.to(weight.data.dtype))
+                else:
+                    record = _pair(weight.name, parts)
+                    # An adapter that is loaded again (Trainer: resume, best checkpoint) keeps the config it had, whose
+                    # summaries are of another save.
+                    fresh = not marker.is_loaded(adapter_name)
+                    _check_against(weight, record, summaries.get(weight.name) if fresh else None)
+                    if fresh and config.records is not None and weight.name not in summaries:
+                        raise DeltaError(_NOT_SUMMARISED.format(name=weight.name))
+                rest[f"{name}.dst_indices.{adapter_name}.{parameter}"] = record.indices
+                rest[f"{name}.dst_values.{adapter_name}.{parameter}"] = record.values
+        if loaded:
+            raise DeltaError(
+                f"the adapter has entries for {next(iter(loaded))!r} ({len(loaded)} such tensors), which the model does "
+                "not have or the adapter's config does not tune. Load it onto the base named in adapter_config.json."
+            )
+        return rest
+
+
+_UNSEEN_CHANGE = (
+    "{name!r} differs from the seed outside the subset: its weights were changed without the constraint being enforced, so "
+    "adapter {adapter!r} cannot be saved as a delta. Train with a torch.optim optimizer, whose step the constraint hooks "
+    "(DeepSpeed and optimizers that are no torch.optim.Optimizer are not reached), and do not edit the weights otherwise."
+)
+_NOT_SUMMARISED = (
+    "{name!r} has entries in adapter_model.safetensors but none according to adapter_config.json. The two files come from "
+    "different saves; copy or download both again."
+)
+
+
+def _pair(name: str, parts: dict[str, Tensor]) -> Record:
+    missing = {"dst_indices", "dst_values"} - parts.keys()
+    if missing:
+        raise DeltaError(f"{name!r} has no {missing.pop()} in the adapter file. The file is damaged; save it again.")
+    return Record(parts["dst_indices"], parts["dst_values"])
+
+
+def _check_against(weight: Any, record: Record, summary: Summary | None) -> None:
+    check_record(weight.name, weight.data.numel(), record)
+    if summary is not None and not weight.data.is_meta:
+        check_seed(weight.name, summary, record, weight.seeds_at(record.indices.long().to(weight.data.device)))
+
+
+def _silo_sizes(model: nn.Module, config: DSTConfig, names: list[str]) -> dict[str, dict[str, int]]:
+    """Silo → its parameters' names → their sizes."""
+    if not names:
+        if config.target_modules is None and not config.target_parameters:
+            raise NoMatchingPeftModuleError(
+                "No parameter of the base model is left to tune. Check exclude_modules, layers_to_transform and "
+                "modules_to_save."
+            )
+        return {}
+    silos = partition(names, config.siloing, compile_silo_patterns(config.silo_pattern))
+    sizes = {silo: {name: model.get_parameter(name).numel() for name in members} for silo, members in silos.items()}
+    allocate_budgets(
+        [sum(members.values()) for members in sizes.values()],
+        epsilon=config.epsilon,
+        num_free_parameters=config.num_free_parameters,
+    )
+    return sizes
+
+
+def _check_summaries(summaries: dict[str, Summary], silos: dict[str, dict[str, int]]) -> None:
+    """A saved adapter's record sizes come from a file: refuse them before any memory is taken for them."""
+    sizes = {name: size for members in silos.values() for name, size in members.items()}
+    for name, summary in summaries.items():
+        if name not in sizes:
+            raise DeltaError(
+                f"the adapter has entries for {name!r}, which the model does not have or the adapter's config does not "
+                "tune. Load it onto the base named in adapter_config.json."
+            )
+        if summary.entries > sizes[name]:
+            raise DeltaError(
+                f"the adapter has {summary.entries:,} entries for {name!r}, a tensor of {sizes[name]:,} components. It "
+                "was made for a base of another shape, or the file is damaged."
+            )
+
+
+def _check_no_copies(model: nn.Module, config: DSTConfig, adapter_name: str) -> None:
+    """Refuse to keep a dense copy of a module that another adapter tunes in place."""
+    for _, marker in markers(model):
+        for pattern in config.modules_to_save or []:
+            others = [name for name in marker.tuned if name != adapter_name]
+            if others and re.match(rf"(^|.*\.){pattern}($|\..*)", marker.name):
+                raise ValueError(
+                    f"this adapter keeps a dense copy of {marker.name!r} (modules_to_save), but adapter {others[0]!r} "
+                    "tunes it in place. Give both adapters the same modules_to_save, or load them onto two models."
+                )
+
+
+def _drop_copied_markers(model: nn.Module) -> None:
+    for module in list(model.modules()):
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            for inner in list(module.modules()):
+                if isinstance(getattr(inner, MARKER, None), SparseLayer):
+                    delattr(inner, MARKER)
+
+
+def _start_at_random(found: dict[str, SparseLayer], constraint: Constraint) -> None:
+    """Fill every budget with random entries, moved by a standard normal (PEFT's tests need a non-trivial adapter)."""
+    owner = {id(w): (marker, p) for marker in found.values() for p, w in marker.weights.items()}
+    for silo in constraint.silos:
+        chosen = torch.randperm(silo.size)[: silo.budget].sort().values
+        start = 0
+        for weight in silo.weights:
+            marker, parameter = owner[id(weight)]
+            end = start + weight.data.numel()
+            indices = (chosen[(chosen >= start) & (chosen < end)] - start).to(weight.data.device)
+            seeds = weight.seeds_at(indices)
+            marker.write_record(constraint.adapter, parameter, Record(indices.int(), seeds + torch.randn_like(seeds)))
+            start = end
+    for marker in found.values():
+        marker.sync()
+
+
+def settle(model: nn.Module) -> bool:
+    """Check and write the records that have been loaded since; return whether none is still awaited.
+
+    Raises:
+        DeltaError: if a record is malformed or the base is another one; no weight has been changed by then.
+    """
+    arrived, complete = [], True
+    for _, marker in markers(model):
+        for adapter in tuple(marker._awaited):
+            if marker.is_loaded(adapter):
+                arrived.append((marker, adapter))
+            else:
+                complete = False
+    if complete:
+        for marker, adapter in arrived:
+            summaries = model.peft_config[adapter].records or {}
+            for parameter, record in marker.records(adapter).items():
+                weight = marker.weights[parameter]
+                raw = summaries.get(weight.name)
+                _check_against(weight, record, Summary.parse(weight.name, raw) if raw else None)
+        for marker, _ in arrived:
+            marker.sync()
+    return complete
+
+
+def _settle_before_forward(model: nn.Module) -> None:
+    """Transformers' own loader assigns tensors and calls nobody back: look at the first forward pass."""
+
+    def look(module: nn.Module, *unused: Any) -> None:
+        if settle(module):
+            handle.remove()
+        else:
+            raise RuntimeError("an adapter was added from a saved config, but its tensors were never loaded.")
+
+    handle = model.register_forward_pre_hook(look)

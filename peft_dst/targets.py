@@ -1,0 +1,126 @@
+"""Which parameters of a base model an adapter tunes, checked before anything is changed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from .config import DSTConfig
+from .layer import MARKER
+
+
+_TUNABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A parameter to tune: its host's name ("" for the model itself), its own, and both together."""
+
+    host: str
+    parameter: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.host}.{self.parameter}" if self.host else self.parameter
+
+
+def is_targeted(config: DSTConfig, module_name: str) -> bool:
+    """Whether the config tunes a module's own parameters: it or a module around it is targeted, and none excluded."""
+    if module_name.split(".")[-1] == MARKER:
+        return False
+    if config.target_modules is None:
+        if config.target_parameters:
+            return False
+        return not _is_excluded(config, module_name) and _in_layers(config, module_name)
+    return not _is_excluded(config, module_name) and any(
+        bool(check_target_module_exists(config, ancestor)) for ancestor in _ancestors(module_name)
+    )
+
+
+def _ancestors(module_name: str) -> Iterator[str]:
+    """The module itself and every module around it."""
+    parts = module_name.split(".")
+    for length in range(len(parts), 0, -1):
+        yield ".".join(parts[:length])
+
+
+def _is_excluded(config: DSTConfig, module_name: str) -> bool:
+    for pattern in config.modules_to_save or []:
+        if re.match(rf"(^|.*\.){pattern}($|\..*)", module_name):
+            return True
+    excluded = config.exclude_modules
+    if not excluded:
+        return False
+    if isinstance(excluded, str):
+        return any(re.fullmatch(excluded, ancestor) for ancestor in _ancestors(module_name))
+    return any(a in excluded or any(a.endswith(f".{e}") for e in excluded) for a in _ancestors(module_name))
+
+
+def _in_layers(config: DSTConfig, module_name: str) -> bool:
+    if config.layers_to_transform is None:
+        return True
+    wanted = [config.layers_to_transform] if isinstance(config.layers_to_transform, int) else config.layers_to_transform
+    lists = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern or [r"[^.]+"]
+    for name in lists:
+        if found := re.match(rf"(?:^|.*?\.){name}\.(\d+)(?:\.|$)", module_name):
+            return int(found.group(1)) in wanted
+    return False
+
+
+def _is_parameter_targeted(config: DSTConfig, name: str) -> bool:
+    return any(name == target or name.endswith(f".{target}") for target in config.target_parameters or [])
+
+
+def find_targets(model: nn.Module, config: DSTConfig) -> list[Target]:
+    """The parameters that an adapter with this config tunes, in model order, a shared parameter once.
+
+    Raises:
+        ValueError: if one of them cannot be edited in place (quantised or integer weights), or belongs to a module that
+            another adapter replaces with a dense copy.
+    """
+    targets: list[Target] = []
+    seen: set[int] = set()
+    copied = [name for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+    for host, module in model.named_modules(remove_duplicate=True):
+        parts = host.split(".")
+        if MARKER in parts:
+            continue
+        whole = is_targeted(config, host)
+        wrapper = next((name for name in copied if host == name or host.startswith(f"{name}.")), None)
+        for parameter, tensor in module.named_parameters(recurse=False):
+            target = Target(host, parameter)
+            if id(tensor) in seen or not (whole or _is_parameter_targeted(config, target.name)):
+                continue
+            if wrapper is not None:
+                raise ValueError(
+                    f"this adapter tunes {wrapper!r} in place, but another adapter of the model keeps a dense copy of it "
+                    f"(modules_to_save). Add {wrapper.rpartition('.')[-1]!r} to this adapter's modules_to_save, or to "
+                    "its exclude_modules."
+                )
+            seen.add(id(tensor))
+            _check_tunable(target.name, tensor)
+            targets.append(target)
+        if whole and hasattr(module, "qweight"):
+            _refuse_quantised(host, type(module).__name__)
+    return targets
+
+
+def _check_tunable(name: str, tensor: nn.Parameter) -> None:
+    data = tensor.data
+    if data.dtype not in _TUNABLE or type(data) not in (torch.Tensor, DTensor):
+        _refuse_quantised(name, f"{type(tensor).__name__} of {data.dtype}")
+
+
+def _refuse_quantised(name: str, what: str) -> None:
+    raise ValueError(
+        f"{name!r} is {what}: DST edits weights in place, which quantised or integer weights do not allow. Load the base "
+        "model in float32, bfloat16 or float16 (without a quantization_config), or leave the module out with "
+        "target_modules or exclude_modules."
+    )

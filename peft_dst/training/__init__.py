@@ -1,0 +1,7 @@
+"""Around training: the two learning rates, and the callback that reports."""
+
+from .callback import DSTCallback, subset_metrics, training_advice
+from .groups import create_dst_optimizer, parameter_groups
+
+
+__all__ = ["DSTCallback", "create_dst_optimizer", "parameter_groups", "subset_metrics", "training_advice"]

