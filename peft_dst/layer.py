@@ -60,6 +60,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         self._written: tuple[str, ...] = ()
         self._stale = False
         self._awaited: set[str] = set()
+        self._overwritten: set[str] = set()
         host.register_load_state_dict_pre_hook(_before_host_loads)
 
     def __repr__(self) -> str:
@@ -167,6 +168,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         self.refresh()
         for parameter in parameters:
             self.weights[parameter].forget()
+        self._overwritten.update(parameters)
         self._stale = True
 
     # PEFT's contract
@@ -254,10 +256,11 @@ class SparseLayer(nn.Module, BaseTunerLayer):
                     # No aliases: the caller keeps the tensors of a state dict and may change them.
                     self._store(adapter, parameter, indices.to(data.device, copy=True), values.to(data, copy=True))
                     self._stale = True
-        for parameter, weight in self.weights.items():
+        for parameter in self._overwritten:
             seeds = state_dict.get(f"{prefix}dst_seeds.{parameter}")
-            if seeds is not None and prefix.removesuffix(f"{MARKER}.") + parameter in state_dict:
-                weight.place(state_dict[f"{prefix}dst_seed_indices.{parameter}"].clone(), seeds.clone())
+            if seeds is not None:
+                self.weights[parameter].place(state_dict[f"{prefix}dst_seed_indices.{parameter}"].clone(), seeds.clone())
+        self._overwritten.clear()
         self.sync()
 
 

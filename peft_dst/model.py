@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from peft.config import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, _maybe_include_all_linear_layers
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -16,11 +16,10 @@ from torch import Tensor, nn
 
 from .config import DSTConfig
 from .core import Constraint, Silo, allocate_budgets, partition
-from .core.hook import watch
-from .core.silos import compile_silo_patterns
+from .core.silos import compile_silo_patterns, read_names
 from .delta import DeltaError, Record, Summary, check_record, check_seed, summarize
 from .layer import MARKER, SparseLayer
-from .targets import find_targets, is_targeted
+from .targets import find_targets, is_excluded, is_targeted
 
 
 # Where a base model keeps its adapters' constraints: on the model itself, because transformers' own `load_adapter` and
@@ -150,6 +149,7 @@ class DSTModel(BaseTuner):
             adapter_name,
             [Silo(s, [weights[n] for n in sizes], k) for (s, sizes), k in zip(silos.items(), budgets, strict=True)],
             config.distance,
+            {n: kind for n, (_, kind) in read_names([*weights], compile_silo_patterns(config.silo_pattern)).items()},
         )
         if not hasattr(model, _CONSTRAINTS):
             setattr(model, _CONSTRAINTS, {})
@@ -161,7 +161,6 @@ class DSTModel(BaseTuner):
             _start_at_random(found, constraint)
         if summaries:
             _settle_before_forward(model)
-        watch(constraint)
 
     def _create_and_replace(
         self,
@@ -191,8 +190,8 @@ class DSTModel(BaseTuner):
             marker.add_adapter(adapter_name, parameters, entries)
 
     @staticmethod
-    def _check_target_module_exists(peft_config: PeftConfig, key: str) -> bool:
-        return is_targeted(peft_config, key)
+    def _check_target_module_exists(peft_config: PeftConfig, key: str) -> bool | _ExcludedModule:
+        return _ExcludedModule() if is_excluded(peft_config, key) else is_targeted(peft_config, key)
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         # target_modules=None has a meaning of its own, so there is nothing to fill in by architecture.

@@ -14,6 +14,8 @@ from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import PeftType, register_peft_method
 
+from .core.hook import install
+
 
 def _extend_peft_type() -> None:
     if "DST" in PeftType.__members__:
@@ -74,5 +76,6 @@ def register() -> None:
         from .model import DSTModel
 
         register_peft_method(name="dst", config_cls=DSTConfig, model_cls=DSTModel)
+    install()
     _ask_the_tuner("get_nb_trainable_parameters")
     _extend_model_card()

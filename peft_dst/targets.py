@@ -38,8 +38,8 @@ def is_targeted(config: DSTConfig, module_name: str) -> bool:
     if config.target_modules is None:
         if config.target_parameters:
             return False
-        return not _is_excluded(config, module_name) and _in_layers(config, module_name)
-    return not _is_excluded(config, module_name) and any(
+        return not is_excluded(config, module_name) and _in_layers(config, module_name)
+    return not is_excluded(config, module_name) and any(
         bool(check_target_module_exists(config, ancestor)) for ancestor in _ancestors(module_name)
     )
 
@@ -51,7 +51,8 @@ def _ancestors(module_name: str) -> Iterator[str]:
         yield ".".join(parts[:length])
 
 
-def _is_excluded(config: DSTConfig, module_name: str) -> bool:
+def is_excluded(config: DSTConfig, module_name: str) -> bool:
+    """Whether a module, or one around it, is excluded or trained densely (modules_to_save)."""
     for pattern in config.modules_to_save or []:
         if re.match(rf"(^|.*\.){pattern}($|\..*)", module_name):
             return True

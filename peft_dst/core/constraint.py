@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import weakref
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -69,14 +71,24 @@ class Constraint:
         adapter: name of the adapter whose values the subset's are.
         silos: the partition of the tuned parameters with its budgets.
         distance: name of the distance to the seed.
+        kinds: kind of module of each weight, by its name; for figures only.
     """
 
-    def __init__(self, adapter: str, silos: list[Silo], distance: str):
+    #: Every constraint that somebody holds, copies and unpickled ones included: the optimizer hook looks them up here.
+    live: ClassVar[weakref.WeakSet[Constraint]] = weakref.WeakSet()
+
+    def __init__(self, adapter: str, silos: list[Silo], distance: str, kinds: Mapping[str, str]):
         self.adapter = adapter
         self.silos = silos
+        self.kinds = dict(kinds)
         self.distance = distance
         self.steps = 0
         self._snapshots: dict[SparseWeight, _Snapshot] = {}
+        self.live.add(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.live.add(self)
 
     @property
     def weights(self) -> Iterable[SparseWeight]:

@@ -7,7 +7,6 @@ optimizer that holds no parameter of a constraint is not touched.
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 from torch.distributed.tensor import DTensor
@@ -17,16 +16,14 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from .constraint import Constraint, Silo
 
 
-_constraints: weakref.WeakSet[Constraint] = weakref.WeakSet()
 # Steps under way, outermost first: an optimizer that calls another one's step (SAM, Lookahead) is one step to us.
 _under_way: list[tuple[int, list[tuple[Constraint, list[Silo]]]]] = []
 _installed = False
 
 
-def watch(constraint: Constraint) -> None:
-    """Enforce this constraint from now on, as long as anyone holds it."""
+def install() -> None:
+    """Enforce every live constraint from now on. Calling it again changes nothing."""
     global _installed
-    _constraints.add(constraint)
     if not _installed:
         register_optimizer_step_pre_hook(_before_step)
         register_optimizer_step_post_hook(_after_step)
@@ -66,7 +63,7 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
     work = []
     if not _under_way:
         parameters = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        work = [(c, silos) for c in list(_constraints) if (silos := _concerned(c, parameters))]
+        work = [(c, silos) for c in list(Constraint.live) if (silos := _concerned(c, parameters))]
         for constraint, silos in work:
             constraint.before_step(silos)
     _under_way.append((id(optimizer), work))

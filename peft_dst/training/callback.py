@@ -17,7 +17,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.integrations import is_tensorboard_available
 
 from ..core import Constraint
-from ..core.silos import layer_and_kind
 from ..model import active_constraints
 
 
@@ -38,7 +37,7 @@ def subset_metrics(constraint: Constraint) -> dict[str, float]:
         "dst/threshold": statistics.median(thresholds) if thresholds else 0.0,
     }
     for weight in constraint.weights:
-        key = f"dst/share/{layer_and_kind(weight.name)[1]}"
+        key = f"dst/share/{constraint.kinds[weight.name]}"
         metrics[key] = metrics.get(key, 0.0) + weight.indices.numel() / max(free, 1)
     return metrics
 

@@ -2,7 +2,7 @@ import pytest
 from torch import nn
 
 from peft_dst.core import partition
-from peft_dst.core.silos import compile_silo_patterns, layer_and_kind
+from peft_dst.core.silos import compile_silo_patterns, read_names
 from tests.models import BUILDERS
 
 
@@ -24,8 +24,8 @@ KINDS = {
 
 
 def test_every_architecture_has_its_kinds(architecture):
-    found = [layer_and_kind(name) for name in names_of(BUILDERS[architecture]())]
-    inside = {kind for layer, kind in found if layer} - {"norm"}
+    found = read_names(names_of(BUILDERS[architecture]())).values()
+    inside = {kind for layer, kind in found if layer}
     outside = {kind for layer, kind in found if not layer} - {"norm"}
     assert (inside, outside) == KINDS[architecture]
 
@@ -33,9 +33,10 @@ def test_every_architecture_has_its_kinds(architecture):
 def test_silos_of_t5_by_hand():
     silos = partition(names_of(BUILDERS["t5"]()), "module_and_layer")
     assert silos["decoder.block.1.cross_attention"] == [
-        f"decoder.block.1.layer.1.EncDecAttention.{name}.weight" for name in "qkvo"
+        *(f"decoder.block.1.layer.1.EncDecAttention.{name}.weight" for name in "qkvo"),
+        "decoder.block.1.layer.1.layer_norm.weight",
     ]
-    assert silos["encoder.block.0.attention"][-1].endswith("relative_attention_bias.weight")
+    assert silos["encoder.block.0.attention"][-2].endswith("relative_attention_bias.weight")
     assert "encoder.block.0.feed_forward" in silos
     assert silos["embeddings"] == ["shared.weight"]
 
@@ -44,11 +45,13 @@ def test_silos_of_bert_by_hand():
     silos = partition(names_of(BUILDERS["bert"]()), "module_and_layer")
     layer = "bert.encoder.layer.1"
     projections = ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense")
-    assert [n for n in silos[f"{layer}.attention"] if "LayerNorm" not in n] == [
-        f"{layer}.{p}.{kind}" for p in projections for kind in ("weight", "bias")
+    assert silos[f"{layer}.attention"] == [
+        f"{layer}.{p}.{kind}" for p in (*projections, "attention.output.LayerNorm") for kind in ("weight", "bias")
     ]
-    assert [n for n in silos[f"{layer}.feed_forward"] if "LayerNorm" not in n] == [
-        f"{layer}.{p}.dense.{kind}" for p in ("intermediate", "output") for kind in ("weight", "bias")
+    assert silos[f"{layer}.feed_forward"] == [
+        f"{layer}.{p}.{kind}"
+        for p in ("intermediate.dense", "output.dense", "output.LayerNorm")
+        for kind in ("weight", "bias")
     ]
     assert silos["head"] == [
         "bert.pooler.dense.weight",
@@ -64,8 +67,9 @@ def test_experts_are_three_dimensional_and_one_silo():
     assert silos["model.layers.0.experts"] == [
         "model.layers.0.mlp.experts.gate_up_proj",
         "model.layers.0.mlp.experts.down_proj",
+        "model.layers.0.post_attention_layernorm.weight",
     ]
-    assert all(model.get_parameter(n).dim() == 3 for n in silos["model.layers.0.experts"])
+    assert all(model.get_parameter(n).dim() == 3 for n in silos["model.layers.0.experts"][:2])
     assert silos["model.layers.0.router"] == ["model.layers.0.mlp.gate.weight"]
 
 
@@ -76,6 +80,22 @@ def test_a_partition_is_disjoint_and_complete(architecture, siloing):
     assert sorted(n for members in silos.values() for n in members) == sorted(names)
     count = len(silos)
     assert {"none": count == 1, "parameter": count == len(names), "module": 1 < count <= 8}.get(siloing, count > 5)
+
+
+@pytest.mark.parametrize(
+    ("name", "attention", "feed_forward", "outside"),
+    [
+        ("gpt2", "ln_1", "ln_2", "transformer.ln_f"),
+        ("llama", "input_layernorm", "post_attention_layernorm", "model.norm"),
+        ("vit", "layernorm_before", "layernorm_after", "vit.layernorm"),
+    ],
+)
+def test_norms_go_with_the_module_they_serve(name, attention, feed_forward, outside):
+    read = read_names(names_of(BUILDERS[name]()))
+    norms = {n.split(".")[-2]: kind for n, (layer, kind) in read.items() if layer}
+    assert norms[attention] == "attention"
+    assert norms[feed_forward] == "feed_forward"
+    assert read[f"{outside}.weight"] == ("", "norm")
 
 
 def test_module_siloing_spans_layers():

@@ -1,0 +1,434 @@
+"""DST as a PEFT method: every way PEFT has to make, switch, merge and remove adapters."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import random
+import warnings
+
+import peft
+import pytest
+import torch
+from peft import AutoPeftModelForSequenceClassification, PeftModel, get_peft_config, get_peft_model
+from peft.utils import PeftType
+from torch import nn
+
+import peft_dst
+from peft_dst import DSTConfig, DSTModel
+from tests.models import assert_same, bert, logits, loss, train, weights
+
+
+def tuned_model(build, name="bert", adapters=("default",), **options):
+    """A model with trained adapters, and their logits; the last is active."""
+    options = {"epsilon": 0.02, **options}
+    base = build(name)
+    model = get_peft_model(base, DSTConfig(**options), adapters[0])
+    outputs = {}
+    for i, adapter in enumerate(adapters):
+        if i:
+            model.add_adapter(adapter, DSTConfig(**options))
+            model.set_adapter(adapter)
+        train(model, name, first=10 * i)
+        outputs[adapter] = logits(model, name)
+    return model, outputs
+
+
+def test_registration_is_a_real_member_and_idempotent():
+    peft_dst.register()
+    assert PeftType("DST") is PeftType.DST
+    assert PeftType.DST.value == "DST" == PeftType.DST
+    assert PeftType["DST"] in list(PeftType)
+    assert pickle.loads(pickle.dumps(PeftType.DST)) is PeftType.DST
+    assert isinstance(get_peft_config({"peft_type": "DST", "epsilon": 0.1}), DSTConfig)
+    # Other methods' counts are left alone.
+    lora = get_peft_model(bert(), peft.LoraConfig(target_modules=["query"], r=2))
+    assert lora.get_nb_trainable_parameters()[0] == 2 * 2 * (16 + 16)
+
+
+def test_counts_tell_the_budget(build, capsys):
+    base = build("bert")
+    size = sum(p.numel() for p in base.parameters())
+    model = get_peft_model(base, DSTConfig(epsilon=0.01))
+    assert model.get_nb_trainable_parameters() == (round(0.01 * size), size)
+    model.print_trainable_parameters()
+    assert f"trainable params: {round(0.01 * size):,} || all params: {size:,}" in capsys.readouterr().out
+    model.set_adapter("default", inference_mode=True)
+    assert model.get_nb_trainable_parameters() == (0, size)
+    train_head = get_peft_model(build("bert"), DSTConfig(epsilon=0.01, modules_to_save=["classifier"]))
+    head = 16 * 3 + 3
+    assert train_head.get_nb_trainable_parameters() == (round(0.01 * (size - head)) + head, size + head)
+
+
+def test_silos_and_their_table(build, capsys):
+    model = get_peft_model(build("gpt2"), DSTConfig(epsilon=0.01))
+    silos = model.silos("default")
+    assert list(silos) == [s.name for s in model.constraint().silos]
+    assert silos["transformer.h.1.feed_forward"] == [
+        f"transformer.h.1.{name}.{kind}" for name in ("ln_2", "mlp.c_fc", "mlp.c_proj") for kind in ("weight", "bias")
+    ]
+    # Tied embeddings count once, under the name that comes first.
+    assert "lm_head.weight" not in sum(silos.values(), [])
+    model.print_silos()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["silo", "tensors", "size", "budget"]
+    assert len(lines) == len(silos) + 4
+    total = sum(p.numel() for p in model.get_base_model().parameters() if p.requires_grad)
+    assert lines[-1].split() == ["total", str(len(sum(silos.values(), []))), f"{total:,}", str(round(0.01 * total))]
+    with pytest.raises(ValueError, match="adapter 'other' does not exist; there are default"):
+        model.silos("other")
+
+
+def test_nothing_is_wrapped_and_nothing_added_to_the_forward_pass(architecture, build):
+    plain, base = build(architecture), build(architecture)
+    get_peft_model(base, DSTConfig(epsilon=0.02))
+    assert [type(m) for n, m in base.named_modules() if "_sparse" not in n] == [type(m) for m in plain.modules()]
+    names = [n for n, _ in plain.named_parameters()]
+    assert [n for n, _ in base.named_parameters() if "_sparse" not in n] == names
+    assert torch.equal(logits(base, architecture), logits(plain, architecture))
+
+
+def test_everything_is_tuned_by_default(architecture, build):
+    base = build(architecture)
+    names = {n for n, _ in base.named_parameters()}
+    model = get_peft_model(base, DSTConfig(epsilon=0.02))
+    assert {n for members in model.silos().values() for n in members} == names
+    assert all(p.requires_grad for n, p in base.named_parameters() if "_sparse" not in n)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "mixtral", "t5", "vit"])
+def test_disable_enable_switch_delete(name, build):
+    seed = weights(build(name))
+    plain = logits(build(name), name)
+    model, outputs = tuned_model(build, name, ("a", "b"))
+    assert not torch.equal(outputs["a"], outputs["b"])
+    with model.disable_adapter():
+        assert_same(weights(model.get_base_model()), seed)
+        assert torch.equal(logits(model, name), plain)
+    assert torch.equal(logits(model, name), outputs["b"])
+    model.set_adapter("a")
+    assert torch.equal(logits(model, name), outputs["a"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        model.delete_adapter("a")
+    assert model.active_adapters == ["b"]
+    assert list(model.peft_config) == ["b"]
+    assert torch.equal(logits(model, name), outputs["b"])
+    model.delete_adapter("b")
+    assert_same(weights(model.base_model.model), seed)
+
+
+def test_an_adapter_added_later_starts_from_the_seed(build):
+    model, _ = tuned_model(build)
+    model.add_adapter("fresh", DSTConfig(epsilon=0.02))
+    model.set_adapter("fresh")
+    assert torch.equal(logits(model, "bert"), logits(build("bert"), "bert"))
+    # Adding it did not disturb what could be trained.
+    assert all(p.requires_grad for n, p in model.get_base_model().named_parameters() if "_sparse" not in n)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_fifty_random_swaps_merges_and_disablings_are_bit_exact(name, dtype, build):
+    names = ("a", "b", "c")
+    base = build(name).to(dtype)
+    seed = weights(base)
+    model = get_peft_model(base, DSTConfig(epsilon=0.03), "a")
+    tuned = {}
+    for adapter in names:
+        if adapter != "a":
+            model.add_adapter(adapter, DSTConfig(epsilon=0.03))
+            model.set_adapter(adapter)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+        for _ in range(2):
+            for parameter in model.parameters():
+                parameter.grad = torch.randn_like(parameter) if parameter.requires_grad else None
+            optimizer.step()
+        tuned[adapter] = weights(base)
+        assert sum(int((tuned[adapter][k] != seed[k]).sum()) for k in seed) == model.constraint(adapter).budget
+    chance = random.Random(0)
+    for _ in range(50):
+        adapter = chance.choice(names)
+        model.set_adapter(adapter)
+        assert_same(weights(base), tuned[adapter])
+        action = chance.choice(("disable", "merge", "merge other", "nested", "nothing"))
+        if action == "disable":
+            with model.disable_adapter():
+                assert_same(weights(base), seed)
+        elif action == "merge":
+            model.merge_adapter()
+            assert_same(weights(base), tuned[adapter])
+            with model.disable_adapter():
+                assert_same(weights(base), seed)
+            model.unmerge_adapter()
+        elif action == "merge other":
+            other = chance.choice(names)
+            model.merge_adapter([other])
+            assert_same(weights(base), tuned[other])
+            model.unmerge_adapter()
+        elif action == "nested":
+            with model.disable_adapter(), model.disable_adapter():
+                assert_same(weights(base), seed)
+        assert_same(weights(base), tuned[adapter])
+    assert_same(weights(model.unload()), seed)
+
+
+def test_disabling_inside_a_training_step(build):
+    """A reference pass between forward and backward, as DPO does, leaves gradients and step bit-identical."""
+    results = []
+    for reference_pass in (False, True):
+        base = build("llama")
+        model = get_peft_model(base, DSTConfig(epsilon=0.05))
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        for step in range(3):
+            value = loss(model, "llama", step)
+            if reference_pass:
+                trainable = [p.requires_grad for p in model.parameters()]
+                with model.disable_adapter():
+                    loss(model, "llama", step)
+                    with torch.no_grad():
+                        assert torch.equal(logits(model, "llama"), logits(build("llama"), "llama"))
+                assert [p.requires_grad for p in model.parameters()] == trainable
+            value.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append(weights(base))
+    assert_same(*results)
+
+
+def test_several_active_adapters_add_up(build):
+    """The documented meaning: one adapter's entry is taken as it is, entries of several add their changes."""
+    base = build("bert")
+    seed = weights(base)
+    model, tuned = get_peft_model(base, DSTConfig(epsilon=0.2), "a"), {}
+    model.add_adapter("b", DSTConfig(epsilon=0.2))
+    for i, adapter in enumerate(("a", "b")):
+        model.set_adapter(adapter)
+        train(model, "bert", first=5 * i)
+        tuned[adapter] = weights(base)
+    for order in (["a", "b"], ["b", "a"]):
+        model.base_model.set_adapter(order)
+        overlaps = 0
+        for name, value in weights(base).items():
+            a, b, zero = tuned["a"][name], tuned["b"][name], seed[name]
+            both = (a != zero) & (b != zero)
+            overlaps += int(both.sum())
+            assert torch.equal(value[~both], torch.where(a != zero, a, b)[~both])
+            total = zero.double() + (a.double() - zero.double()) + (b.double() - zero.double())
+            assert torch.equal(value[both], total.float()[both])
+        assert overlaps > 100
+    model.set_adapter("a")
+    assert_same(weights(base), tuned["a"])
+    model.base_model.set_adapter(["a", "b"])
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    loss(model, "bert").backward()
+    before = weights(base)
+    with pytest.raises(RuntimeError, match="adapters a, b are all active"):
+        optimizer.step()
+    assert_same(weights(base), before)
+
+
+def test_merge_and_unload(build):
+    model, outputs = tuned_model(build, "bert", ("a", "b"))
+    merged = copy.deepcopy(model).merge_and_unload()
+    assert torch.equal(logits(merged, "bert"), outputs["b"])
+    assert not any("_sparse" in n for n in merged.state_dict())
+    assert [type(m) for m in merged.modules()] == [type(m) for m in build("bert").modules()]
+    other = copy.deepcopy(model).merge_and_unload(adapter_names=["a"])
+    assert torch.equal(logits(other, "bert"), outputs["a"])
+    # A merged model is an ordinary one: it can be wrapped again, and then this is the seed.
+    again = get_peft_model(merged, DSTConfig(epsilon=0.02))
+    train(again, "bert")
+    with again.disable_adapter():
+        assert torch.equal(logits(again, "bert"), outputs["b"])
+
+
+def test_safe_merge_refuses_non_finite_values(build):
+    model, _ = tuned_model(build)
+    with model.disable_adapter():
+        model.get_base_model().bert.embeddings.word_embeddings._sparse.dst_values["default"]["weight"][0] = float("nan")
+    with pytest.raises(ValueError, match="NaNs detected.*'bert.embeddings.word_embeddings.weight'"):
+        model.merge_adapter(safe_merge=True)
+
+
+def test_unload_returns_the_seed(build):
+    seed = weights(build("bert"))
+    model, _ = tuned_model(build)
+    assert_same(weights(model.unload()), seed)
+
+
+def test_deep_copies_are_independent(build):
+    model, _ = tuned_model(build)
+    twin = copy.deepcopy(model)
+    train(twin, "bert", first=20)
+    train(model, "bert", first=20)
+    assert_same(weights(model.get_base_model()), weights(twin.get_base_model()))
+    before = weights(model.get_base_model())
+    train(twin, "bert", first=40)
+    assert_same(weights(model.get_base_model()), before)
+    seed = weights(build("bert"))
+    with twin.disable_adapter():
+        assert_same(weights(twin.get_base_model()), seed)
+    assert twin.constraint().steps == 9
+
+
+def test_a_pickled_model_trains_on(build, tmp_path):
+    model, output = tuned_model(build)
+    torch.save(model, tmp_path / "model.pt")
+    twin = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(logits(twin, "bert"), output["default"])
+    train(twin, "bert", first=20)
+    train(model, "bert", first=20)
+    assert_same(weights(model.get_base_model()), weights(twin.get_base_model()))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"target_modules": ["query"]}, {"attention.self.query"}),
+        ({"target_modules": ["attention"], "layers_to_transform": [1]}, {"attention.self", "attention.output"}),
+        ({"target_modules": r".*\.(key|value)"}, {"attention.self.key", "attention.self.value"}),
+        ({"exclude_modules": ["encoder", "pooler", "classifier"]}, {"bert.embeddings"}),
+        ({"layers_to_transform": 0}, {"bert.encoder.layer.0"}),
+        ({"target_parameters": ["key.bias"]}, {"attention.self.key.bias"}),
+        ({"target_modules": "all-linear", "task_type": "SEQ_CLS"}, {"query", "key", "value", "dense"}),
+    ],
+)
+def test_targets(options, expected, build):
+    base = build("bert")
+    names = {n for n, _ in base.named_parameters()}
+    model = get_peft_model(base, DSTConfig(epsilon=0.05, **options))
+    targeted = {n for members in model.silos().values() for n in members}
+    assert targeted == {n for n in names if any(part in n for part in expected) and _in_layers(n, options)}
+    trainable = {n for n, p in base.named_parameters() if p.requires_grad and "modules_to_save" not in n}
+    assert trainable == targeted
+
+
+def _in_layers(name, options):
+    if options.get("target_modules") == "all-linear":
+        return "classifier" not in name and "LayerNorm" not in name and "embeddings" not in name
+    return "layer.1." in name if options.get("layers_to_transform") == [1] else True
+
+
+def test_adapters_with_different_targets(build):
+    base = build("bert")
+    seed = weights(base)
+    model = get_peft_model(base, DSTConfig(epsilon=0.05, target_modules=["attention"]), "a")
+    train(model, "bert")
+    tuned = weights(base)
+    model.add_adapter("b", DSTConfig(epsilon=0.05, target_modules=["intermediate"]))
+    model.set_adapter("b")
+    assert_same(weights(base), seed)
+    assert {n for n, p in base.named_parameters() if p.requires_grad} == {n for n in seed if "intermediate" in n}
+    train(model, "bert")
+    model.set_adapter("a")
+    assert_same(weights(base), tuned)
+    assert {n for n, p in base.named_parameters() if p.requires_grad} == {n for n in seed if "attention" in n}
+
+
+def test_parameters_of_the_model_itself():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(20))
+            self.linear = nn.Linear(20, 20)
+
+        def forward(self, x):
+            return self.linear(x * self.scale)
+
+    base = Scaled()
+    seed = weights(base)
+    model = get_peft_model(base, DSTConfig(num_free_parameters=5, siloing="none", distance="absolute"))
+    assert model.silos() == {"model": ["scale", "linear.weight", "linear.bias"]}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    model(torch.randn(4, 20)).square().sum().backward()
+    optimizer.step()
+    assert sum(int((base.get_parameter(n) != v).sum()) for n, v in seed.items()) == 5
+    assert_same(weights(model.unload()), seed)
+
+
+def test_tied_weights_stay_tied(build):
+    model, output = tuned_model(build, "gpt2")
+    base = model.get_base_model()
+    assert base.lm_head.weight is base.transformer.wte.weight
+    merged = model.merge_and_unload()
+    assert merged.lm_head.weight is merged.transformer.wte.weight
+    assert merged.config.tie_word_embeddings
+    assert torch.equal(logits(merged, "gpt2"), output["default"])
+
+
+def test_casting_the_model_keeps_swaps_exact(build):
+    model, _ = tuned_model(build)
+    reference = weights(build("bert").to(torch.bfloat16))
+    model.to(torch.bfloat16)
+    tuned = weights(model.get_base_model())
+    with model.disable_adapter():
+        assert_same(weights(model.get_base_model()), reference)
+    assert_same(weights(model.get_base_model()), tuned)
+
+
+def test_full_state_dicts_round_trip(build):
+    """Accelerate's save_state keeps the whole state dict; the base must come back from it too."""
+    seed = weights(build("bert"))
+    model, output = tuned_model(build, epsilon=0.05)
+    state = copy.deepcopy(model.state_dict())
+    twin = get_peft_model(build("bert"), DSTConfig(epsilon=0.05))
+    train(twin, "bert", first=50)
+    twin.load_state_dict(state)
+    assert torch.equal(logits(twin, "bert"), output["default"])
+    with twin.disable_adapter():
+        assert_same(weights(twin.get_base_model()), seed)
+    train(twin, "bert", first=20)
+    train(model, "bert", first=20)
+    assert_same(weights(model.get_base_model()), weights(twin.get_base_model()))
+    # Saved while disabled, loaded while enabled: the dense weights are the seed then.
+    with model.disable_adapter():
+        state = copy.deepcopy(model.state_dict())
+    twin.load_state_dict(state)
+    assert_same(weights(model.get_base_model()), weights(twin.get_base_model()))
+
+
+def test_new_base_weights_under_an_active_adapter(build):
+    model, _ = tuned_model(build)
+    model.base_model.model.bert.pooler.load_state_dict(
+        {n: torch.zeros_like(p) for n, p in build("bert").bert.pooler.named_parameters()}, strict=False
+    )
+    tuned = model.get_base_model().bert.pooler.dense.weight.detach().clone()
+    marker = model.get_base_model().bert.pooler.dense._sparse
+    expected = torch.zeros(256)
+    record = marker.records("default")["weight"]
+    expected[record.indices.long()] = record.values
+    assert torch.equal(tuned.flatten(), expected)
+    with model.disable_adapter():
+        assert not model.get_base_model().bert.pooler.dense.weight.any()
+
+
+def test_status_and_repr(build):
+    model, _ = tuned_model(build, adapters=("a", "b"))
+    status = model.get_model_status()
+    assert status.enabled is True
+    assert status.active_adapters == ["b"]
+    assert status.available_adapters == ["a", "b"]
+    assert status.merged_adapters == []
+    assert status.peft_types == {"a": "DST", "b": "DST"}
+    assert status.trainable_params == model.constraint("b").budget
+    model.merge_adapter()
+    assert model.get_layer_status()[0].merged_adapters == ["b"]
+    assert "dst.SparseLayer" in repr(model)
+    assert isinstance(model.base_model, DSTModel)
+
+
+@pytest.mark.parametrize("loader", [PeftModel.from_pretrained, None], ids=["PeftModel", "AutoPeftModel"])
+def test_loading_by_name(loader, build, tmp_path):
+    build("bert").save_pretrained(tmp_path / "base")
+    base = type(build("bert")).from_pretrained(tmp_path / "base")
+    model = get_peft_model(base, DSTConfig(epsilon=0.02, task_type="SEQ_CLS"))
+    train(model, "bert")
+    output = logits(model, "bert")
+    model.save_pretrained(tmp_path / "adapter")
+    if loader is None:
+        loaded = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter", num_labels=3)
+    else:
+        loaded = loader(type(base).from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    assert torch.equal(logits(loaded, "bert"), output)
+    assert not any(p.requires_grad for p in loaded.parameters())
