@@ -227,6 +227,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         self.tuned.pop(adapter_name, None)
+        self._awaited.discard(adapter_name)
         super().delete_adapter(adapter_name)
         self.sync()
 
@@ -236,6 +237,11 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         # Parents save before their children: the records are fresh by the time they are collected.
         self.refresh()
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        # Savers that drop aliases (Accelerate's) take all empty tensors for one; sizes tell empty from absent.
+        for adapter in self.tuned:
+            records = self.dst_indices[adapter]
+            sizes = [records[p].numel() if p in records else 0 for p in self.tuned[adapter]]
+            destination[f"{prefix}dst_sizes.{adapter}"] = torch.tensor(sizes)
         # A full state dict holds the live weights; with the seed values beside them it can be loaded and reverted.
         for parameter, weight in self.weights.items():
             if weight.indices.numel():
@@ -243,17 +249,22 @@ class SparseLayer(nn.Module, BaseTunerLayer):
                 destination[f"{prefix}dst_seeds.{parameter}"] = weight.seeds
 
     def _load_from_state_dict(
-        self, state_dict: Mapping[str, Tensor], prefix: str, local_metadata: Any, strict: bool, *lists: list[str]
+        self, state_dict: dict[str, Tensor], prefix: str, local_metadata: Any, strict: bool, *lists: list[str]
     ) -> None:
         # Records change their length from step to step, so they are replaced rather than copied into.
         self.refresh()
         for adapter, parameters in self.tuned.items():
-            for parameter in parameters:
-                indices = state_dict.get(f"{prefix}dst_indices.{adapter}.{parameter}")
-                values = state_dict.get(f"{prefix}dst_values.{adapter}.{parameter}")
-                if indices is not None and values is not None:
-                    data = self.weights[parameter].data
+            sizes = state_dict.get(f"{prefix}dst_sizes.{adapter}")
+            for i, parameter in enumerate(parameters):
+                keys = [f"{prefix}{part}.{adapter}.{parameter}" for part in ("dst_indices", "dst_values")]
+                data = self.weights[parameter].data
+                if sizes is not None and i < len(sizes) and sizes[i] == 0:
+                    # Complete what a saver left out, for the children that load next and are strict.
+                    state_dict[keys[0]] = torch.empty(0, dtype=index_dtype(data.numel()))
+                    state_dict[keys[1]] = torch.empty(0, dtype=data.dtype)
+                if all(key in state_dict for key in keys):
                     # No aliases: the caller keeps the tensors of a state dict and may change them.
+                    indices, values = (state_dict[key] for key in keys)
                     self._store(adapter, parameter, indices.to(data.device, copy=True), values.to(data, copy=True))
                     self._stale = True
         for parameter in self._overwritten:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, _maybe_include_all_linear_layers
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
@@ -287,8 +288,23 @@ class DSTModel(BaseTuner):
         """Check every record of a file against the model, and give its keys the adapter's name.
 
         Raises:
-            DeltaError: if a record is malformed or the base is another one; nothing has been changed by then.
+            DeltaError: if a record is malformed or the base is another one. No weight has been changed by then, and an
+                adapter that was added for this file is taken away again.
         """
+        try:
+            return cls._check_and_name_records(model, config, adapter_name, state_dict)
+        except DeltaError:
+            if isinstance(model, PeftModel) and any(adapter_name in marker._awaited for _, marker in markers(model)):
+                if len(model.peft_config) > 1:
+                    model.delete_adapter(adapter_name)
+                else:
+                    model.base_model.unload()
+            raise
+
+    @staticmethod
+    def _check_and_name_records(
+        model: nn.Module, config: DSTConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
         loaded: dict[str, dict[str, Tensor]] = {}
         rest: dict[str, Tensor] = {}
         for key, tensor in state_dict.items():
@@ -449,7 +465,11 @@ def _settle_before_forward(model: nn.Module) -> None:
     def look(module: nn.Module, *unused: Any) -> None:
         if settle(module):
             handle.remove()
-        else:
-            raise RuntimeError("an adapter was added from a saved config, but its tensors were never loaded.")
+        for _, marker in markers(module):
+            if missing := marker._awaited.intersection(marker.active_adapters):
+                raise RuntimeError(
+                    f"adapter {missing.pop()!r} was added from a saved config, but its tensors were not loaded. Load "
+                    "them with load_adapter, or delete the adapter."
+                )
 
     handle = model.register_forward_pre_hook(look)
