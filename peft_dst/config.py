@@ -171,6 +171,8 @@ class DSTConfig(PeftConfig):
                 "records": self.records,
             },
         )
+        # They describe what was just written. Another model made from this config starts without any.
+        self.records = None
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...], remedy: str = "") -> None:

@@ -17,8 +17,8 @@ several change takes seed + Σ (value − seed).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -26,7 +26,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from .core import SparseWeight
-from .delta import Record, index_dtype
+from .delta import DeltaError, Record, check_record, index_dtype
 
 
 MARKER = "_sparse"
@@ -47,24 +47,29 @@ class SparseLayer(nn.Module, BaseTunerLayer):
 
     def __init__(self, host: nn.Module, name: str):
         super().__init__()
-        # Not by attribute: the host would become a submodule of its own child.
-        object.__setattr__(self, "host", host)
+        # In a tuple, or the host would become a submodule of its own child.
+        self._host = (host,)
         self.name = name
         self.dst_indices = nn.ModuleDict({})
         self.dst_values = nn.ModuleDict({})
         self.tuned: dict[str, tuple[str, ...]] = {}
         self.weights: dict[str, SparseWeight] = {}
         self.merged_adapters: list[str] = []
-        self._active_adapter: str | list[str] = []
+        self._active_adapter: list[str] = []
         self._disable_adapters = False
         self._written: tuple[str, ...] = ()
         self._stale = False
-        self._awaited: set[str] = set()
+        #: Adapters that were added from a saved config and whose tensors are still to be loaded or checked.
+        self.awaited: set[str] = set()
         self._overwritten: set[str] = set()
-        host.register_load_state_dict_pre_hook(_before_host_loads)
+        self._load_hook = host.register_load_state_dict_pre_hook(_before_host_loads)
 
     def __repr__(self) -> str:
         return f"dst.{type(self).__name__}({', '.join(self.weights)})"
+
+    @property
+    def host(self) -> nn.Module:
+        return self._host[0]
 
     # Records
 
@@ -82,7 +87,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         self.dst_values[adapter] = nn.ParameterDict()
         self.tuned[adapter] = tuple(parameters)
         if entries is not None:
-            self._awaited.add(adapter)
+            self.awaited.add(adapter)
         for parameter in parameters:
             if parameter not in self.weights:
                 name = f"{self.name}.{parameter}" if self.name else parameter
@@ -93,21 +98,25 @@ class SparseLayer(nn.Module, BaseTunerLayer):
                 indices = torch.full((size,), NOT_LOADED, dtype=index_dtype(data.numel()), device=data.device)
                 self._store(adapter, parameter, indices, torch.zeros(size, dtype=data.dtype, device=data.device))
 
-    def is_loaded(self, adapter: str) -> bool:
-        """Whether no record of this adapter still waits for its tensors."""
-        if adapter in self._awaited:
-            indices = self.dst_indices[adapter].values()
-            if any(i.is_meta or (i.numel() and int(i[0]) == NOT_LOADED) for i in indices):
-                return False
-            self._awaited.discard(adapter)
-            self._stale = True
-        return True
+    def has_arrived(self, adapter: str) -> bool:
+        """Whether the tensors of an awaited adapter are there, for `accept` to take in once they have been checked."""
+        indices = [record.indices for record in self._records(adapter).values()]
+        return not any(i.is_meta or (i.numel() and int(i[0]) == NOT_LOADED) for i in indices)
+
+    def accept(self, adapter: str) -> None:
+        """Take in an awaited adapter's records: they have been checked, and may be written into the weights."""
+        self.awaited.discard(adapter)
+        self._stale = True
+        self.sync()
 
     def records(self, adapter: str) -> dict[str, Record]:
         """The adapter's records, parameter → Record, brought up to date with the live weights."""
         self.refresh()
-        indices, values = self.dst_indices[adapter], self.dst_values[adapter]
-        return {parameter: Record(indices[parameter], values[parameter].data) for parameter in indices.keys()}
+        return self._records(adapter)
+
+    def _records(self, adapter: str) -> dict[str, Record]:
+        indices, values = cast(Any, self.dst_indices[adapter]), cast(Any, self.dst_values[adapter])
+        return {parameter: Record(indices[parameter], values[parameter].data) for parameter in [*indices]}
 
     def write_record(self, adapter: str, parameter: str, record: Record) -> None:
         """Replace a record. Call `sync` when all are written; the live weights follow if the adapter is active."""
@@ -116,8 +125,8 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         self._stale = True
 
     def _store(self, adapter: str, parameter: str, indices: Tensor, values: Tensor) -> None:
-        self.dst_indices[adapter][parameter] = indices
-        self.dst_values[adapter][parameter] = nn.Parameter(values, requires_grad=False)
+        cast(Any, self.dst_indices[adapter])[parameter] = indices
+        cast(Any, self.dst_values[adapter])[parameter] = nn.Parameter(values, requires_grad=False)
 
     def refresh(self) -> None:
         """Bring the record of the adapter in the live weights up to date with what training made of them."""
@@ -138,19 +147,16 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         if self._disable_adapters:
             return ()
         names = self.merged_adapters or self.active_adapters
-        return tuple(name for name in names if name in self.tuned and self.is_loaded(name))
+        return tuple(name for name in names if name in self.tuned and name not in self.awaited)
 
     def sync(self) -> None:
         """Make the live weights those of the effective adapters, starting from the seed. Bit-exact both ways."""
         wanted = self.effective_adapters()
         if wanted != self._written or self._stale:
             self.refresh()
+            by_adapter = [self._records(name) for name in wanted]
             for parameter, weight in self.weights.items():
-                records = [
-                    Record(self.dst_indices[name][parameter], self.dst_values[name][parameter].data)
-                    for name in wanted
-                    if parameter in self.dst_indices[name]
-                ]
+                records = [found[parameter] for found in by_adapter if parameter in found]
                 if not records:
                     weight.revert()
                 elif len(records) == 1:
@@ -171,10 +177,19 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         self._overwritten.update(parameters)
         self._stale = True
 
+    def detach(self) -> None:
+        """Leave the host, whose weights stay as they are."""
+        self._load_hook.remove()
+        delattr(self.host, MARKER)
+
     # PEFT's contract
 
     def get_base_layer(self) -> nn.Module:
         return self.host
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return list(self._active_adapter)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Activate adapters: their values go into the live weights, which become trainable unless `inference_mode`."""
@@ -227,7 +242,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         self.tuned.pop(adapter_name, None)
-        self._awaited.discard(adapter_name)
+        self.awaited.discard(adapter_name)
         super().delete_adapter(adapter_name)
         self.sync()
 
@@ -239,8 +254,8 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         # Savers that drop aliases (Accelerate's) take all empty tensors for one; sizes tell empty from absent.
         for adapter in self.tuned:
-            records = self.dst_indices[adapter]
-            sizes = [records[p].numel() if p in records else 0 for p in self.tuned[adapter]]
+            records = self._records(adapter)
+            sizes = [records[p].indices.numel() if p in records else 0 for p in self.tuned[adapter]]
             destination[f"{prefix}dst_sizes.{adapter}"] = torch.tensor(sizes)
         # A full state dict holds the live weights; with the seed values beside them it can be loaded and reverted.
         for parameter, weight in self.weights.items():
@@ -265,12 +280,20 @@ class SparseLayer(nn.Module, BaseTunerLayer):
                 if all(key in state_dict for key in keys):
                     # No aliases: the caller keeps the tensors of a state dict and may change them.
                     indices, values = (state_dict[key] for key in keys)
+                    try:
+                        check_record(self.weights[parameter].name, data.numel(), Record(indices, values))
+                    except DeltaError as error:
+                        lists[-1].append(str(error))
+                        continue
                     self._store(adapter, parameter, indices.to(data.device, copy=True), values.to(data, copy=True))
+                    self.awaited.discard(adapter)
                     self._stale = True
         for parameter in self._overwritten:
             seeds = state_dict.get(f"{prefix}dst_seeds.{parameter}")
             if seeds is not None:
-                self.weights[parameter].place(state_dict[f"{prefix}dst_seed_indices.{parameter}"].clone(), seeds.clone())
+                self.weights[parameter].place(
+                    state_dict[f"{prefix}dst_seed_indices.{parameter}"].clone(), seeds.clone()
+                )
         self._overwritten.clear()
         self.sync()
 
@@ -295,3 +318,8 @@ def _before_host_loads(host: nn.Module, state_dict: Mapping[str, Any], prefix: s
         loaded = [parameter for parameter in marker.weights if prefix + parameter in state_dict]
         if loaded:
             marker.forget_seed(loaded)
+
+
+def markers(model: nn.Module) -> Iterator[tuple[str, SparseLayer]]:
+    """The marker children of a model with their names, in model order."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, SparseLayer))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft import PeftModel
@@ -15,24 +14,18 @@ from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from . import exchange
 from .config import DSTConfig
 from .core import Constraint, Silo, allocate_budgets, partition
 from .core.silos import compile_silo_patterns, read_names
-from .delta import DeltaError, Record, Summary, check_record, check_seed, summarize
-from .layer import MARKER, SparseLayer
+from .delta import DeltaError, Record, Summary
+from .layer import MARKER, SparseLayer, markers
 from .targets import find_targets, is_excluded, is_targeted
 
 
 # Where a base model keeps its adapters' constraints: on the model itself, because transformers' own `load_adapter` and
 # `add_adapter` keep the model that was injected into and drop the tuner.
 _CONSTRAINTS = "dst_constraints"
-_PEFT_PREFIX = "base_model.model."
-_RECORD_KEY = re.compile(rf"(?P<host>(?:.*\.)?){MARKER}\.(?P<part>dst_indices|dst_values)\.(?P<parameter>[^.]+)")
-
-
-def markers(model: nn.Module) -> Iterator[tuple[str, SparseLayer]]:
-    """The marker children of a model with their names, in model order."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, SparseLayer))
 
 
 def active_constraints(model: nn.Module) -> list[Constraint]:
@@ -55,7 +48,7 @@ class DSTModel(BaseTuner):
 
     prefix = "dst_"
     tuner_layer_cls = SparseLayer
-    target_module_mapping: dict[str, list[str]] = {}
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     # What users ask
 
@@ -123,10 +116,10 @@ class DSTModel(BaseTuner):
         targets = find_targets(model, config)
         silos = _silo_sizes(model, config, [target.name for target in targets])
         _check_no_copies(model, config, adapter_name)
-        summaries = {name: Summary.parse(name, raw) for name, raw in (config.records or {}).items()}
+        summaries = exchange.read_summaries(config)
         _check_summaries(summaries, silos)
 
-        self._placing = {}
+        self._placing: dict[str, list[str]] = {}
         for target in targets:
             self._placing.setdefault(target.host, []).append(target.parameter)
         self._entries = None if config.records is None else {name: s.entries for name, s in summaries.items()}
@@ -160,8 +153,8 @@ class DSTModel(BaseTuner):
                 weight.remember_seed()
         if not config.init_weights:
             _start_at_random(found, constraint)
-        if summaries:
-            _settle_before_forward(model)
+        if config.records is not None:
+            exchange.settle_before_forward(model)
 
     def _create_and_replace(
         self,
@@ -219,7 +212,7 @@ class DSTModel(BaseTuner):
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # Values stay in the base's dtype. PEFT calls this after loading: the loaded values go into the weights.
-        settle(self.model)
+        exchange.settle(self.model)
 
     # Removal
 
@@ -244,7 +237,7 @@ class DSTModel(BaseTuner):
                 marker.sync()
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         for _, marker in found:
-            delattr(marker.host, MARKER)
+            marker.detach()
         delattr(model, _CONSTRAINTS)
         return model
 
@@ -254,112 +247,27 @@ class DSTModel(BaseTuner):
     def _get_adapter_state_dict(
         cls,
         model: nn.Module,
-        config: DSTConfig,
+        config: PeftConfig,
         adapter_name: str,
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        """The adapter's records with any entries, and their summaries into the config that is saved next.
-
-        Raises:
-            RuntimeError: if weights were changed that the constraint never saw.
-        """
-        kept: dict[str, Tensor] = {}
-        summaries: dict[str, Summary] = {}
-        for name, marker in markers(model):
-            name = name.removeprefix("_fsdp_wrapped_module.")
-            for parameter in marker.tuned.get(adapter_name, ()):
-                weight = marker.weights[parameter]
-                if adapter_name in weight.adapters and not weight.seed_is_intact():
-                    raise RuntimeError(_UNSEEN_CHANGE.format(name=weight.name, adapter=adapter_name))
-                keys = [f"{name}.{part}.{adapter_name}.{parameter}" for part in ("dst_indices", "dst_values")]
-                if keys[0] not in state_dict or not state_dict[keys[0]].numel():
-                    continue
-                record = Record(*(state_dict[key] for key in keys))
-                kept |= dict(zip(keys, record, strict=True))
-                summaries[weight.name] = summarize(record, weight.seeds_at(record.indices.long()))
-        config.records = {name: list(summary) for name, summary in summaries.items()}
-        return kept
+        return exchange.collect(model, config, adapter_name, state_dict)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: DSTConfig, adapter_name: str, state_dict: dict[str, Tensor]
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Check every record of a file against the model, and give its keys the adapter's name.
-
-        Raises:
-            DeltaError: if a record is malformed or the base is another one. No weight has been changed by then, and an
-                adapter that was added for this file is taken away again.
-        """
         try:
-            return cls._check_and_name_records(model, config, adapter_name, state_dict)
+            return exchange.check_and_name(model, config, adapter_name, state_dict)
         except DeltaError:
-            if isinstance(model, PeftModel) and any(adapter_name in marker._awaited for _, marker in markers(model)):
+            # An adapter that was added for this file is taken away again.
+            if isinstance(model, PeftModel) and any(adapter_name in marker.awaited for _, marker in markers(model)):
                 if len(model.peft_config) > 1:
                     model.delete_adapter(adapter_name)
                 else:
                     model.base_model.unload()
             raise
-
-    @staticmethod
-    def _check_and_name_records(
-        model: nn.Module, config: DSTConfig, adapter_name: str, state_dict: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        loaded: dict[str, dict[str, Tensor]] = {}
-        rest: dict[str, Tensor] = {}
-        for key, tensor in state_dict.items():
-            if found := _RECORD_KEY.fullmatch(key.removeprefix(_PEFT_PREFIX)):
-                loaded.setdefault(found["host"] + found["parameter"], {})[found["part"]] = tensor
-            else:
-                rest[key] = tensor
-        summaries = {name: Summary.parse(name, raw) for name, raw in (config.records or {}).items()}
-        for name, marker in markers(model):
-            for parameter in marker.tuned.get(adapter_name, ()):
-                weight = marker.weights[parameter]
-                parts = loaded.pop(weight.name, None)
-                if parts is None:
-                    nothing = torch.empty(0)
-                    record = Record(nothing.int(), nothing.to(weight.data.dtype))
-                else:
-                    record = _pair(weight.name, parts)
-                    # An adapter that is loaded again (Trainer: resume, best checkpoint) keeps the config it had, whose
-                    # summaries are of another save.
-                    fresh = not marker.is_loaded(adapter_name)
-                    _check_against(weight, record, summaries.get(weight.name) if fresh else None)
-                    if fresh and config.records is not None and weight.name not in summaries:
-                        raise DeltaError(_NOT_SUMMARISED.format(name=weight.name))
-                rest[f"{name}.dst_indices.{adapter_name}.{parameter}"] = record.indices
-                rest[f"{name}.dst_values.{adapter_name}.{parameter}"] = record.values
-        if loaded:
-            raise DeltaError(
-                f"the adapter has entries for {next(iter(loaded))!r} ({len(loaded)} such tensors), which the model does "
-                "not have or the adapter's config does not tune. Load it onto the base named in adapter_config.json."
-            )
-        return rest
-
-
-_UNSEEN_CHANGE = (
-    "{name!r} differs from the seed outside the subset: its weights were changed without the constraint being enforced, so "
-    "adapter {adapter!r} cannot be saved as a delta. Train with a torch.optim optimizer, whose step the constraint hooks "
-    "(DeepSpeed and optimizers that are no torch.optim.Optimizer are not reached), and do not edit the weights otherwise."
-)
-_NOT_SUMMARISED = (
-    "{name!r} has entries in adapter_model.safetensors but none according to adapter_config.json. The two files come from "
-    "different saves; copy or download both again."
-)
-
-
-def _pair(name: str, parts: dict[str, Tensor]) -> Record:
-    missing = {"dst_indices", "dst_values"} - parts.keys()
-    if missing:
-        raise DeltaError(f"{name!r} has no {missing.pop()} in the adapter file. The file is damaged; save it again.")
-    return Record(parts["dst_indices"], parts["dst_values"])
-
-
-def _check_against(weight: Any, record: Record, summary: Summary | None) -> None:
-    check_record(weight.name, weight.data.numel(), record)
-    if summary is not None and not weight.data.is_meta:
-        check_seed(weight.name, summary, record, weight.seeds_at(record.indices.long().to(weight.data.device)))
 
 
 def _silo_sizes(model: nn.Module, config: DSTConfig, names: list[str]) -> dict[str, dict[str, int]]:
@@ -432,44 +340,3 @@ def _start_at_random(found: dict[str, SparseLayer], constraint: Constraint) -> N
             start = end
     for marker in found.values():
         marker.sync()
-
-
-def settle(model: nn.Module) -> bool:
-    """Check and write the records that have been loaded since; return whether none is still awaited.
-
-    Raises:
-        DeltaError: if a record is malformed or the base is another one; no weight has been changed by then.
-    """
-    arrived, complete = [], True
-    for _, marker in markers(model):
-        for adapter in tuple(marker._awaited):
-            if marker.is_loaded(adapter):
-                arrived.append((marker, adapter))
-            else:
-                complete = False
-    if complete:
-        for marker, adapter in arrived:
-            summaries = model.peft_config[adapter].records or {}
-            for parameter, record in marker.records(adapter).items():
-                weight = marker.weights[parameter]
-                raw = summaries.get(weight.name)
-                _check_against(weight, record, Summary.parse(weight.name, raw) if raw else None)
-        for marker, _ in arrived:
-            marker.sync()
-    return complete
-
-
-def _settle_before_forward(model: nn.Module) -> None:
-    """Transformers' own loader assigns tensors and calls nobody back: look at the first forward pass."""
-
-    def look(module: nn.Module, *unused: Any) -> None:
-        if settle(module):
-            handle.remove()
-        for _, marker in markers(module):
-            if missing := marker._awaited.intersection(marker.active_adapters):
-                raise RuntimeError(
-                    f"adapter {missing.pop()!r} was added from a saved config, but its tensors were not loaded. Load "
-                    "them with load_adapter, or delete the adapter."
-                )
-
-    handle = model.register_forward_pre_hook(look)

@@ -46,7 +46,7 @@ def _ask_the_tuner(method: str) -> None:
             return getattr(tuner, method)(*args, **kwargs)
         return original(self, *args, **kwargs)
 
-    wrapper.dst_original = original
+    wrapper.__dict__["dst_original"] = original
     setattr(PeftModel, method, wrapper)
 
 
@@ -64,7 +64,7 @@ def _extend_model_card() -> None:
         if isinstance(self.base_model, DSTModel):
             update_model_card(output_dir, self)
 
-    wrapper.dst_original = original
+    wrapper.__dict__["dst_original"] = original
     PeftModel.create_or_update_model_card = wrapper
 
 

@@ -235,9 +235,7 @@ def test_statistics(build):
         before.append({(w.name, int(i)) for w in silo.weights for i in w.indices})
         if step:
             assert silo.churn() == len(before[-1] - before[-2]) / len(before[-1])
-        distances = [
-            (w.seeds.float() * (w.values() - w.seeds)).abs().min() for w in silo.weights if w.indices.numel()
-        ]
+        distances = [(w.seeds.float() * (w.values() - w.seeds)).abs().min() for w in silo.weights if w.indices.numel()]
         assert float(silo.threshold) == float(min(distances))
 
 

@@ -105,6 +105,24 @@ def test_the_model_card_says_what_to_import(saved):
     assert f"| free parameters | {model.constraint().budget:,} |" in card
 
 
+def test_a_config_can_be_used_again(build, tmp_path):
+    config = DSTConfig(epsilon=0.02)
+    for _ in range(2):
+        model = get_peft_model(build("bert"), config)
+        assert torch.equal(logits(model, "bert"), logits(build("bert"), "bert"))
+        train(model, "bert")
+        model.save_pretrained(tmp_path)
+    assert config.records is None
+    loaded = PeftModel.from_pretrained(build("bert"), tmp_path, is_trainable=True)
+    assert torch.equal(logits(loaded, "bert"), logits(model, "bert"))
+    train(loaded, "bert", first=20)
+    assert loaded.peft_config["default"].records is None
+    # A config read from a saved adapter expects its tensors, and says so.
+    fresh = get_peft_model(build("bert"), DSTConfig.from_pretrained(tmp_path))
+    with pytest.raises(RuntimeError, match=r"'default' was added from a saved config.*set its `records` to None"):
+        logits(fresh, "bert")
+
+
 def test_several_adapters_and_their_folders(build, tmp_path):
     model = get_peft_model(build("bert"), DSTConfig(epsilon=0.02), "first")
     train(model, "bert")
@@ -275,6 +293,7 @@ def test_transformers_load_onto_another_base_is_refused(tmp_path):
     other = bert()
     seed = weights(other)
     other.load_adapter(tmp_path / "adapter")
+    other.set_adapter("default")
     with pytest.raises(DeltaError, match="belongs to another base"):
         logits(other, "bert")
     assert_same(weights(other), seed)
@@ -299,7 +318,9 @@ def assert_refused(base, folder, match):
 def test_another_base_is_refused(saved):
     folder, _, _ = saved()
     torch.manual_seed(99)
-    assert_refused(bert(), folder, "'bert.embeddings.word_embeddings.weight': the base model's values differ.*Load it onto")
+    assert_refused(
+        bert(), folder, "'bert.embeddings.word_embeddings.weight': the base model's values differ.*Load it onto"
+    )
 
 
 def test_a_base_that_was_tuned_or_merged_is_refused(build, saved):
@@ -313,13 +334,15 @@ def test_a_base_that_was_tuned_or_merged_is_refused(build, saved):
 def test_another_shape_is_refused(build, saved):
     folder, _, _ = saved()
     narrow, state = bert(intermediate_size=2), build("bert").state_dict()
-    narrow.load_state_dict({n: state[n] for n, t in narrow.state_dict().items() if t.shape == state[n].shape}, strict=False)
+    narrow.load_state_dict(
+        {n: state[n] for n, t in narrow.state_dict().items() if t.shape == state[n].shape}, strict=False
+    )
     assert_refused(narrow, folder, r"intermediate.dense.weight'.*a tensor of 32 components")
 
 
 def test_an_architecture_without_the_tensor_is_refused(build, saved):
     folder, _, _ = saved()
-    with pytest.raises(DeltaError, match="'bert.embeddings.LayerNorm.weight', which the model does not have"):
+    with pytest.raises(DeltaError, match=r"'bert.embeddings.LayerNorm.weight', which the model does not have"):
         PeftModel.from_pretrained(build("llama"), folder)
 
 

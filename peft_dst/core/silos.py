@@ -85,7 +85,7 @@ def read_names(names: Sequence[str], patterns: Sequence[re.Pattern[str]] = ()) -
             # feed-forward for its norm to belong to.
             neighbours = next((beside[m] for m in _modules_around(name) if m in beside), set())
             if len(neighbours) == 1:
-                read[name] = layer, *neighbours
+                read[name] = layer, next(iter(neighbours))
             elif kind == "feed_forward" and "experts" in present:
                 read[name] = layer, "experts"
     return read

@@ -113,7 +113,7 @@ def check_record(name: str, numel: int, record: Record) -> None:
 
 def _crc(tensor: Tensor) -> str:
     data = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
-    return f"{zlib.crc32(data):08x}"
+    return f"{zlib.crc32(data.tobytes()):08x}"
 
 
 def _coarser(dtype: torch.dtype) -> list[torch.dtype]:

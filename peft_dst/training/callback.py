@@ -148,7 +148,7 @@ def training_advice(model: nn.Module, constraint: Constraint, optimizer: Optimiz
 
 def _dropouts(model: nn.Module) -> dict[str, float]:
     """Positive dropout probabilities by config field, or of the modules if the model has no config."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     fields = config.to_dict() if hasattr(config, "to_dict") else {}
     found = {k: v for k, v in fields.items() if "drop" in k and isinstance(v, float) and v > 0}
     if fields:

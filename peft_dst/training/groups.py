@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ..model import markers
+from ..layer import markers
 
 
 def parameter_groups(model: nn.Module, *, lr: float, head_lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ def test_largest_remainder_by_hand():
 def test_total_is_exact_and_no_share_is_exceeded(epsilon):
     generator = torch.Generator().manual_seed(1)
     for _ in range(50):
-        sizes = torch.randint(1, 5000, (40,), generator=generator).tolist() + [300_000]
+        sizes = [*torch.randint(1, 5000, (40,), generator=generator).tolist(), 300_000]
         budgets = allocate_budgets(sizes, epsilon=epsilon)
         assert sum(budgets) == round(epsilon * sum(sizes))
         for size, budget in zip(sizes, budgets, strict=True):

@@ -37,5 +37,5 @@ def test_inputs_stay_and_unknown_is_named():
     assert distance("inverse_relative", seed, updated).dtype == torch.float64
     assert torch.equal(seed, before[0])
     assert torch.equal(updated, before[1])
-    with pytest.raises(ValueError, match="'euclid'.*inverse_relative"):
+    with pytest.raises(ValueError, match=r"'euclid'.*inverse_relative"):
         distance("euclid", seed, updated)

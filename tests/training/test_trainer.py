@@ -174,7 +174,10 @@ def test_two_learning_rates_in_trainer(build, tmp_path):
     model, _ = make(build, "bert", modules_to_save=["classifier"])
     optimizer = create_dst_optimizer(model, lr=0.5, head_lr=1e-3, weight_decay=0.1, betas=(0.8, 0.9))
     trainer = Trainer(
-        model, arguments(tmp_path, lr_scheduler_type="constant"), train_dataset=Rows("bert"), optimizers=(optimizer, None)
+        model,
+        arguments(tmp_path, lr_scheduler_type="constant"),
+        train_dataset=Rows("bert"),
+        optimizers=(optimizer, None),
     )
     trainer.train()
     assert [(g["name"], g["lr"], g["weight_decay"]) for g in optimizer.param_groups] == [

@@ -1,0 +1,157 @@
+"""Between the markers and PEFT's adapter state dicts: what is saved, and what is checked before anything is loaded.
+
+A saved adapter names its tensors without the adapter (`base_model.model.<host>._sparse.dst_indices.<parameter>`), holds
+only records with entries, and describes each in its config (`records`, which a config holds from reading to loading and
+from collecting to writing, and not otherwise). PEFT's own loader hands us the whole state dict, which is
+checked as one; transformers' loader assigns tensors one by one and calls nobody back, so what it left is checked at the
+first use.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from peft.config import PeftConfig
+from torch import Tensor, nn
+
+from .core import SparseWeight
+from .delta import DeltaError, Record, Summary, check_record, check_seed, index_dtype, summarize
+from .layer import MARKER, markers
+
+
+_PARTS = ("dst_indices", "dst_values")
+_PEFT_PREFIX = "base_model.model."
+_RECORD_KEY = re.compile(rf"(?P<host>(?:.*\.)?){MARKER}\.(?P<part>{'|'.join(_PARTS)})\.(?P<parameter>[^.]+)")
+
+
+def collect(
+    model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """The adapter's records with any entries, as found in a model's state dict; their summaries go into the config.
+
+    Raises:
+        RuntimeError: if weights were changed that the constraint never saw.
+    """
+    kept: dict[str, Tensor] = {}
+    summaries: dict[str, Summary] = {}
+    for name, marker in markers(model):
+        name = name.removeprefix("_fsdp_wrapped_module.")
+        for parameter in marker.tuned.get(adapter_name, ()):
+            weight = marker.weights[parameter]
+            if adapter_name in weight.adapters and not weight.seed_is_intact():
+                raise RuntimeError(
+                    f"{weight.name!r} differs from the seed outside the subset: its weights were changed without the "
+                    f"constraint being enforced, so adapter {adapter_name!r} cannot be saved as a delta. Train with a "
+                    "torch.optim optimizer, whose step the constraint hooks (DeepSpeed and optimizers that are no "
+                    "torch.optim.Optimizer are not reached), and do not edit the weights otherwise."
+                )
+            keys = [f"{name}.{part}.{adapter_name}.{parameter}" for part in _PARTS]
+            if keys[0] in state_dict and state_dict[keys[0]].numel():
+                record = Record(*(state_dict[key] for key in keys))
+                kept |= dict(zip(keys, record, strict=True))
+                summaries[weight.name] = summarize(record, weight.seeds_at(record.indices.long()))
+    config.records = {name: list(summary) for name, summary in summaries.items()}
+    return kept
+
+
+def check_and_name(
+    model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Check every record of an adapter's state dict against the model, and give its keys the adapter's name.
+
+    Raises:
+        DeltaError: if a record is malformed or the base is another one; nothing has been changed by then.
+    """
+    loaded: dict[str, dict[str, Tensor]] = {}
+    named: dict[str, Tensor] = {}
+    for key, tensor in state_dict.items():
+        if found := _RECORD_KEY.fullmatch(key.removeprefix(_PEFT_PREFIX)):
+            loaded.setdefault(found["host"] + found["parameter"], {})[found["part"]] = tensor
+        else:
+            named[key] = tensor
+    summaries = read_summaries(config)
+    for name, marker in markers(model):
+        # An adapter that is loaded again (Trainer: resume, best checkpoint) keeps the config it had, without summaries.
+        fresh = adapter_name in marker.awaited
+        for parameter in marker.tuned.get(adapter_name, ()):
+            weight = marker.weights[parameter]
+            record = _pair(weight, loaded.pop(weight.name, None))
+            _check(weight, record, summaries.get(weight.name))
+            if fresh and record.indices.numel() and weight.name not in summaries:
+                raise DeltaError(
+                    f"{weight.name!r} has entries in adapter_model.safetensors but none according to "
+                    "adapter_config.json. The two files come from different saves; copy or download both again."
+                )
+            named |= {f"{name}.{p}.{adapter_name}.{parameter}": t for p, t in zip(_PARTS, record, strict=True)}
+    if loaded:
+        raise DeltaError(
+            f"the adapter has entries for {next(iter(loaded))!r} ({len(loaded)} such tensors), which the model does not "
+            "have or the adapter's config does not tune. Load it onto the base named in adapter_config.json."
+        )
+    config.records = None
+    return named
+
+
+def read_summaries(config: PeftConfig) -> dict[str, Summary]:
+    """What a saved adapter's config says of its records, by name of the parameter.
+
+    Raises:
+        DeltaError: if an entry is malformed.
+    """
+    return {name: Summary.parse(name, raw) for name, raw in (config.records or {}).items()}
+
+
+def settle(model: nn.Module) -> bool:
+    """Check and write the records that have been loaded since; return whether none is still awaited.
+
+    Raises:
+        DeltaError: if a record is malformed or the base is another one; no weight has been changed by then.
+    """
+    awaited = [(marker, adapter) for _, marker in markers(model) for adapter in tuple(marker.awaited)]
+    missing = {adapter for marker, adapter in awaited if not marker.has_arrived(adapter)}
+    arrived = [(marker, adapter) for marker, adapter in awaited if adapter not in missing]
+    configs: Any = model.peft_config
+    summaries = {adapter: read_summaries(configs[adapter]) for _, adapter in arrived}
+    for marker, adapter in arrived:
+        for parameter, record in marker.records(adapter).items():
+            weight = marker.weights[parameter]
+            _check(weight, record, summaries[adapter].get(weight.name))
+    for marker, adapter in arrived:
+        marker.accept(adapter)
+        configs[adapter].records = None
+    return not missing
+
+
+def settle_before_forward(model: nn.Module) -> None:
+    """Settle at the model's first forward pass: transformers' own loader calls nobody back."""
+
+    def look(module: nn.Module, *unused: Any) -> None:
+        if settle(module):
+            handle.remove()
+        for _, marker in markers(module):
+            if missing := [name for name in marker.active_adapters if name in marker.awaited]:
+                raise RuntimeError(
+                    f"adapter {missing[0]!r} was added from a saved config, but its tensors were not loaded. Load them "
+                    "with load_adapter; or, to start a new adapter from that config, set its `records` to None first."
+                )
+
+    handle = model.register_forward_pre_hook(look)
+
+
+def _pair(weight: SparseWeight, parts: dict[str, Tensor] | None) -> Record:
+    if parts is None:
+        data = weight.data
+        return Record(torch.empty(0, dtype=index_dtype(data.numel())), torch.empty(0, dtype=data.dtype))
+    missing = set(_PARTS) - parts.keys()
+    if missing:
+        raise DeltaError(f"{weight.name!r} has no {missing.pop()} in the adapter file. It is damaged; save it again.")
+    return Record(*(parts[part] for part in _PARTS))
+
+
+def _check(weight: SparseWeight, record: Record, summary: Summary | None) -> None:
+    data = weight.data
+    check_record(weight.name, data.numel(), record)
+    if summary is not None and not data.is_meta:
+        check_seed(weight.name, summary, record, weight.seeds_at(record.indices.long().to(data.device)))
