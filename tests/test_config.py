@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -190,3 +192,9 @@ def test_stepping_while_disabled_is_refused():
         assert_same(weights(model.get_base_model()), before)
     optimizer.step()
     assert 0 < sum(silo.free() for silo in model.constraint().silos) <= model.constraint().budget
+
+
+def test_the_options_page_is_up_to_date():
+    script = Path(__file__).parent.parent / "docs" / "options.py"
+    page = runpy.run_path(str(script))
+    assert page["TARGET"].read_text() == page["render"](), "run: python docs/options.py"

@@ -76,14 +76,12 @@ def select(seeds: Sequence[Tensor], updates: Sequence[Tensor], budget: int, kind
         ]
         return Selection(moved, everywhere.new_zeros(()))
     bound = everywhere.topk(budget).values[-1] if 0 < budget < everywhere.numel() else everywhere.new_zeros(())
-    distances, positions = [], []
-    for seed, updated, m in zip(seeds, updates, maxima, strict=True):
-        at = _members((m >= bound) & (m > 0), block, seed.numel())
-        positions.append(at)
-        distances.append(distance(kind, seed[at], updated[at]))
-    keep, threshold = _largest(torch.cat(distances), budget)
-    kept = keep.split([at.numel() for at in positions])
-    return Selection([at[mask] for at, mask in zip(positions, kept, strict=True)], threshold)
+    found = [
+        _reaching(seed, updated, m, bound, kind, block) for seed, updated, m in zip(seeds, updates, maxima, strict=True)
+    ]
+    keep, threshold = _largest(torch.cat([distances for distances, _ in found]), budget)
+    kept = keep.split([distances.numel() for distances, _ in found])
+    return Selection([at[mask] for (_, at), mask in zip(found, kept, strict=True)], threshold)
 
 
 def _block_size(n: int, budget: int) -> int:
@@ -104,21 +102,34 @@ def _block_maxima(seed: Tensor, updated: Tensor, kind: str, block: int) -> Tenso
     return torch.cat(maxima) if maxima else distance(kind, seed, updated)
 
 
-def _members(blocks: Tensor, block: int, n: int) -> Tensor:
-    """Flat positions, ascending, of the components of the blocks marked in a boolean tensor."""
-    first = blocks.nonzero() * block
-    members = (first + torch.arange(block, device=blocks.device)).flatten()
-    return members[members < n] if n % block else members
+def _reaching(
+    seed: Tensor, updated: Tensor, maxima: Tensor, bound: Tensor, kind: str, block: int
+) -> tuple[Tensor, Tensor]:
+    """Non-zero distances of a tensor that reach the bound, and their flat positions, ascending."""
+    whole = seed.numel() // block
+    marked = (maxima >= bound) & (maxima > 0)
+    rows = marked[:whole].nonzero().flatten()
+    blocks = [tensor[: whole * block].view(-1, block)[rows].view(-1) for tensor in (seed, updated)]
+    if whole < marked.numel() and marked[-1]:
+        # The last block, which is shorter, stands behind the whole ones.
+        blocks = [torch.cat([part, t[whole * block :]]) for part, t in zip(blocks, (seed, updated), strict=True)]
+    delta = distance(kind, *blocks)
+    at = ((delta >= bound) & (delta > 0)).nonzero().flatten()
+    rows = torch.cat([rows, rows.new_tensor([whole])])
+    return delta[at], rows[at // block] * block + at % block
 
 
 def _largest(distances: Tensor, budget: int) -> tuple[Tensor, Tensor]:
-    """Mark the `budget` largest non-zero entries of a 1-d tensor, the earlier first where they tie, and the least."""
-    candidates = distances > 0
-    if budget == 0:
-        return torch.zeros_like(candidates), distances.new_zeros(())
-    if int(candidates.sum()) <= budget:
-        kept = distances[candidates]
-        return candidates, kept.min() if kept.numel() else distances.new_zeros(())
+    """Mark the `budget` largest entries of a 1-d tensor of positive ones, the earlier first where they tie.
+
+    Returns:
+        The mask, and the least entry marked (0 if none is).
+    """
+    keep = torch.zeros_like(distances, dtype=torch.bool)
+    if budget == 0 or not distances.numel():
+        return keep, distances.new_zeros(())
+    if distances.numel() <= budget:
+        return ~keep, distances.min()
     threshold = distances.topk(budget).values[-1]
     keep = distances > threshold
     ties = (distances == threshold).nonzero().flatten()

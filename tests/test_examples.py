@@ -1,0 +1,75 @@
+"""The README's code and the example run as a reader would run them."""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+
+ROOT = Path(__file__).parent.parent
+
+
+def quickstart(*arguments: str) -> str:
+    environment = {k: v for k, v in os.environ.items() if k != "PEFT_DST_DATA"}
+    command = [sys.executable, "-W", "ignore", str(ROOT / "examples" / "quickstart.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def accuracies(output: str) -> dict[str, float]:
+    """Task → accuracy after training, from the last table."""
+    rows = [line.split("│")[1:-1] for line in output.splitlines() if line.startswith("│")]
+    return {row[0].strip(): float(row[5]) for row in rows if len(row) == 7}
+
+
+def test_quickstart_on_its_own_data(minilm, tmp_path):
+    output = quickstart("--epochs", "0.4", "--output", str(tmp_path))
+    assert accuracies(output).keys() == {"question_types", "sentiment", "support_intents"}
+    assert "base restored bit-exactly: yes" in output
+    for task in accuracies(output):
+        assert (tmp_path / task / "adapter_model.safetensors").stat().st_size < 900_000
+
+
+def test_quickstart_says_what_is_wrong_with_a_folder(minilm, tmp_path):
+    command = [sys.executable, str(ROOT / "examples" / "quickstart.py"), "--data", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "no data set with a text and a label found" in done.stderr
+
+
+def test_quickstart_reaches_its_accuracy_on_trec(minilm, data_folder):
+    output = quickstart("--data", str(data_folder), "--tasks", "trec")
+    assert accuracies(output)["trec"] >= 0.93
+    assert "base restored bit-exactly: yes" in output
+
+
+def blocks(path: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", path.read_text(), flags=re.DOTALL)
+
+
+def test_the_readme_runs(minilm, tmp_path, monkeypatch):
+    """The first block trains, saves, loads and swaps; only the hub's names are replaced by local folders."""
+    monkeypatch.chdir(tmp_path)
+    code = blocks(ROOT / "README.md")[0]
+    assert len([line for line in code.splitlines() if line.strip() and not line.startswith("#")]) <= 15
+    assert "sentence-transformers/all-MiniLM-L6-v2" in code
+    code = code.replace("sentence-transformers/all-MiniLM-L6-v2", minilm)
+    tokenizer = AutoTokenizer.from_pretrained(minilm)
+    rows = [{**tokenizer("a short sentence", padding="max_length", max_length=8), "labels": i % 2} for i in range(8)]
+    (tmp_path / "script.py").write_text(code)
+    runpy.run_path(str(tmp_path / "script.py"), {"train_set": rows})
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs").glob("*.md")), ids=lambda p: p.name)
+def test_python_in_the_docs_compiles(path):
+    for code in blocks(path):
+        compile(code, str(path), "exec")

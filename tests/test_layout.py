@@ -1,0 +1,78 @@
+"""The house: imports point one way, and the core knows nothing of PEFT or transformers."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+PACKAGE = Path(__file__).parent.parent / "peft_dst"
+# Each may import those before it.
+ORDER = [
+    "core",
+    "delta",
+    "config",
+    "layer",
+    "targets",
+    "exchange",
+    "model",
+    "card",
+    "training",
+    "registration",
+    "__init__",
+]
+MAY_IMPORT = {"core": {"torch"}, "delta": {"torch", "safetensors"}}
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> list[tuple[int, str]]:
+    """(level, dotted name) of every import of a file, also of those inside functions."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [(0, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            found += [(node.level, name) for name in names]
+    return found
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_one_way(path):
+    depth = len(path.relative_to(PACKAGE).parts)
+    for level, name in imports(path):
+        if level == 0:
+            assert name.split(".")[0] != "peft_dst", "import the package's own modules relatively"
+        elif level == depth:
+            assert ORDER.index(name.split(".")[0]) < ORDER.index(room(path))
+        else:
+            assert level < depth
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if room(p) in MAY_IMPORT], ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_the_core_imports_torch_and_little_else(path):
+    allowed = MAY_IMPORT[room(path)] | sys.stdlib_module_names
+    assert {name.split(".")[0] for level, name in imports(path) if level == 0} <= allowed
+
+
+@pytest.mark.parametrize("name", sorted(MAY_IMPORT))
+def test_the_core_runs_without_the_framework(name):
+    """Imported by itself, without the package's `__init__` (which registers with PEFT)."""
+    code = (
+        "import sys, types, importlib\n"
+        f"parent = types.ModuleType('peft_dst'); parent.__path__ = [{str(PACKAGE)!r}]\n"
+        "sys.modules['peft_dst'] = parent\n"
+        f"importlib.import_module('peft_dst.{name}')\n"
+        "assert not {'peft', 'transformers', 'accelerate'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
