@@ -55,6 +55,7 @@ def blocks(path: Path) -> list[str]:
     return re.findall(r"```python\n(.*?)```", path.read_text(), flags=re.DOTALL)
 
 
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true")  # Trainer's default, without a GPU
 def test_the_readme_runs(minilm, tmp_path, monkeypatch):
     """The first block trains, saves, loads and swaps; only the hub's names are replaced by local folders."""
     monkeypatch.chdir(tmp_path)

@@ -1,0 +1,71 @@
+import pytest
+import torch
+
+from peft_dst.delta import DeltaError, Record, Summary, check_record, check_seed, index_dtype, summarize
+
+
+def record(indices, values, dtype=torch.float32):
+    return Record(torch.tensor(indices, dtype=torch.int32), torch.tensor(values, dtype=dtype))
+
+
+def test_a_good_record_passes():
+    check_record("w", 10, record([0, 4, 9], [1.0, 2.0, 3.0]))
+    check_record("w", 10, record([], []))
+    check_record("w", 1, Record(torch.tensor([0]), torch.tensor([1.0], dtype=torch.bfloat16)))
+
+
+@pytest.mark.parametrize(
+    ("bad", "match"),
+    [
+        (record([0, 10], [1.0, 2.0]), r"'w': entry 1 has position 10, outside a tensor of 10 components"),
+        (record([-1], [1.0]), "entry 0 has position -1"),
+        (record([1, 1], [1.0, 2.0]), r"not strictly ascending at entry 1 \(1 after 1\)"),
+        (record([3, 2], [1.0, 2.0]), r"not strictly ascending at entry 1 \(2 after 3\)"),
+        (record([1, 2], [1.0]), "two vectors of one length"),
+        (record([[1]], [[1.0]]), "two vectors of one length"),
+        (record([1], [float("nan")]), "entry 0 has the value nan"),
+        (Record(torch.tensor([1.0]), torch.tensor([1.0])), "indices are torch.float32"),
+        (Record(torch.tensor([1], dtype=torch.int16), torch.tensor([1.0])), "indices are torch.int16"),
+        (Record(torch.tensor([1]), torch.tensor([1])), "values torch.int64"),
+    ],
+)
+def test_bad_records_are_named(bad, match):
+    with pytest.raises(DeltaError, match=match):
+        check_record("w", 10, bad)
+
+
+def test_index_dtype():
+    assert index_dtype(2**31 - 1) == torch.int32
+    assert index_dtype(2**31) == torch.int64
+
+
+def test_summaries_recognise_their_base_in_any_coarser_dtype():
+    seeds = torch.randn(20)
+    entries = record(list(range(20)), [0.0] * 20)
+    summary = Summary.parse("w", list(summarize(entries, seeds)))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        check_seed("w", summary, entries, seeds.to(dtype))
+        with pytest.raises(DeltaError, match="'w': the base model's values differ"):
+            check_seed("w", summary, entries, seeds.to(dtype).roll(1))
+    # A bfloat16 base is recognised after it was loaded in float32, and cannot be compared in float16.
+    half = Summary.parse("w", list(summarize(entries, seeds.bfloat16())))
+    check_seed("w", half, entries, seeds.bfloat16().float())
+    check_seed("w", half, entries, seeds.half())
+    with pytest.raises(DeltaError, match="differ"):
+        check_seed("w", half, entries, -seeds.bfloat16().float())
+
+
+def test_summaries_recognise_their_entries():
+    seeds = torch.randn(2)
+    summary = summarize(record([1, 5], [0.0, 0.0]), seeds)
+    for other in (record([1, 6], [0.0, 0.0]), record([1], [0.0])):
+        with pytest.raises(DeltaError, match="not those that adapter_config.json describes"):
+            check_seed("w", summary, other, seeds[: len(other.indices)])
+    # Positions are the same in 32 and in 64 bits.
+    check_seed("w", summary, Record(torch.tensor([1, 5]), torch.zeros(2)), seeds)
+
+
+@pytest.mark.parametrize("raw", [None, [], [1, "x"], ["1", "x", {}], [0, "x", {}], [1, "x", []], [True, "x", {}], 3, "abc"])
+def test_malformed_summaries_are_named(raw):
+    with pytest.raises(DeltaError, match="malformed entry for 'w'"):
+        Summary.parse("w", raw)
