@@ -60,12 +60,26 @@ class _Snapshot:
     values: Tensor
 
 
+@dataclass(frozen=True)
+class StepInProgress:
+    """What must be known to project the weights once the optimizer has stepped."""
+
+    silos: list[Silo]
+    snapshots: dict[SparseWeight, _Snapshot]
+
+    def undo(self) -> None:
+        """Put the weights back to what they were before the step. What is applied to them has not changed."""
+        for weight, before in self.snapshots.items():
+            before.seed[before.indices] = before.values
+            weight.data.copy_(before.seed.view(weight.data.shape))
+
+
 class Constraint:
     """Keeps at most `budget` components of each silo different from the seed, choosing them anew at every step.
 
-    Call `before_step` and `after_step` around the optimizer's step; the optimizer itself never learns of the subset, so
-    its moments are those of the dense update (Section 3 of the paper). In between, one dense copy of the weights of the
-    silos concerned is held.
+    Call `before_step`, then the optimizer's step, then `after_step` with what the first returned; the optimizer itself
+    never learns of the subset, so its moments are those of the dense update (Section 3 of the paper). In between, one
+    dense copy of the weights of the silos concerned is held.
 
     Args:
         adapter: name of the adapter whose values the subset's are.
@@ -83,7 +97,6 @@ class Constraint:
         self.kinds = dict(kinds)
         self.distance = distance
         self.steps = 0
-        self._snapshots: dict[SparseWeight, _Snapshot] = {}
         self.live.add(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -107,53 +120,46 @@ class Constraint:
             if any(w.parameter.requires_grad and id(w.parameter) in parameters for w in silo.weights)
         ]
 
-    def before_step(self, silos: list[Silo]) -> None:
+    def before_step(self, silos: list[Silo]) -> StepInProgress:
         """Note Θ0 and Θt of the given silos, before the optimizer writes Θ̂ over them."""
-        self._snapshots = {
-            weight: _Snapshot(weight.seed_copy(), weight.indices, weight.values())
-            for silo in silos
-            for weight in silo.weights
-        }
+        weights = [weight for silo in silos for weight in silo.weights]
+        return StepInProgress(silos, {w: _Snapshot(w.seed_copy(), w.indices, w.values()) for w in weights})
 
-    def after_step(self, silos: list[Silo]) -> None:
-        """Project the given silos onto the constraint: the subset keeps Θ̂, all else returns to Θ0 (Eq. 7).
+    def after_step(self, step: StepInProgress) -> None:
+        """Project the step's silos onto the constraint: the subset keeps Θ̂, all else returns to Θ0 (Eq. 7).
 
         Raises:
             FloatingPointError: if an update is NaN or infinite. The weights are put back to what they were before the
                 step; the optimizer's state is not ours to restore.
         """
-        try:
-            selections = [self._select(silo) for silo in silos]
-            for silo, selection in zip(silos, selections, strict=True):
-                self._commit(silo, selection)
-        finally:
-            self._snapshots = {}
+        selections = [self._select(silo, step) for silo in step.silos]
+        for silo, selection in zip(step.silos, selections, strict=True):
+            _commit(silo, selection, step)
         self.steps += 1
 
-    def _select(self, silo: Silo) -> Selection:
-        seeds = [self._snapshots[weight].seed for weight in silo.weights]
+    def _select(self, silo: Silo, step: StepInProgress) -> Selection:
+        seeds = [step.snapshots[weight].seed for weight in silo.weights]
         try:
             return select(seeds, [weight.flat() for weight in silo.weights], silo.budget, self.distance)
         except NonFiniteDistanceError as error:
             culprit = silo.weights[error.position].name
-            for weight, before in self._snapshots.items():
-                before.seed[before.indices] = before.values
-                weight.data.copy_(before.seed.view(weight.data.shape))
+            step.undo()
             raise FloatingPointError(
                 f"the optimizer's update of {culprit!r} is NaN or infinite. The weights were put back to what they were "
                 "before this step; the optimizer's state was not. Lower the learning rate, clip the gradient norm, or "
                 "(under fp16) let a GradScaler skip such steps; then resume from the last checkpoint."
             ) from error
 
-    def _commit(self, silo: Silo, selection: Selection) -> None:
-        everything = silo.budget >= silo.size
-        silo.previous = [weight.indices for weight in silo.weights]
-        silo.threshold = selection.threshold
-        for weight, indices in zip(silo.weights, selection.indices, strict=True):
-            seed = self._snapshots[weight].seed
-            seeds = seed[indices]
-            if not everything:
-                seed[indices] = weight.flat()[indices]
-                weight.data.copy_(seed.view(weight.data.shape))
-            weight.place(indices, seeds)
-            weight.stepped = True
+
+def _commit(silo: Silo, selection: Selection, step: StepInProgress) -> None:
+    everything = silo.budget >= silo.size
+    silo.previous = [weight.indices for weight in silo.weights]
+    silo.threshold = selection.threshold
+    for weight, indices in zip(silo.weights, selection.indices, strict=True):
+        seed = step.snapshots[weight].seed
+        seeds = seed[indices]
+        if not everything:
+            seed[indices] = weight.flat()[indices]
+            weight.data.copy_(seed.view(weight.data.shape))
+        weight.place(indices, seeds)
+        weight.stepped = True

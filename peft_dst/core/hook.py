@@ -7,17 +7,19 @@ optimizer that holds no parameter of a constraint is not touched.
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from .constraint import Constraint, Silo
+from .constraint import Constraint, Silo, StepInProgress
 
 
-# Steps under way, outermost first: an optimizer that calls another one's step (SAM, Lookahead) is one step to us.
-_under_way: list[tuple[int, list[tuple[Constraint, list[Silo]]]]] = []
+# Steps under way, by optimizer. An optimizer that calls another one's step (Lookahead) has the constraint enforced after
+# both; a step that raised leaves its entry to be replaced by the next.
+_under_way: weakref.WeakKeyDictionary[Optimizer, list[tuple[Constraint, StepInProgress]]] = weakref.WeakKeyDictionary()
 _installed = False
 
 
@@ -57,21 +59,12 @@ def _concerned(constraint: Constraint, parameters: set[int]) -> list[Silo]:
 
 
 def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if any(key == id(optimizer) for key, _ in _under_way):
-        # The last step of this optimizer never came to its end (it raised); so nothing is under way any more.
-        _under_way.clear()
-    work = []
-    if not _under_way:
-        parameters = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        work = [(c, silos) for c in list(Constraint.live) if (silos := _concerned(c, parameters))]
-        for constraint, silos in work:
-            constraint.before_step(silos)
-    _under_way.append((id(optimizer), work))
+    parameters = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    concerned = [(c, silos) for c in list(Constraint.live) if (silos := _concerned(c, parameters))]
+    if concerned:
+        _under_way[optimizer] = [(constraint, constraint.before_step(silos)) for constraint, silos in concerned]
 
 
 def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if not _under_way or _under_way[-1][0] != id(optimizer):
-        return
-    _, work = _under_way.pop()
-    for constraint, silos in work:
-        constraint.after_step(silos)
+    for constraint, step in _under_way.pop(optimizer, []):
+        constraint.after_step(step)

@@ -59,13 +59,15 @@ def test_summaries_recognise_their_entries():
     seeds = torch.randn(2)
     summary = summarize(record([1, 5], [0.0, 0.0]), seeds)
     for other in (record([1, 6], [0.0, 0.0]), record([1], [0.0])):
-        with pytest.raises(DeltaError, match="not those that adapter_config.json describes"):
+        with pytest.raises(DeltaError, match=r"not those that adapter_config\.json describes"):
             check_seed("w", summary, other, seeds[: len(other.indices)])
     # Positions are the same in 32 and in 64 bits.
     check_seed("w", summary, Record(torch.tensor([1, 5]), torch.zeros(2)), seeds)
 
 
-@pytest.mark.parametrize("raw", [None, [], [1, "x"], ["1", "x", {}], [0, "x", {}], [1, "x", []], [True, "x", {}], 3, "abc"])
+@pytest.mark.parametrize(
+    "raw", [None, [], [1, "x"], ["1", "x", {}], [0, "x", {}], [1, "x", []], [True, "x", {}], 3, "abc"]
+)
 def test_malformed_summaries_are_named(raw):
     with pytest.raises(DeltaError, match="malformed entry for 'w'"):
         Summary.parse("w", raw)
