@@ -43,14 +43,11 @@ base = {auto_class}.from_pretrained("{base}")
 model = PeftModel.from_pretrained(base, "path/or/hub-id/of/this/adapter")
 ```
 
-| | |
-|---|---|
-| base model | {base} |
-| budget | {budget} |
-| free parameters | {free:,} |
-| siloing | {siloing} |
-| distance | {distance} |
-| trained densely beside it | {dense} |
+Base model: {base}
+
+| adapter | budget | free parameters | siloing | distance | trained densely beside it |
+|---|---|---|---|---|---|
+{rows}
 {end}
 """
 
@@ -60,27 +57,31 @@ def update_model_card(directory: str | os.PathLike[str], model: PeftModel) -> No
 
     Args:
         directory: the adapter's folder.
-        model: a PeftModel over a DSTModel, with the adapter active.
+        model: a PeftModel over a DSTModel; all its adapters are listed.
     """
     path = Path(directory) / "README.md"
     card = ModelCard.load(path)
     config = model.active_peft_config
-    assert isinstance(config, DSTConfig)
-    name = config.base_model_name_or_path
     section = _TEXT.format(
         begin=_BEGIN,
         end=_END,
-        base=name or "the base model",
+        base=config.base_model_name_or_path or "the base model",
         auto_class=_AUTO_CLASSES.get(str(getattr(config.task_type, "value", config.task_type)), "AutoModel"),
-        budget=f"ε = {config.epsilon:g}"
-        if config.epsilon is not None
-        else f"{config.num_free_parameters:,} parameters",
-        free=model.base_model.constraint(model.active_adapter).budget,
-        siloing=config.siloing,
-        distance=config.distance,
-        dense=", ".join(sorted(set(config.modules_to_save or []))) or "nothing",
+        rows="\n".join(_row(name, config, model) for name, config in model.peft_config.items()),
     )
     body = re.sub(rf"{_BEGIN}.*?{_END}\n?", "", card.text, flags=re.DOTALL).lstrip("\n")
     card.text = f"{section}\n{body}"
     card.data["tags"] = sorted({*(card.data.get("tags") or []), *_TAGS})
     card.save(path)
+
+
+def _row(name: str, config: DSTConfig, model: PeftModel) -> str:
+    cells = (
+        name,
+        f"ε = {config.epsilon:g}" if config.epsilon is not None else f"{config.num_free_parameters:,} parameters",
+        f"{model.base_model.constraint(name).budget:,}",
+        config.siloing,
+        config.distance,
+        ", ".join(sorted(set(config.modules_to_save or []))) or "nothing",
+    )
+    return f"| {' | '.join(cells)} |"

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from peft.config import PeftConfig
-from peft.utils import PeftType
+from peft.utils import CONFIG_NAME, PeftType
 
 from .core.distances import DISTANCES, Distance
 from .core.silos import SILOINGS, Siloing, compile_silo_patterns
-from .delta import FORMAT_VERSION, stamp
+from .delta import FORMAT_VERSION, WEIGHTS_NAME, stamp
 
 
 DEFAULT_EPSILON = 1e-3
@@ -158,6 +160,10 @@ class DSTConfig(PeftConfig):
 
         PEFT writes the tensors first and this file next, and offers no way to say what the first one's metadata is.
         """
+        path = Path(save_directory) / CONFIG_NAME
+        if self.records is None and (path.parent / WEIGHTS_NAME).is_file() and path.is_file():
+            # Only the config is saved again; the tensors beside it are still those that the old one describes.
+            self.records = json.loads(path.read_text()).get("records")
         super().save_pretrained(save_directory, **kwargs)
         stamp(
             save_directory,

@@ -9,6 +9,7 @@ first use.
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import Any
 
@@ -16,11 +17,15 @@ import torch
 from peft.config import PeftConfig
 from torch import Tensor, nn
 
-from .core import SparseWeight
+from .core import Constraint, SparseWeight
 from .delta import DeltaError, Record, Summary, check_record, check_seed, index_dtype, summarize
 from .layer import MARKER, markers
 
 
+# Where a base model keeps its adapters' constraints: on the model itself, because transformers' own `load_adapter` and
+# `add_adapter` keep the model that was injected into and drop the tuner.
+CONSTRAINTS = "dst_constraints"
+_HANDLES = "dst_settle_handles"
 _PARTS = ("dst_indices", "dst_values")
 _PEFT_PREFIX = "base_model.model."
 _RECORD_KEY = re.compile(rf"(?P<host>(?:.*\.)?){MARKER}\.(?P<part>{'|'.join(_PARTS)})\.(?P<parameter>[^.]+)")
@@ -36,17 +41,13 @@ def collect(
     """
     kept: dict[str, Tensor] = {}
     summaries: dict[str, Summary] = {}
+    for _, marker in markers(model):
+        for weight in marker.weights.values():
+            _check_seen(weight)
     for name, marker in markers(model):
         name = name.removeprefix("_fsdp_wrapped_module.")
         for parameter in marker.tuned.get(adapter_name, ()):
             weight = marker.weights[parameter]
-            if adapter_name in weight.adapters and not weight.seed_is_intact():
-                raise RuntimeError(
-                    f"{weight.name!r} differs from the seed outside the subset: its weights were changed without the "
-                    f"constraint being enforced, so adapter {adapter_name!r} cannot be saved as a delta. Train with a "
-                    "torch.optim optimizer, whose step the constraint hooks (DeepSpeed and optimizers that are no "
-                    "torch.optim.Optimizer are not reached), and do not edit the weights otherwise."
-                )
             keys = [f"{name}.{part}.{adapter_name}.{parameter}" for part in _PARTS]
             if keys[0] in state_dict and state_dict[keys[0]].numel():
                 record = Record(*(state_dict[key] for key in keys))
@@ -71,27 +72,72 @@ def check_and_name(
             loaded.setdefault(found["host"] + found["parameter"], {})[found["part"]] = tensor
         else:
             named[key] = tensor
+    _check_dense(model, adapter_name, named)
     summaries = read_summaries(config)
+    entries = 0
     for name, marker in markers(model):
-        # An adapter that is loaded again (Trainer: resume, best checkpoint) keeps the config it had, without summaries.
-        fresh = adapter_name in marker.awaited
+        # An adapter that is loaded again (Trainer: resume, best checkpoint) was not announced by a config.
+        announced = adapter_name in marker.awaited
         for parameter in marker.tuned.get(adapter_name, ()):
             weight = marker.weights[parameter]
             record = _pair(weight, loaded.pop(weight.name, None))
-            _check(weight, record, summaries.get(weight.name))
-            if fresh and record.indices.numel() and weight.name not in summaries:
+            _check(weight, record, summaries.get(weight.name) if announced else None)
+            if announced and record.indices.numel() and weight.name not in summaries:
                 raise DeltaError(
                     f"{weight.name!r} has entries in adapter_model.safetensors but none according to "
                     "adapter_config.json. The two files come from different saves; copy or download both again."
                 )
+            entries += record.indices.numel()
             named |= {f"{name}.{p}.{adapter_name}.{parameter}": t for p, t in zip(_PARTS, record, strict=True)}
     if loaded:
         raise DeltaError(
             f"the adapter has entries for {next(iter(loaded))!r} ({len(loaded)} such tensors), which the model does not "
             "have or the adapter's config does not tune. Load it onto the base named in adapter_config.json."
         )
+    budget = constraints(model)[adapter_name].budget
+    if entries > budget:
+        raise DeltaError(
+            f"the adapter file has {entries:,} entries, but the config of {adapter_name!r} allows {budget:,} free "
+            "parameters. It was saved with another epsilon; load it under a name of its own, with its own config."
+        )
     config.records = None
     return named
+
+
+def _check_dense(model: nn.Module, adapter_name: str, tensors: dict[str, Tensor]) -> None:
+    """Besides records a file may hold the adapter's dense copies, and embeddings that PEFT saves when they were resized."""
+    ends: list[Any] = [getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
+    embeddings = tuple(name for name, module in model.named_modules() if any(module is end for end in ends))
+    for key in tensors:
+        if f".modules_to_save.{adapter_name}." not in key and key.rpartition(".")[0] not in embeddings:
+            raise DeltaError(
+                f"the adapter file holds a dense tensor {key!r}, which would overwrite the base model's own. A DST "
+                "adapter holds positions and values, and dense tensors of its modules_to_save only."
+            )
+
+
+def _check_seen(weight: SparseWeight) -> None:
+    weight.recover()
+    if weight.is_resized():
+        raise RuntimeError(
+            f"{weight.name!r} has changed its shape since the adapter was added, so its positions and budget no longer "
+            "hold. Resize the base model (resize_token_embeddings) before get_peft_model."
+        )
+    if not weight.seed_is_intact():
+        raise RuntimeError(
+            f"{weight.name!r} differs from the seed outside the subset: its weights were changed without the constraint "
+            "being enforced, so they cannot be saved as a delta. Train with a torch.optim optimizer, whose step the "
+            "constraint hooks (DeepSpeed and optimizers that are no torch.optim.Optimizer are not reached), and do not "
+            "edit the weights otherwise."
+        )
+
+
+def constraints(model: nn.Module) -> dict[str, Constraint]:
+    """The constraints of a model's adapters, by name, whether it is a PeftModel, wrapped otherwise, or injected into."""
+    for module in model.modules():
+        if CONSTRAINTS in module.__dict__:
+            return module.__dict__[CONSTRAINTS]
+    return {}
 
 
 def read_summaries(config: PeftConfig) -> dict[str, Summary]:
@@ -125,19 +171,25 @@ def settle(model: nn.Module) -> bool:
 
 
 def settle_before_forward(model: nn.Module) -> None:
-    """Settle at the model's first forward pass: transformers' own loader calls nobody back."""
+    """Settle when any part of the model is first called: transformers' own loader calls nobody back.
 
-    def look(module: nn.Module, *unused: Any) -> None:
-        if settle(module):
+    Any part, since `generate` calls the encoder before the model, and a module may share another's weight.
+    """
+    look = functools.partial(_look, model)
+    handles = [module.register_forward_pre_hook(look) for module in model.modules()]
+    model.__dict__.setdefault(_HANDLES, []).extend(handles)
+
+
+def _look(model: nn.Module, *unused: Any) -> None:
+    if settle(model):
+        for handle in model.__dict__.pop(_HANDLES, []):
             handle.remove()
-        for _, marker in markers(module):
-            if missing := [name for name in marker.active_adapters if name in marker.awaited]:
-                raise RuntimeError(
-                    f"adapter {missing[0]!r} was added from a saved config, but its tensors were not loaded. Load them "
-                    "with load_adapter; or, to start a new adapter from that config, set its `records` to None first."
-                )
-
-    handle = model.register_forward_pre_hook(look)
+    for _, marker in markers(model):
+        if missing := [name for name in marker.active_adapters if name in marker.awaited]:
+            raise RuntimeError(
+                f"adapter {missing[0]!r} was added from a saved config, but its tensors were not loaded. Load them "
+                "with load_adapter; or, to start a new adapter from that config, set its `records` to None first."
+            )
 
 
 def _pair(weight: SparseWeight, parts: dict[str, Tensor] | None) -> Record:
@@ -152,6 +204,6 @@ def _pair(weight: SparseWeight, parts: dict[str, Tensor] | None) -> Record:
 
 def _check(weight: SparseWeight, record: Record, summary: Summary | None) -> None:
     data = weight.data
-    check_record(weight.name, data.numel(), record)
+    check_record(weight.name, data, record)
     if summary is not None and not data.is_meta:
         check_seed(weight.name, summary, record, weight.seeds_at(record.indices.long().to(data.device)))

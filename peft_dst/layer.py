@@ -17,11 +17,10 @@ several change takes seed + Σ (value − seed).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
@@ -32,6 +31,27 @@ from .delta import DeltaError, Record, check_record, index_dtype
 MARKER = "_sparse"
 # What stands in a record whose tensors have their size but are still to be loaded: no valid index.
 NOT_LOADED = -1
+
+
+class Entries(nn.Module):
+    """Tensors of one adapter by the host's parameters' names, which are free in a bare module as they are in the host.
+
+    (A ParameterDict or BufferDict has attributes of its own, `keys` and `values` for example, that they could not have.)
+    """
+
+    def put(self, parameter: str, tensor: Tensor) -> None:
+        """Add or replace one: a frozen parameter if it is floating, which is what PEFT looks for, else a buffer."""
+        if tensor.dtype.is_floating_point:
+            self.register_parameter(parameter, nn.Parameter(tensor, requires_grad=False))
+        else:
+            self.register_buffer(parameter, tensor)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {
+            name: tensor.data
+            for name, tensor in [*self._parameters.items(), *self._buffers.items()]
+            if tensor is not None
+        }
 
 
 class SparseLayer(nn.Module, BaseTunerLayer):
@@ -55,6 +75,8 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         self.tuned: dict[str, tuple[str, ...]] = {}
         self.weights: dict[str, SparseWeight] = {}
         self.merged_adapters: list[str] = []
+        # The model may have merged an adapter that tunes nothing here; the active ones do not show then either.
+        self._merged_model = False
         self._active_adapter: list[str] = []
         self._disable_adapters = False
         self._written: tuple[str, ...] = ()
@@ -83,8 +105,8 @@ class SparseLayer(nn.Module, BaseTunerLayer):
                 has any. Its records then have their size before they are loaded, since transformers' own loader checks
                 shapes, and parameters without entries have no record, since they have none on disk either.
         """
-        self.dst_indices[adapter] = BufferDict(persistent=True)
-        self.dst_values[adapter] = nn.ParameterDict()
+        self.dst_indices[adapter] = Entries()
+        self.dst_values[adapter] = Entries()
         self.tuned[adapter] = tuple(parameters)
         if entries is not None:
             self.awaited.add(adapter)
@@ -115,8 +137,8 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         return self._records(adapter)
 
     def _records(self, adapter: str) -> dict[str, Record]:
-        indices, values = cast(Any, self.dst_indices[adapter]), cast(Any, self.dst_values[adapter])
-        return {parameter: Record(indices[parameter], values[parameter].data) for parameter in [*indices]}
+        indices, values = (cast(Entries, part[adapter]).tensors() for part in (self.dst_indices, self.dst_values))
+        return {parameter: Record(indices[parameter], values[parameter]) for parameter in indices}
 
     def write_record(self, adapter: str, parameter: str, record: Record) -> None:
         """Replace a record. Call `sync` when all are written; the live weights follow if the adapter is active."""
@@ -125,20 +147,17 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         self._stale = True
 
     def _store(self, adapter: str, parameter: str, indices: Tensor, values: Tensor) -> None:
-        cast(Any, self.dst_indices[adapter])[parameter] = indices
-        cast(Any, self.dst_values[adapter])[parameter] = nn.Parameter(values, requires_grad=False)
+        cast(Entries, self.dst_indices[adapter]).put(parameter, indices)
+        cast(Entries, self.dst_values[adapter]).put(parameter, values)
 
     def refresh(self) -> None:
-        """Bring the record of the adapter in the live weights up to date with what training made of them."""
-        if len(self._written) != 1 or self._written[0] not in self.tuned:
-            return
-        (adapter,) = self._written
-        for parameter in self.tuned[adapter]:
-            weight = self.weights[parameter]
-            if weight.stepped:
-                values = weight.values()
-                self._store(adapter, parameter, weight.indices.to(index_dtype(weight.data.numel())), values)
-                weight.stepped = False
+        """Bring records up to date with what training made of the live weights, undoing a step that raised half-way."""
+        for parameter, weight in self.weights.items():
+            weight.recover()
+            if weight.stepped and len(weight.adapters) == 1 and weight.adapters[0] in self.tuned:
+                indices = weight.indices.to(index_dtype(weight.data.numel()))
+                self._store(weight.adapters[0], parameter, indices, weight.values())
+            weight.stepped = False
 
     # Live weights
 
@@ -146,11 +165,13 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         """The adapters whose values the live weights should have now."""
         if self._disable_adapters:
             return ()
-        names = self.merged_adapters or self.active_adapters
+        names = self.merged_adapters if self._merged_model else self.active_adapters
         return tuple(name for name in names if name in self.tuned and name not in self.awaited)
 
     def sync(self) -> None:
         """Make the live weights those of the effective adapters, starting from the seed. Bit-exact both ways."""
+        for weight in self.weights.values():
+            weight.recover()
         wanted = self.effective_adapters()
         if wanted != self._written or self._stale:
             self.refresh()
@@ -180,7 +201,16 @@ class SparseLayer(nn.Module, BaseTunerLayer):
     def detach(self) -> None:
         """Leave the host, whose weights stay as they are."""
         self._load_hook.remove()
+        for weight in self.weights.values():
+            weight.parameter.requires_grad_(weight.requires_grad_before)
+            weight.adapters, weight.disabled = (), False
         delattr(self.host, MARKER)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLayer:
+        # Children are moved and cast before their parents: the host still has the dtype that is about to change.
+        for weight in self.weights.values():
+            weight.remember_seed_cast(fn)
+        return super()._apply(fn, recurse)
 
     # PEFT's contract
 
@@ -195,6 +225,8 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         """Activate adapters: their values go into the live weights, which become trainable unless `inference_mode`."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         self._active_adapter = names
+        if not self.merged:
+            self._merged_model = False
         for parameter, weight in self.weights.items():
             tuned = any(parameter in self.tuned.get(name, ()) for name in names)
             weight.parameter.requires_grad_(tuned and not inference_mode)
@@ -230,14 +262,18 @@ class SparseLayer(nn.Module, BaseTunerLayer):
                             f"{self.weights[parameter].name!r}. Nothing was merged here."
                         )
         self.merged_adapters.extend(names)
+        self._merged_model = True
         self.sync()
 
     def unmerge(self) -> None:
         """Undo `merge`: the live weights are those of the active adapters again."""
-        if not self.merged:
+        if not self._merged_model:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
+        self.unmerge_silently()
+
+    def unmerge_silently(self) -> None:
         self.merged_adapters.clear()
+        self._merged_model = False
         self.sync()
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -253,15 +289,15 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         self.refresh()
         super()._save_to_state_dict(destination, prefix, keep_vars)
         # Savers that drop aliases (Accelerate's) take all empty tensors for one; sizes tell empty from absent.
-        for adapter in self.tuned:
+        for adapter in self.tuned.keys() - self.awaited:
             records = self._records(adapter)
             sizes = [records[p].indices.numel() if p in records else 0 for p in self.tuned[adapter]]
-            destination[f"{prefix}dst_sizes.{adapter}"] = torch.tensor(sizes)
+            destination[f"{prefix}sizes.{adapter}"] = torch.tensor(sizes)
         # A full state dict holds the live weights; with the seed values beside them it can be loaded and reverted.
         for parameter, weight in self.weights.items():
             if weight.indices.numel():
-                destination[f"{prefix}dst_seed_indices.{parameter}"] = weight.indices
-                destination[f"{prefix}dst_seeds.{parameter}"] = weight.seeds
+                destination[f"{prefix}seed_indices.{parameter}"] = weight.indices
+                destination[f"{prefix}seed_values.{parameter}"] = weight.seeds
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Tensor], prefix: str, local_metadata: Any, strict: bool, *lists: list[str]
@@ -269,7 +305,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         # Records change their length from step to step, so they are replaced rather than copied into.
         self.refresh()
         for adapter, parameters in self.tuned.items():
-            sizes = state_dict.get(f"{prefix}dst_sizes.{adapter}")
+            sizes = state_dict.get(f"{prefix}sizes.{adapter}")
             for i, parameter in enumerate(parameters):
                 keys = [f"{prefix}{part}.{adapter}.{parameter}" for part in ("dst_indices", "dst_values")]
                 data = self.weights[parameter].data
@@ -281,21 +317,22 @@ class SparseLayer(nn.Module, BaseTunerLayer):
                     # No aliases: the caller keeps the tensors of a state dict and may change them.
                     indices, values = (state_dict[key] for key in keys)
                     try:
-                        check_record(self.weights[parameter].name, data.numel(), Record(indices, values))
+                        check_record(self.weights[parameter].name, data, Record(indices, values))
                     except DeltaError as error:
                         lists[-1].append(str(error))
                         continue
                     self._store(adapter, parameter, indices.to(data.device, copy=True), values.to(data, copy=True))
                     self.awaited.discard(adapter)
                     self._stale = True
-        for parameter in self._overwritten:
-            seeds = state_dict.get(f"{prefix}dst_seeds.{parameter}")
+        overwritten = [self.weights[parameter] for parameter in self._overwritten]
+        for weight in overwritten:
+            seeds = state_dict.get(f"{prefix}seed_values.{weight.attribute}")
             if seeds is not None:
-                self.weights[parameter].place(
-                    state_dict[f"{prefix}dst_seed_indices.{parameter}"].clone(), seeds.clone()
-                )
+                weight.place(state_dict[f"{prefix}seed_indices.{weight.attribute}"].clone(), seeds.clone())
         self._overwritten.clear()
         self.sync()
+        for weight in overwritten:
+            weight.remember_seed_again()
 
 
 def _add_up(weight: SparseWeight, records: Sequence[Record]) -> tuple[Tensor, Tensor]:

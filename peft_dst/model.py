@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any, ClassVar
 
 import torch
@@ -20,20 +19,13 @@ from .core import Constraint, Silo, allocate_budgets, partition
 from .core.silos import compile_silo_patterns, read_names
 from .delta import DeltaError, Record, Summary
 from .layer import MARKER, SparseLayer, markers
-from .targets import find_targets, is_excluded, is_targeted
-
-
-# Where a base model keeps its adapters' constraints: on the model itself, because transformers' own `load_adapter` and
-# `add_adapter` keep the model that was injected into and drop the tuner.
-_CONSTRAINTS = "dst_constraints"
+from .targets import find_targets, is_excluded, is_saved_densely, is_targeted
 
 
 def active_constraints(model: nn.Module) -> list[Constraint]:
-    """The constraints of a model's active adapters, whether it is a PeftModel, wrapped otherwise, or injected into."""
-    for module in model.modules():
-        if constraints := module.__dict__.get(_CONSTRAINTS):
-            return [c for c in constraints.values() if any(c.adapter in w.adapters for w in c.weights)]
-    return []
+    """The constraints of a model's active adapters."""
+    found = exchange.constraints(model).values()
+    return [c for c in found if any(c.adapter in weight.adapters for weight in c.weights)]
 
 
 class DSTModel(BaseTuner):
@@ -54,7 +46,7 @@ class DSTModel(BaseTuner):
 
     def constraint(self, adapter_name: str = "default") -> Constraint:
         """The constraint that one adapter is trained under: silos, budgets, thresholds, churn."""
-        constraints = getattr(self.model, _CONSTRAINTS)
+        constraints = exchange.constraints(self.model)
         if adapter_name not in constraints:
             raise ValueError(f"adapter {adapter_name!r} does not exist; there are {', '.join(constraints) or 'none'}.")
         return constraints[adapter_name]
@@ -85,7 +77,7 @@ class DSTModel(BaseTuner):
         """
         constrained: set[int] = set()
         free = 0
-        for constraint in getattr(self.model, _CONSTRAINTS).values():
+        for constraint in exchange.constraints(self.model).values():
             active = constraint.adapter in self.active_adapters
             for silo in constraint.silos:
                 constrained.update(id(w.parameter) for w in silo.weights)
@@ -111,6 +103,9 @@ class DSTModel(BaseTuner):
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         config = self.peft_config[adapter_name]
+        if adapter_name in exchange.constraints(model):
+            # The model was wrapped before (a notebook's cell run again), of which PEFT has warned: start anew.
+            _remove_adapter(model, adapter_name)
         # Everything that can be wrong with config and base is found here, before the model is touched.
         config = _maybe_include_all_linear_layers(config, model)
         targets = find_targets(model, config)
@@ -129,7 +124,6 @@ class DSTModel(BaseTuner):
         if "" in self._placing:
             self._mark(model, "", adapter_name)
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
-        _drop_copied_markers(model)
         found = dict(markers(model))
         self.targeted_module_names = [m.name for m in found.values() if m.name]
 
@@ -145,9 +139,8 @@ class DSTModel(BaseTuner):
             config.distance,
             {n: kind for n, (_, kind) in read_names([*weights], compile_silo_patterns(config.silo_pattern)).items()},
         )
-        if not hasattr(model, _CONSTRAINTS):
-            setattr(model, _CONSTRAINTS, {})
-        getattr(model, _CONSTRAINTS)[adapter_name] = constraint
+        model.__dict__.setdefault(exchange.CONSTRAINTS, {})[adapter_name] = constraint
+        _keep_from_ddp(model)
         if config.inference_mode is False:
             for weight in constraint.weights:
                 weight.remember_seed()
@@ -218,7 +211,7 @@ class DSTModel(BaseTuner):
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
-        getattr(self.model, _CONSTRAINTS).pop(adapter_name, None)
+        exchange.constraints(self.model).pop(adapter_name).retire()
 
     def _unload_and_optionally_merge(
         self,
@@ -227,19 +220,29 @@ class DSTModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
+        self._check_adapters_exist(adapter_names)
+        names = list(self.active_adapters) if adapter_names is None else adapter_names
         found = list(markers(self.model))
         for _, marker in found:
-            marker.merged_adapters.clear()
+            marker.unmerge_silently()
+            marker.enable_adapters(merge)
             if merge:
-                marker.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-            else:
-                marker._disable_adapters = True
-                marker.sync()
+                marker.merge(safe_merge=safe_merge, adapter_names=names)
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         for _, marker in found:
             marker.detach()
-        delattr(model, _CONSTRAINTS)
+        for constraint in model.__dict__.pop(exchange.CONSTRAINTS).values():
+            constraint.retire()
         return model
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        self._check_adapters_exist(adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _check_adapters_exist(self, names: list[str] | None) -> None:
+        unknown = [name for name in names or [] if name not in self.peft_config]
+        if unknown:
+            raise ValueError(f"adapter {unknown[0]!r} does not exist; there are {', '.join(self.peft_config)}.")
 
     # State dicts
 
@@ -308,21 +311,41 @@ def _check_summaries(summaries: dict[str, Summary], silos: dict[str, dict[str, i
 def _check_no_copies(model: nn.Module, config: DSTConfig, adapter_name: str) -> None:
     """Refuse to keep a dense copy of a module that another adapter tunes in place."""
     for _, marker in markers(model):
-        for pattern in config.modules_to_save or []:
-            others = [name for name in marker.tuned if name != adapter_name]
-            if others and re.match(rf"(^|.*\.){pattern}($|\..*)", marker.name):
-                raise ValueError(
-                    f"this adapter keeps a dense copy of {marker.name!r} (modules_to_save), but adapter {others[0]!r} "
-                    "tunes it in place. Give both adapters the same modules_to_save, or load them onto two models."
-                )
+        others = [name for name in marker.tuned if name != adapter_name]
+        if others and is_saved_densely(config, marker.name):
+            raise ValueError(
+                f"this adapter keeps a dense copy of {marker.name!r} (modules_to_save), but adapter {others[0]!r} "
+                "tunes it in place. Give both adapters the same modules_to_save, or load them onto two models."
+            )
 
 
-def _drop_copied_markers(model: nn.Module) -> None:
-    for module in list(model.modules()):
-        if isinstance(module, AuxiliaryTrainingWrapper):
-            for inner in list(module.modules()):
-                if isinstance(getattr(inner, MARKER, None), SparseLayer):
-                    delattr(inner, MARKER)
+def _remove_adapter(model: nn.Module, adapter_name: str) -> None:
+    exchange.constraints(model).pop(adapter_name).retire()
+    for _, marker in list(markers(model)):
+        if adapter_name in marker.tuned:
+            marker.unmerge_silently()
+            others = [name for name in marker.active_adapters if name != adapter_name]
+            marker.set_adapter(others)
+            marker.delete_adapter(adapter_name)
+            if not marker.tuned:
+                marker.detach()
+
+
+def _keep_from_ddp(model: nn.Module) -> None:
+    """Keep DistributedDataParallel from broadcasting records: their sizes change where a rank has looked at them.
+
+    Every rank has the same ones by itself. DDP looks for this attribute on the module it wraps; PeftModel finds it here.
+    """
+    attribute = "_ddp_params_and_buffers_to_ignore"
+    names = {
+        f"{name}.{part}.{adapter}.{parameter}"
+        for name, marker in markers(model)
+        for part in ("dst_indices", "dst_values")
+        for adapter, parameters in marker.tuned.items()
+        for parameter in parameters
+    }
+    already = getattr(model, attribute, ())
+    setattr(model, attribute, {*already, *names, *(f"base_model.model.{name}" for name in names)})
 
 
 def _start_at_random(found: dict[str, SparseLayer], constraint: Constraint) -> None:

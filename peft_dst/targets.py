@@ -53,15 +53,19 @@ def _ancestors(module_name: str) -> Iterator[str]:
 
 def is_excluded(config: DSTConfig, module_name: str) -> bool:
     """Whether a module, or one around it, is excluded or trained densely (modules_to_save)."""
-    for pattern in config.modules_to_save or []:
-        if re.match(rf"(^|.*\.){pattern}($|\..*)", module_name):
-            return True
+    if is_saved_densely(config, module_name):
+        return True
     excluded = config.exclude_modules
     if not excluded:
         return False
     if isinstance(excluded, str):
         return any(re.fullmatch(excluded, ancestor) for ancestor in _ancestors(module_name))
     return any(a in excluded or any(a.endswith(f".{e}") for e in excluded) for a in _ancestors(module_name))
+
+
+def is_saved_densely(config: DSTConfig, module_name: str) -> bool:
+    """Whether modules_to_save names a module or one around it, by PEFT's rule: any module whose name ends so."""
+    return any(a.endswith(name) for name in config.modules_to_save or [] for a in _ancestors(module_name))
 
 
 def _in_layers(config: DSTConfig, module_name: str) -> bool:
@@ -86,29 +90,34 @@ def find_targets(model: nn.Module, config: DSTConfig) -> list[Target]:
         ValueError: if one of them cannot be edited in place (quantised or integer weights), or belongs to a module that
             another adapter replaces with a dense copy.
     """
-    targets: list[Target] = []
-    seen: set[int] = set()
-    copied = [name for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
-    for host, module in model.named_modules(remove_duplicate=True):
-        parts = host.split(".")
-        if MARKER in parts:
-            continue
-        whole = is_targeted(config, host)
-        wrapper = next((name for name in copied if host == name or host.startswith(f"{name}.")), None)
+    modules = {name: module for name, module in model.named_modules() if MARKER not in name.split(".")}
+    copied = [name for name, module in modules.items() if isinstance(module, AuxiliaryTrainingWrapper)]
+    # Every name of every parameter: a shared one is tuned under its first name, if any of them is targeted and none is
+    # excluded.
+    names: dict[int, list[Target]] = {}
+    tensors: dict[int, nn.Parameter] = {}
+    for host, module in modules.items():
         for parameter, tensor in module.named_parameters(recurse=False):
-            target = Target(host, parameter)
-            if id(tensor) in seen or not (whole or _is_parameter_targeted(config, target.name)):
-                continue
-            if wrapper is not None:
-                raise ValueError(
-                    f"this adapter tunes {wrapper!r} in place, but another adapter of the model keeps a dense copy of it "
-                    f"(modules_to_save). Add {wrapper.rpartition('.')[-1]!r} to this adapter's modules_to_save, or to "
-                    "its exclude_modules."
-                )
-            seen.add(id(tensor))
-            _check_tunable(target.name, tensor)
-            targets.append(target)
-        if whole and hasattr(module, "qweight"):
+            names.setdefault(id(tensor), []).append(Target(host, parameter))
+            tensors[id(tensor)] = tensor
+    targets: list[Target] = []
+    for key, aliases in names.items():
+        if not any(is_targeted(config, t.host) or _is_parameter_targeted(config, t.name) for t in aliases):
+            continue
+        if any(is_excluded(config, t.host) for t in aliases):
+            continue
+        target = aliases[0]
+        wrapper = next((name for name in copied if f"{target.host}.".startswith(f"{name}.")), None)
+        if wrapper is not None:
+            raise ValueError(
+                f"this adapter tunes {wrapper!r} in place, but another adapter of the model keeps a dense copy of it "
+                f"(modules_to_save). Add {wrapper.rpartition('.')[-1]!r} to this adapter's modules_to_save, or to "
+                "its exclude_modules."
+            )
+        _check_tunable(target.name, tensors[key])
+        targets.append(target)
+    for host, module in modules.items():
+        if hasattr(module, "qweight") and is_targeted(config, host):
             _refuse_quantised(host, type(module).__name__)
     return targets
 

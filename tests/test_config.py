@@ -181,6 +181,52 @@ def test_a_single_changed_component_is_noticed(tmp_path):
     model.save_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16, torch.float64])
+def test_casts_are_no_changes_and_hide_none(cast, tmp_path):
+    model = get_peft_model(bert(), DSTConfig(epsilon=0.01))
+    train(model, "bert")
+    model.to(cast)
+    model.save_pretrained(tmp_path)
+    model.to(torch.float32)
+    model.save_pretrained(tmp_path)
+    model.to(cast)
+    for parameter in model.get_base_model().bert.pooler.parameters():
+        parameter.data += 1
+    with pytest.raises(RuntimeError, match=r"'bert.pooler.dense.weight' differs from the seed"):
+        model.save_pretrained(tmp_path)
+
+
+def test_changes_are_noticed_in_any_state(tmp_path):
+    for state in ("disabled", "inactive"):
+        model = get_peft_model(bert(), DSTConfig(epsilon=0.01))
+        train(model, "bert")
+        if state == "inactive":
+            model.add_adapter("other", DSTConfig(epsilon=0.01))
+            model.set_adapter("other")
+        else:
+            model.base_model.disable_adapter_layers()
+        model.get_base_model().bert.pooler.dense.weight.data += 1
+        with pytest.raises(RuntimeError, match="differs from the seed"):
+            model.save_pretrained(tmp_path)
+        assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_resizing_under_an_adapter_is_named(tmp_path):
+    model = get_peft_model(bert(), DSTConfig(epsilon=0.01))
+    train(model, "bert")
+    model.get_base_model().resize_token_embeddings(70, mean_resizing=False)
+    with pytest.raises(RuntimeError, match=r"word_embeddings.weight' has changed its shape.*before get_peft_model"):
+        model.save_pretrained(tmp_path)
+
+
+def test_a_seed_that_is_not_finite_is_named():
+    base = bert()
+    base.bert.pooler.dense.bias.data[0] = float("-inf")
+    model = get_peft_model(base, DSTConfig(epsilon=0.01))
+    with pytest.raises(FloatingPointError, match=r"'bert.pooler.dense.bias' holds non-finite values.*exclude_modules"):
+        train(model, "bert")
+
+
 def test_stepping_while_disabled_is_refused():
     model = get_peft_model(bert(), DSTConfig(epsilon=0.01))
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 
@@ -103,7 +104,7 @@ def test_the_model_card_says_what_to_import(saved):
     assert "pip install peft-dst" in card
     assert "AutoModelForSequenceClassification" in card
     assert "dynamic-subset-tuning" in card
-    assert f"| free parameters | {model.constraint().budget:,} |" in card
+    assert f"| default | ε = 0.02 | {model.constraint().budget:,} | module_and_layer | inverse_relative |" in card
 
 
 def test_a_config_can_be_used_again(build, tmp_path):
@@ -200,6 +201,26 @@ def test_bare_state_dict_functions(build, saved):
     assert torch.equal(logits(twin, "bert"), output)
 
 
+def test_state_dicts_in_memory(build, saved):
+    """Keep-the-best-in-memory: several state dicts taken, then one put back."""
+    _, _, model = saved()
+    first, output = get_peft_model_state_dict(model), logits(model, "bert")
+    first = {k: v.clone() for k, v in first.items()}
+    train(model, "bert", first=9)
+    get_peft_model_state_dict(model)
+    set_peft_model_state_dict(model, first)
+    assert torch.equal(logits(model, "bert"), output)
+
+
+def test_a_loaded_model_is_pickled_and_copied_before_its_first_use(build, saved, tmp_path):
+    folder, output, _ = saved()
+    loaded = PeftModel.from_pretrained(build("bert"), folder)
+    torch.save(loaded, tmp_path / "model.pt")
+    for twin in (torch.load(tmp_path / "model.pt", weights_only=False), copy.deepcopy(loaded)):
+        assert torch.equal(logits(twin, "bert"), output)
+        assert not any(m._forward_pre_hooks for m in twin.modules())
+
+
 def test_pickled_weights_are_read_without_running_code(build, saved, tmp_path):
     _, output, model = saved()
     model.save_pretrained(tmp_path / "pickle", safe_serialization=False)
@@ -274,6 +295,23 @@ def test_transformers_add_train_save_load_switch_delete(tmp_path):
     base.set_adapter("one")
     base.delete_adapter("two")
     assert torch.equal(logits(base, "bert"), one)
+
+
+def test_transformers_load_is_complete_before_any_part_is_used(tmp_path, capfd):
+    """T5's generate calls the encoder before the model; a tuned decoder must not meet a seed encoder."""
+    load = native(tmp_path, "t5")
+    model = get_peft_model(load(), DSTConfig(epsilon=0.05))
+    train(model, "t5", lr=0.3)
+    model.save_pretrained(tmp_path / "adapter")
+    tokens = torch.arange(2, 9)[None]
+    capfd.readouterr()
+    direct = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "adapter")
+    assert "MISSING" not in capfd.readouterr().err
+    direct.encoder(tokens)
+    assert_same(weights(direct), weights(model.get_base_model()))
+    direct = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "adapter")
+    options = {"max_new_tokens": 5, "do_sample": False}
+    assert torch.equal(direct.generate(tokens, **options), model.generate(input_ids=tokens, **options))
 
 
 def test_transformers_load_with_a_dense_head(tmp_path):
@@ -381,10 +419,10 @@ def test_damaged_files_are_refused(change, match, build, saved):
 @pytest.mark.parametrize(
     ("records", "match"),
     [
-        ({"bert.pooler.dense.weight": [10**12, "0", {}]}, "1,000,000,000,000 entries"),
+        ({"bert.pooler.dense.weight": [10**12, "0", {"float32": "0"}]}, "1,000,000,000,000 entries"),
         ({"bert.pooler.dense.weight": "many"}, "malformed entry for 'bert.pooler.dense.weight'"),
         ({"bert.pooler.dense.weight": [-1, "0", {}]}, "malformed entry"),
-        ({"no.such.weight": [1, "0", {}]}, "'no.such.weight', which the model does not have"),
+        ({"no.such.weight": [1, "0", {"float32": "0"}]}, "'no.such.weight', which the model does not have"),
     ],
 )
 def test_damaged_configs_are_refused_before_memory_is_taken(records, match, build, saved):
@@ -400,6 +438,44 @@ def test_files_of_two_saves_are_refused(build, saved, tmp_path):
     model.save_pretrained(tmp_path / "later")
     shutil.copy(tmp_path / "later" / "adapter_model.safetensors", folder)
     assert_refused(build("bert"), folder, "different saves")
+
+
+def test_a_file_may_not_overwrite_the_base(build, saved):
+    folder, _, _ = saved(epsilon=0.05)
+    edit(folder, lambda t, i, v: t.__setitem__("base_model.model.bert.pooler.dense.weight", torch.zeros(16, 16)))
+    assert_refused(build("bert"), folder, r"dense tensor '.*pooler.dense.weight', which would overwrite the base")
+
+
+def test_more_entries_than_the_config_allows_are_refused(build, saved):
+    folder, _, _ = saved(epsilon=0.5)
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "epsilon": 0.001}))
+    assert_refused(build("bert"), folder, r"entries, but the config of 'theirs' allows 6 free parameters")
+
+
+def test_values_that_overflow_in_the_base_s_dtype_are_refused(build, saved):
+    folder, _, _ = saved(epsilon=0.05)
+    edit(folder, lambda t, i, v: t.__setitem__(v, t[v].double().fill_(1e300)))
+    assert_refused(build("bert"), folder, r"value 1e\+300, which is not finite in torch.float32")
+
+
+def test_saving_the_config_again_keeps_what_it_says_of_the_tensors(build, saved):
+    folder, output, model = saved()
+    before = json.loads((folder / "adapter_config.json").read_text())["records"]
+    model.peft_config["default"].save_pretrained(folder)
+    assert json.loads((folder / "adapter_config.json").read_text())["records"] == before
+    assert read_metadata(folder / "adapter_model.safetensors")["records"] == before
+    assert torch.equal(logits(PeftModel.from_pretrained(build("bert"), folder), "bert"), output)
+
+
+def test_a_refused_adapter_leaves_the_base_as_it_was(build, saved):
+    folder, _, _ = saved(epsilon=0.05)
+    edit(folder, lambda t, i, v: t[i].__setitem__(0, -5))
+    base = build("bert")
+    with pytest.raises(DeltaError):
+        PeftModel.from_pretrained(base, folder)
+    assert all(p.requires_grad for p in base.parameters())
+    assert [n for n, _ in base.named_modules()] == [n for n, _ in build("bert").named_modules()]
 
 
 def test_a_newer_format_is_refused(build, saved):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .selection import NonFiniteDistanceError, Selection, select
-from .weights import SparseWeight
+from .weights import SparseWeight, scatter
 
 
 @dataclass(eq=False)
@@ -60,7 +60,7 @@ class _Snapshot:
     values: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StepInProgress:
     """What must be known to project the weights once the optimizer has stepped."""
 
@@ -70,8 +70,17 @@ class StepInProgress:
     def undo(self) -> None:
         """Put the weights back to what they were before the step. What is applied to them has not changed."""
         for weight, before in self.snapshots.items():
-            before.seed[before.indices] = before.values
-            weight.data.copy_(before.seed.view(weight.data.shape))
+            _write(weight, before.seed, before.indices, before.values)
+        self.end()
+
+    def end(self) -> None:
+        for weight, before in self.snapshots.items():
+            outer = weight.under_way
+            if outer is self:
+                weight.under_way = None
+            elif isinstance(outer, StepInProgress):
+                # Whether the outer step is going on or has raised: what to go back to is now the state after this one.
+                outer.snapshots[weight] = _Snapshot(before.seed, weight.indices, weight.values())
 
 
 class Constraint:
@@ -113,17 +122,33 @@ class Constraint:
         return sum(silo.budget for silo in self.silos)
 
     def silos_of(self, parameters: set[int]) -> list[Silo]:
-        """The silos with at least one trainable weight among the parameters of these `id`s."""
-        return [
-            silo
-            for silo in self.silos
-            if any(w.parameter.requires_grad and id(w.parameter) in parameters for w in silo.weights)
-        ]
+        """The silos that an optimizer over the parameters of these `id`s may change."""
+
+        def moves(parameter: torch.nn.Parameter) -> bool:
+            # A parameter that was frozen after the backward pass still has a gradient, and is stepped.
+            return id(parameter) in parameters and (parameter.requires_grad or parameter.grad is not None)
+
+        return [silo for silo in self.silos if any(moves(weight.parameter) for weight in silo.weights)]
+
+    def retire(self) -> None:
+        """No longer enforce the constraint, whoever still holds it: its adapter has left the model."""
+        self.live.discard(self)
 
     def before_step(self, silos: list[Silo]) -> StepInProgress:
         """Note Θ0 and Θt of the given silos, before the optimizer writes Θ̂ over them."""
-        weights = [weight for silo in silos for weight in silo.weights]
-        return StepInProgress(silos, {w: _Snapshot(w.seed_copy(), w.indices, w.values()) for w in weights})
+        snapshots = {}
+        for silo in silos:
+            for weight in silo.weights:
+                # Within another step (an optimizer that calls another, or one that raised half-way) the live weight no
+                # longer tells the seed, but that step's snapshot does: the seed never changes.
+                outer = weight.under_way
+                seed = outer.snapshots[weight].seed if isinstance(outer, StepInProgress) else weight.seed_copy()
+                snapshots[weight] = _Snapshot(seed, weight.indices, weight.values())
+        step = StepInProgress(silos, snapshots)
+        for weight in snapshots:
+            if weight.under_way is None:
+                weight.under_way = step
+        return step
 
     def after_step(self, step: StepInProgress) -> None:
         """Project the step's silos onto the constraint: the subset keeps Θ̂, all else returns to Θ0 (Eq. 7).
@@ -135,6 +160,7 @@ class Constraint:
         selections = [self._select(silo, step) for silo in step.silos]
         for silo, selection in zip(step.silos, selections, strict=True):
             _commit(silo, selection, step)
+        step.end()
         self.steps += 1
 
     def _select(self, silo: Silo, step: StepInProgress) -> Selection:
@@ -142,13 +168,25 @@ class Constraint:
         try:
             return select(seeds, [weight.flat() for weight in silo.weights], silo.budget, self.distance)
         except NonFiniteDistanceError as error:
-            culprit = silo.weights[error.position].name
+            culprit = silo.weights[error.position]
             step.undo()
+            if not torch.isfinite(step.snapshots[culprit].seed).all():
+                raise FloatingPointError(
+                    f"{culprit.name!r} holds non-finite values before any training (a mask?), which have no distance. "
+                    "Leave it out with exclude_modules. The tuned weights were put back to what they were."
+                ) from error
             raise FloatingPointError(
-                f"the optimizer's update of {culprit!r} is NaN or infinite. The weights were put back to what they were "
-                "before this step; the optimizer's state was not. Lower the learning rate, clip the gradient norm, or "
-                "(under fp16) let a GradScaler skip such steps; then resume from the last checkpoint."
+                f"the optimizer's update of {culprit.name!r} is NaN or infinite. The weights under the constraint were "
+                "put back to what they were before this step; modules_to_save and the optimizer's state were not. Lower "
+                "the learning rate, clip the gradient norm, or (under fp16) let a GradScaler skip such steps; then "
+                "resume from the last checkpoint."
             ) from error
+
+
+def _write(weight: SparseWeight, seed: Tensor, indices: Tensor, values: Tensor) -> None:
+    """Make the live weight the dense seed (n,) with values (k,) at indices (k,)."""
+    weight.data.copy_(seed.view(weight.data.shape))
+    scatter(weight.data, indices, values)
 
 
 def _commit(silo: Silo, selection: Selection, step: StepInProgress) -> None:
@@ -159,7 +197,6 @@ def _commit(silo: Silo, selection: Selection, step: StepInProgress) -> None:
         seed = step.snapshots[weight].seed
         seeds = seed[indices]
         if not everything:
-            seed[indices] = weight.flat()[indices]
-            weight.data.copy_(seed.view(weight.data.shape))
+            _write(weight, seed, indices, weight.flat()[indices])
         weight.place(indices, seeds)
         weight.stepped = True

@@ -18,7 +18,7 @@ from .constraint import Constraint, Silo, StepInProgress
 
 
 # Steps under way, by optimizer. An optimizer that calls another one's step (Lookahead) has the constraint enforced after
-# both; a step that raised leaves its entry to be replaced by the next.
+# both; a step that raised leaves its entry, which the next one undoes.
 _under_way: weakref.WeakKeyDictionary[Optimizer, list[tuple[Constraint, StepInProgress]]] = weakref.WeakKeyDictionary()
 _installed = False
 
@@ -59,6 +59,8 @@ def _concerned(constraint: Constraint, parameters: set[int]) -> list[Silo]:
 
 
 def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    for _, step in _under_way.pop(optimizer, []):
+        step.undo()
     parameters = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     concerned = [(c, silos) for c in list(Constraint.live) if (silos := _concerned(c, parameters))]
     if concerned:

@@ -6,10 +6,20 @@ next to the live weight, are the whole seed, and putting them back is exact in e
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
+from typing import Protocol
+
 import torch
 from torch import Tensor, nn
 
 from .selection import bits
+
+
+class Undoable(Protocol):
+    """A step under way over some weights."""
+
+    def undo(self) -> None: ...
 
 
 def _gather(tensor: Tensor, indices: Tensor) -> Tensor:
@@ -17,7 +27,8 @@ def _gather(tensor: Tensor, indices: Tensor) -> Tensor:
     return tensor.view(-1)[indices] if tensor.is_contiguous() else tensor[torch.unravel_index(indices, tensor.shape)]
 
 
-def _scatter(tensor: Tensor, indices: Tensor, values: Tensor) -> None:
+def scatter(tensor: Tensor, indices: Tensor, values: Tensor) -> None:
+    """Write values (k,) at flat positions (k,) of a tensor of any shape and layout."""
     if tensor.is_contiguous():
         tensor.view(-1)[indices] = values
     else:
@@ -47,8 +58,14 @@ class SparseWeight:
         self.adapters: tuple[str, ...] = ()
         self.disabled = False
         self.stepped = False
-        self._checksum: tuple[torch.dtype, int] | None = None
+        self.requires_grad_before = self.parameter.requires_grad
+        self._watched = False
+        self._checksum: tuple[torch.dtype, torch.Size, int] | None = None
+        self._under_way: weakref.ref[Undoable] | None = None
         self.forget()
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_under_way": None}
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -61,6 +78,7 @@ class SparseWeight:
 
     def forget(self) -> None:
         """Take the live weight as the seed."""
+        self.under_way = None
         self.indices = torch.empty(0, dtype=torch.int64)
         self.seeds = torch.empty(0)
         self._checksum = None
@@ -86,7 +104,7 @@ class SparseWeight:
     def revert(self) -> None:
         """Write the seed back everywhere. Exact."""
         data = self._follow()
-        _scatter(data, self.indices, self.seeds)
+        scatter(data, self.indices, self.seeds)
         self.indices, self.seeds = self.indices[:0], self.seeds[:0]
 
     def apply(self, indices: Tensor, values: Tensor) -> None:
@@ -95,7 +113,7 @@ class SparseWeight:
         data = self.data
         indices = indices.to(data.device)
         self.indices, self.seeds = indices, _gather(data, indices)
-        _scatter(data, indices, values.to(data))
+        scatter(data, indices, values.to(data))
 
     def seeds_at(self, indices: Tensor) -> Tensor:
         """Seed values at any flat positions (k,) int64, whatever is applied now."""
@@ -116,18 +134,53 @@ class SparseWeight:
         """The live weight, flat, shape (n,); a view wherever its layout allows."""
         return self.data.reshape(-1)
 
+    @property
+    def under_way(self) -> Undoable | None:
+        """The outermost optimizer step that has begun over this weight and has not come to its end."""
+        return self._under_way() if self._under_way is not None else None
+
+    @under_way.setter
+    def under_way(self, step: Undoable | None) -> None:
+        self._under_way = weakref.ref(step) if step is not None else None
+
+    def recover(self) -> None:
+        """Undo a step that raised half-way and so never came to its end."""
+        if (step := self.under_way) is not None:
+            step.undo()
+
     def remember_seed(self) -> None:
-        """Note a checksum of the whole seed, so that `seed_is_intact` can tell a change nobody told us of."""
-        self._checksum = self._seed_checksum()
+        """Note a checksum of the whole seed, so that `check_seed` can tell a change nobody told us of."""
+        self._watched = True
+        if not self.data.is_meta:
+            data = self._follow()
+            self._checksum = data.dtype, data.shape, self._sum(data, self.seeds, self.values())
+
+    def remember_seed_again(self) -> None:
+        """Renew the checksum after new dense weights were loaded, if there was one."""
+        if self._watched:
+            self.remember_seed()
+
+    def remember_seed_cast(self, cast: Callable[[Tensor], Tensor]) -> None:
+        """Renew the checksum for what a cast (`nn.Module._apply`) is about to make of the weight."""
+        if self._checksum is not None and self.seed_is_intact():
+            data = self._follow()
+            if cast(data.new_empty(0)).dtype != data.dtype:
+                new = cast(data)
+                self._checksum = new.dtype, new.shape, self._sum(new, cast(self.seeds), cast(self.values()))
+
+    def is_resized(self) -> bool:
+        """Whether the weight has another shape than when its seed was noted."""
+        return self._checksum is not None and self._checksum[1] != self.data.shape
 
     def seed_is_intact(self) -> bool:
-        """Whether everything outside the subset still has the seed's bits (True if the weight was cast meanwhile)."""
-        if self._checksum is None or self._checksum[0] != self.data.dtype:
+        """Whether everything outside the subset still has the seed's bits; True if the seed was never noted."""
+        if self._checksum is None:
             return True
-        return self._seed_checksum() == self._checksum
+        data = self._follow()
+        return self._checksum == (data.dtype, data.shape, self._sum(data, self.seeds, self.values()))
 
-    def _seed_checksum(self) -> tuple[torch.dtype, int]:
+    @staticmethod
+    def _sum(live: Tensor, seeds: Tensor, values: Tensor) -> int:
         # A sum of bit patterns can be corrected at the subset, so the seed need not be rebuilt to be summed.
-        live = bits(self._follow()).sum(dtype=torch.int64)
-        live += bits(self.seeds).sum(dtype=torch.int64) - bits(self.values()).sum(dtype=torch.int64)
-        return self.data.dtype, int(live)
+        total = bits(live).sum(dtype=torch.int64)
+        return int(total + bits(seeds).sum(dtype=torch.int64) - bits(values).sum(dtype=torch.int64))

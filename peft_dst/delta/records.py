@@ -54,7 +54,7 @@ class Summary(NamedTuple):
         """
         try:
             entries, digest, seed = raw
-            if type(entries) is int and entries > 0 and type(digest) is str and isinstance(seed, Mapping):
+            if type(entries) is int and entries > 0 and type(digest) is str and isinstance(seed, Mapping) and seed:
                 return cls(entries, digest, dict(seed))
         except (TypeError, ValueError):
             pass
@@ -69,13 +69,14 @@ def index_dtype(numel: int) -> torch.dtype:
     return torch.int32 if numel <= 2**31 - 1 else torch.int64
 
 
-def check_record(name: str, numel: int, record: Record) -> None:
-    """Check that entries can be written into a tensor of `numel` components.
+def check_record(name: str, tensor: Tensor, record: Record) -> None:
+    """Check that entries can be written into a tensor (any shape; only its size and dtype are looked at).
 
     Raises:
         DeltaError: naming the tensor, the first offending entry and the remedy.
     """
     indices, values = record
+    numel = tensor.numel()
     if indices.dtype not in (torch.int32, torch.int64) or not values.dtype.is_floating_point:
         raise DeltaError(
             f"{name!r}: indices are {indices.dtype} and values {values.dtype}; expected int32 or int64, and floating "
@@ -102,12 +103,12 @@ def check_record(name: str, numel: int, record: Record) -> None:
             f"{name!r}: positions are not strictly ascending at entry {at} ({int(indices[at])} after "
             f"{int(indices[at - 1])}). The file is damaged; save or download it again."
         )
-    strange = ~torch.isfinite(values)
+    strange = ~torch.isfinite(values.to(tensor.dtype))
     if strange.any():
         at = int(strange.nonzero()[0])
         raise DeltaError(
-            f"{name!r}: entry {at} has the value {float(values[at])}. An adapter may not write non-finite weights; train "
-            "it again with a lower learning rate."
+            f"{name!r}: entry {at} has the value {float(values[at])}, which is not finite in {tensor.dtype}. An adapter "
+            "may not write non-finite weights; train it again with a lower learning rate, or load a base of a wider dtype."
         )
 
 

@@ -88,9 +88,31 @@ def test_a_checksum_notices_any_change_outside_the_subset():
     weight.data[4] = kept
     weight.revert()
     assert weight.seed_is_intact()
-    # After a cast there is nothing to compare with.
+    # A cast that was announced changes what is compared; changes are still noticed.
+    weight.apply(torch.tensor([3, 900]), torch.tensor([5.0, 6.0]))
+    weight.remember_seed_cast(lambda t: t.to(torch.bfloat16))
     weight.module.to(torch.bfloat16)
     assert weight.seed_is_intact()
+    weight.data[7] += 1
+    assert not weight.seed_is_intact()
+
+
+def test_a_step_that_raised_is_undone():
+    class Step:
+        def undo(self):
+            weight.data.fill_(1.0)
+            weight.under_way = None
+
+    weight, step = host(torch.randn(5)), Step()
+    weight.recover()
+    weight.under_way = step
+    assert weight.under_way is step
+    weight.recover()
+    assert weight.data.tolist() == [1.0] * 5
+    weight.under_way = step
+    del step
+    # Nobody holds it any more: it came to its end.
+    assert weight.under_way is None
 
 
 def test_replacing_and_casting_the_parameter():

@@ -9,9 +9,9 @@ def record(indices, values, dtype=torch.float32):
 
 
 def test_a_good_record_passes():
-    check_record("w", 10, record([0, 4, 9], [1.0, 2.0, 3.0]))
-    check_record("w", 10, record([], []))
-    check_record("w", 1, Record(torch.tensor([0]), torch.tensor([1.0], dtype=torch.bfloat16)))
+    check_record("w", torch.empty(10), record([0, 4, 9], [1.0, 2.0, 3.0]))
+    check_record("w", torch.empty(10), record([], []))
+    check_record("w", torch.empty(1), Record(torch.tensor([0]), torch.tensor([1.0], dtype=torch.bfloat16)))
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,16 @@ def test_a_good_record_passes():
 )
 def test_bad_records_are_named(bad, match):
     with pytest.raises(DeltaError, match=match):
-        check_record("w", 10, bad)
+        check_record("w", torch.empty(10), bad)
+
+
+def test_values_must_be_finite_in_the_weight_s_dtype():
+    wide = record([1], [1e300], torch.float64)
+    check_record("w", torch.empty(10, dtype=torch.float64), wide)
+    with pytest.raises(DeltaError, match=r"value 1e\+300, which is not finite in torch.float32"):
+        check_record("w", torch.empty(10), wide)
+    with pytest.raises(DeltaError, match=r"not finite in torch.float16"):
+        check_record("w", torch.empty(10, dtype=torch.float16), record([1], [1e5]))
 
 
 def test_index_dtype():
@@ -66,7 +75,7 @@ def test_summaries_recognise_their_entries():
 
 
 @pytest.mark.parametrize(
-    "raw", [None, [], [1, "x"], ["1", "x", {}], [0, "x", {}], [1, "x", []], [True, "x", {}], 3, "abc"]
+    "raw", [None, [], [1, "x"], ["1", "x", {}], [0, "x", {}], [1, "x", []], [1, "x", {}], [True, "x", {}], 3, "abc"]
 )
 def test_malformed_summaries_are_named(raw):
     with pytest.raises(DeltaError, match="malformed entry for 'w'"):
