@@ -140,7 +140,7 @@ def fine_tune(task: Task, tokenizer, num_labels: int, args: argparse.Namespace) 
         model,
         TrainingArguments(
             output_dir=str(args.output / "trainer"),
-            num_train_epochs=args.epochs or (2 if len(task.train) >= 1500 else 6),
+            num_train_epochs=args.epochs or (2 if len(task.train) >= 1500 else 3),
             per_device_train_batch_size=args.batch_size,
             disable_tqdm=False,
             per_device_eval_batch_size=100,
@@ -192,7 +192,7 @@ def main() -> None:
     parser.add_argument("--head-lr", type=float, default=1e-3, help="learning rate of the dense head (default: 1e-3)")
     parser.add_argument("--train-size", type=int, default=2000, help="training examples at most (default: 2000)")
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--epochs", type=float, help="default: 2, or 6 for a set of fewer than 1500 examples")
+    parser.add_argument("--epochs", type=float, help="default: 2, or 3 for a set of fewer than 1500 examples")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="also write the results, with options and versions, to this file")
     parser.add_argument("--output", type=Path, help="where the adapters are saved (default: a temporary folder)")

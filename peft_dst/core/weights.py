@@ -145,7 +145,7 @@ class SparseWeight:
 
     def recover(self) -> None:
         """Undo a step that raised half-way and so never came to its end."""
-        if (step := self.under_way) is not None:
+        if self._under_way is not None and (step := self.under_way) is not None:
             step.undo()
 
     def remember_seed(self) -> None:
