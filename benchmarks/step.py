@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/step.py --json benchmarks/results/step.json
 
-Both models are MiniLM-L6 in float32 on random tokens, both optimizers fused AdamW; a pair of steps, one of each, is timed in
-turn, and the ratio is the median over pairs.
+Both models are MiniLM-L6 in float32 on random tokens, both optimizers fused AdamW; pairs of steps, one of each, are timed
+in turn, and the ratio is the median over pairs.
 """
 
 from __future__ import annotations
