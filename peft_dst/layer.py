@@ -254,16 +254,24 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.tuned]
         if safe_merge:
-            for name in names:
-                for parameter, record in self.records(name).items():
-                    if not torch.isfinite(record.values).all():
-                        raise ValueError(
-                            f"NaNs detected in the merged weights: adapter {name!r} has non-finite values for "
-                            f"{self.weights[parameter].name!r}. Nothing was merged here."
-                        )
+            self.check_finite(names)
         self.merged_adapters.extend(names)
         self._merged_model = True
         self.sync()
+
+    def check_finite(self, adapter_names: Sequence[str]) -> None:
+        """Check that the named adapters' values here are finite.
+
+        Raises:
+            ValueError: if one is not.
+        """
+        for name in self.tuned.keys() & set(adapter_names):
+            for parameter, record in self.records(name).items():
+                if not torch.isfinite(record.values).all():
+                    raise ValueError(
+                        f"NaNs detected in the merged weights: adapter {name!r} has non-finite values for "
+                        f"{self.weights[parameter].name!r}. Nothing was merged."
+                    )
 
     def unmerge(self) -> None:
         """Undo `merge`: the live weights are those of the active adapters again."""

@@ -220,8 +220,7 @@ class DSTModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
-        self._check_adapters_exist(adapter_names)
-        names = list(self.active_adapters) if adapter_names is None else adapter_names
+        names = self._check_mergeable(adapter_names, safe_merge and merge)
         found = list(markers(self.model))
         for _, marker in found:
             marker.unmerge_silently()
@@ -236,13 +235,19 @@ class DSTModel(BaseTuner):
         return model
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        self._check_adapters_exist(adapter_names)
+        self._check_mergeable(adapter_names, safe_merge)
         super().merge_adapter(adapter_names, safe_merge)
 
-    def _check_adapters_exist(self, names: list[str] | None) -> None:
-        unknown = [name for name in names or [] if name not in self.peft_config]
-        if unknown:
-            raise ValueError(f"adapter {unknown[0]!r} does not exist; there are {', '.join(self.peft_config)}.")
+    def _check_mergeable(self, adapter_names: list[str] | None, safe_merge: bool) -> list[str]:
+        """The adapters to merge, found to exist and (if asked) to be finite before any of the markers merges them."""
+        names = list(self.active_adapters) if adapter_names is None else adapter_names
+        for name in names:
+            if name not in self.peft_config:
+                raise ValueError(f"adapter {name!r} does not exist; there are {', '.join(self.peft_config)}.")
+        if safe_merge:
+            for _, marker in markers(self.model):
+                marker.check_finite(names)
+        return names
 
     # State dicts
 

@@ -251,6 +251,7 @@ def test_safe_merge_refuses_non_finite_values(build):
         model.get_base_model().bert.embeddings.word_embeddings._sparse.dst_values["default"].weight[0] = float("nan")
     with pytest.raises(ValueError, match=r"NaNs detected.*'bert.embeddings.word_embeddings.weight'"):
         model.merge_adapter(safe_merge=True)
+    assert model.get_model_status().merged_adapters == []
 
 
 def test_unload_returns_the_seed(build):
