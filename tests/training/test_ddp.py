@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from peft import PeftModel, get_peft_model
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from peft_dst import DSTConfig
@@ -47,3 +50,28 @@ def test_two_processes_agree(tmp_path):
     torch.manual_seed(0)
     loaded = PeftModel.from_pretrained(bert(), tmp_path)
     assert torch.equal(logits(loaded, "bert"), torch.load(tmp_path / "logits.pt"))
+
+
+def shard(folder: str) -> None:
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 1), rank=0, world_size=1)
+    try:
+        base = bert()
+        model = get_peft_model(base, DSTConfig(epsilon=0.02))
+        weight = base.bert.pooler.dense.weight
+        sharded = torch.nn.Parameter(distribute_tensor(weight.detach(), init_device_mesh("cpu", (1,)), [Shard(0)]))
+        base.bert.pooler.dense.weight = sharded
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        with pytest.raises(
+            NotImplementedError, match=r"'bert.pooler.dense.weight' is sharded.*Train with data parallelism"
+        ):
+            optimizer.step()
+    finally:
+        dist.destroy_process_group()
+
+
+def test_sharded_weights_are_refused(tmp_path):
+    # In a process of its own: the process group must not leak into other tests.
+    process = mp.get_context("spawn").Process(target=shard, args=(str(tmp_path),))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
