@@ -16,6 +16,9 @@ from .delta import FORMAT_VERSION, WEIGHTS_NAME, stamp
 
 
 DEFAULT_EPSILON = 1e-3
+# Where a config keeps, from collecting an adapter's tensors to writing them, what it will say of them. It is no field: the
+# config of a model that is only read from describes no file.
+COLLECTED = "_collected_records"
 
 
 @dataclass
@@ -161,6 +164,7 @@ class DSTConfig(PeftConfig):
         PEFT writes the tensors first and this file next, and offers no way to say what the first one's metadata is.
         """
         path = Path(save_directory) / CONFIG_NAME
+        self.records = self.__dict__.pop(COLLECTED, None)
         if self.records is None and (path.parent / WEIGHTS_NAME).is_file() and path.is_file():
             # Only the config is saved again; the tensors beside it are still those that the old one describes.
             self.records = json.loads(path.read_text()).get("records")

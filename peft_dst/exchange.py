@@ -17,6 +17,7 @@ import torch
 from peft.config import PeftConfig
 from torch import Tensor, nn
 
+from .config import COLLECTED
 from .core import Constraint, SparseWeight
 from .delta import DeltaError, Record, Summary, check_record, check_seed, index_dtype, summarize
 from .layer import MARKER, markers
@@ -53,7 +54,7 @@ def collect(
                 record = Record(*(state_dict[key] for key in keys))
                 kept |= dict(zip(keys, record, strict=True))
                 summaries[weight.name] = summarize(record, weight.seeds_at(record.indices.long()))
-    config.records = {name: list(summary) for name, summary in summaries.items()}
+    config.__dict__[COLLECTED] = {name: list(summary) for name, summary in summaries.items()}
     return kept
 
 
@@ -72,7 +73,8 @@ def check_and_name(
             loaded.setdefault(found["host"] + found["parameter"], {})[found["part"]] = tensor
         else:
             named[key] = tensor
-    _check_dense(model, adapter_name, named)
+    named = _check_dense(model, adapter_name, named)
+    dense = {key.removeprefix(_PEFT_PREFIX) for key in named}
     summaries = read_summaries(config)
     entries = 0
     for name, marker in markers(model):
@@ -81,7 +83,9 @@ def check_and_name(
         for parameter in marker.tuned.get(adapter_name, ()):
             weight = marker.weights[parameter]
             record = _pair(weight, loaded.pop(weight.name, None))
-            _check(weight, record, summaries.get(weight.name) if announced else None)
+            # An embedding that PEFT saved whole brings its seed along.
+            comparable = announced and weight.name not in dense
+            _check(weight, record, summaries.get(weight.name) if comparable else None)
             if announced and record.indices.numel() and weight.name not in summaries:
                 raise DeltaError(
                     f"{weight.name!r} has entries in adapter_model.safetensors but none according to "
@@ -104,16 +108,31 @@ def check_and_name(
     return named
 
 
-def _check_dense(model: nn.Module, adapter_name: str, tensors: dict[str, Tensor]) -> None:
-    """Besides records a file may hold the adapter's dense copies, and embeddings that PEFT saves when they were resized."""
+def _check_dense(model: nn.Module, adapter_name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Besides records a file may hold the adapter's dense copies, and embeddings that PEFT saves when they were resized.
+
+    PEFT saves everything below such an embedding; of a marker's own notes the seed is of use, and sizes are not.
+    """
     ends: list[Any] = [getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
-    embeddings = tuple(name for name, module in model.named_modules() if any(module is end for end in ends))
-    for key in tensors:
-        if f".modules_to_save.{adapter_name}." not in key and key.rpartition(".")[0] not in embeddings:
+    embeddings = {name: module for name, module in model.named_modules() if any(module is end for end in ends)}
+    kept = {}
+    for key, tensor in tensors.items():
+        host, _, note = key.partition(f".{MARKER}.")
+        if host in embeddings and note in ("sizes", f"sizes.{adapter_name}"):
+            continue
+        part, _, parameter = note.partition(".")
+        if host in embeddings and part in ("seed_indices", "seed_values"):
+            parts = [tensors.get(f"{host}.{MARKER}.{p}.{parameter}") for p in ("seed_indices", "seed_values")]
+            if any(p is None for p in parts) or f"{host}.{parameter}" not in tensors:
+                raise DeltaError(f"{key!r} stands in the adapter file without what belongs to it. It is damaged.")
+            check_record(key, tensors[f"{host}.{parameter}"], Record(*(p for p in parts if p is not None)))
+        elif f".modules_to_save.{adapter_name}." not in key and key.rpartition(".")[0] not in embeddings:
             raise DeltaError(
                 f"the adapter file holds a dense tensor {key!r}, which would overwrite the base model's own. A DST "
                 "adapter holds positions and values, and dense tensors of its modules_to_save only."
             )
+        kept[key] = tensor
+    return kept
 
 
 def _check_seen(weight: SparseWeight) -> None:
@@ -155,6 +174,9 @@ def settle(model: nn.Module) -> bool:
     Raises:
         DeltaError: if a record is malformed or the base is another one; no weight has been changed by then.
     """
+    if not any(marker.awaited for _, marker in markers(model)):
+        forget_to_settle(model)
+        return True
     awaited = [(marker, adapter) for _, marker in markers(model) for adapter in tuple(marker.awaited)]
     missing = {adapter for marker, adapter in awaited if not marker.has_arrived(adapter)}
     arrived = [(marker, adapter) for marker, adapter in awaited if adapter not in missing]
@@ -167,6 +189,8 @@ def settle(model: nn.Module) -> bool:
     for marker, adapter in arrived:
         marker.accept(adapter)
         configs[adapter].records = None
+    if not missing:
+        forget_to_settle(model)
     return not missing
 
 
@@ -180,10 +204,14 @@ def settle_before_forward(model: nn.Module) -> None:
     model.__dict__.setdefault(_HANDLES, []).extend(handles)
 
 
+def forget_to_settle(model: nn.Module) -> None:
+    """Take away what `settle_before_forward` registered: nothing is awaited any more."""
+    for handle in model.__dict__.pop(_HANDLES, []):
+        handle.remove()
+
+
 def _look(model: nn.Module, *unused: Any) -> None:
-    if settle(model):
-        for handle in model.__dict__.pop(_HANDLES, []):
-            handle.remove()
+    settle(model)
     for _, marker in markers(model):
         if missing := [name for name in marker.active_adapters if name in marker.awaited]:
             raise RuntimeError(

@@ -230,6 +230,8 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         for parameter, weight in self.weights.items():
             tuned = any(parameter in self.tuned.get(name, ()) for name in names)
             weight.parameter.requires_grad_(tuned and not inference_mode)
+            if tuned and not inference_mode:
+                weight.watch()
         self.sync()
 
     def enable_adapters(self, enabled: bool) -> None:
@@ -245,6 +247,8 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         for parameter, weight in self.weights.items():
             if any(parameter in self.tuned.get(name, ()) for name in names.intersection(self.active_adapters)):
                 weight.parameter.requires_grad_(requires_grad)
+                if requires_grad:
+                    weight.watch()
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Declare adapters part of the base weights, where their values already stand or now come to stand.

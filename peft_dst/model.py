@@ -103,9 +103,6 @@ class DSTModel(BaseTuner):
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         config = self.peft_config[adapter_name]
-        if adapter_name in exchange.constraints(model):
-            # The model was wrapped before (a notebook's cell run again), of which PEFT has warned: start anew.
-            _remove_adapter(model, adapter_name)
         # Everything that can be wrong with config and base is found here, before the model is touched.
         config = _maybe_include_all_linear_layers(config, model)
         targets = find_targets(model, config)
@@ -114,6 +111,9 @@ class DSTModel(BaseTuner):
         summaries = exchange.read_summaries(config)
         _check_summaries(summaries, silos)
 
+        if adapter_name in exchange.constraints(model):
+            # The model was wrapped before (a notebook's cell run again), of which PEFT has warned: start anew.
+            _remove_adapter(model, adapter_name)
         self._placing: dict[str, list[str]] = {}
         for target in targets:
             self._placing.setdefault(target.host, []).append(target.parameter)
@@ -121,9 +121,13 @@ class DSTModel(BaseTuner):
         if state_dict is not None:
             # PEFT finds the hosts in a state dict by cutting its keys at the prefix; the marker is not a host.
             state_dict = {key.replace(f".{MARKER}.", "."): value for key, value in state_dict.items()}
-        if "" in self._placing:
-            self._mark(model, "", adapter_name)
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        for name in self._placing:
+            # PEFT does not visit the model itself, nor the first owner of a parameter that was targeted by another name.
+            host = model.get_submodule(name)
+            if adapter_name not in getattr(getattr(host, MARKER, None), "tuned", ()):
+                self._mark(host, name, adapter_name)
+                getattr(host, MARKER).set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         found = dict(markers(model))
         self.targeted_module_names = [m.name for m in found.values() if m.name]
 
@@ -141,9 +145,6 @@ class DSTModel(BaseTuner):
         )
         model.__dict__.setdefault(exchange.CONSTRAINTS, {})[adapter_name] = constraint
         _keep_from_ddp(model)
-        if config.inference_mode is False:
-            for weight in constraint.weights:
-                weight.remember_seed()
         if not config.init_weights:
             _start_at_random(found, constraint)
         if config.records is not None:
@@ -228,6 +229,7 @@ class DSTModel(BaseTuner):
             if merge:
                 marker.merge(safe_merge=safe_merge, adapter_names=names)
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        exchange.forget_to_settle(model)
         for _, marker in found:
             marker.detach()
         for constraint in model.__dict__.pop(exchange.CONSTRAINTS).values():

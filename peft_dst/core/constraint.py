@@ -60,20 +60,24 @@ class _Snapshot:
     values: Tensor
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class StepInProgress:
     """What must be known to project the weights once the optimizer has stepped."""
 
     silos: list[Silo]
     snapshots: dict[SparseWeight, _Snapshot]
+    ended: bool = False
 
     def undo(self) -> None:
-        """Put the weights back to what they were before the step. What is applied to them has not changed."""
-        for weight, before in self.snapshots.items():
-            _write(weight, before.seed, before.indices, before.values)
-        self.end()
+        """Put the weights, and what is noted of them, back to what they were before the step; once."""
+        if not self.ended:
+            for weight, before in self.snapshots.items():
+                _write(weight, before.seed, before.indices, before.values)
+                weight.place(before.indices, before.seed[before.indices])
+            self.end()
 
     def end(self) -> None:
+        self.ended = True
         for weight, before in self.snapshots.items():
             outer = weight.under_way
             if outer is self:

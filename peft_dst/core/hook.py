@@ -68,5 +68,12 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    for constraint, step in _under_way.pop(optimizer, []):
-        constraint.after_step(step)
+    steps = _under_way.pop(optimizer, [])
+    try:
+        for constraint, step in steps:
+            constraint.after_step(step)
+    except BaseException:
+        # An update that is not finite, memory that ran out, Ctrl-C: no weight keeps an update that was not projected.
+        for _, step in steps:
+            step.undo()
+        raise

@@ -6,7 +6,6 @@ next to the live weight, are the whole seed, and putting them back is exact in e
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from typing import Protocol
 
@@ -61,11 +60,12 @@ class SparseWeight:
         self.requires_grad_before = self.parameter.requires_grad
         self._watched = False
         self._checksum: tuple[torch.dtype, torch.Size, int] | None = None
-        self._under_way: weakref.ref[Undoable] | None = None
+        #: The outermost optimizer step that has begun over this weight and has not come to its end.
+        self.under_way: Undoable | None = None
         self.forget()
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_under_way": None}
+        return {**self.__dict__, "under_way": None}
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -134,19 +134,10 @@ class SparseWeight:
         """The live weight, flat, shape (n,); a view wherever its layout allows."""
         return self.data.reshape(-1)
 
-    @property
-    def under_way(self) -> Undoable | None:
-        """The outermost optimizer step that has begun over this weight and has not come to its end."""
-        return self._under_way() if self._under_way is not None else None
-
-    @under_way.setter
-    def under_way(self, step: Undoable | None) -> None:
-        self._under_way = weakref.ref(step) if step is not None else None
-
     def recover(self) -> None:
         """Undo a step that raised half-way and so never came to its end."""
-        if self._under_way is not None and (step := self.under_way) is not None:
-            step.undo()
+        if self.under_way is not None:
+            self.under_way.undo()
 
     def remember_seed(self) -> None:
         """Note a checksum of the whole seed, so that `check_seed` can tell a change nobody told us of."""
@@ -154,6 +145,11 @@ class SparseWeight:
         if not self.data.is_meta:
             data = self._follow()
             self._checksum = data.dtype, data.shape, self._sum(data, self.seeds, self.values())
+
+    def watch(self) -> None:
+        """Note the seed's checksum if that was not done yet: the weight may be trained from now on."""
+        if not self._watched:
+            self.remember_seed()
 
     def remember_seed_again(self) -> None:
         """Renew the checksum after new dense weights were loaded, if there was one."""

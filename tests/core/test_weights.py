@@ -109,10 +109,6 @@ def test_a_step_that_raised_is_undone():
     assert weight.under_way is step
     weight.recover()
     assert weight.data.tolist() == [1.0] * 5
-    weight.under_way = step
-    del step
-    # Nobody holds it any more: it came to its end.
-    assert weight.under_way is None
 
 
 def test_replacing_and_casting_the_parameter():
