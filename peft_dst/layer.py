@@ -16,6 +16,7 @@ several change takes seed + Σ (value − seed).
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
@@ -25,6 +26,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from .core import SparseWeight
+from .core.selection import bits
 from .delta import DeltaError, Record, check_record, index_dtype
 
 
@@ -84,7 +86,9 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         #: Adapters that were added from a saved config and whose tensors are still to be loaded or checked.
         self.awaited: set[str] = set()
         self._overwritten: set[str] = set()
-        self._load_hook = host.register_load_state_dict_pre_hook(_before_host_loads)
+        self._load_hooks = [host.register_load_state_dict_pre_hook(_before_host_loads)]
+        # Of shared parameters: what was last loaded under the host's name, to know it under another.
+        self._shared: dict[str, int | None] = {}
 
     def __repr__(self) -> str:
         return f"dst.{type(self).__name__}({', '.join(self.weights)})"
@@ -198,9 +202,25 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         self._overwritten.update(parameters)
         self._stale = True
 
+    def share(self, parameter: str, owner: nn.Module, attribute: str) -> None:
+        """Take note that another module owns a parameter too, under a name of its own."""
+        if parameter not in self._shared:
+            self._shared[parameter] = None
+        hook = functools.partial(_before_other_owner_loads, self, parameter, attribute)
+        self._load_hooks.append(owner.register_load_state_dict_pre_hook(hook))
+
+    def load_dense(self, parameter: str, tensor: Tensor) -> None:
+        """Take new dense weights for the seed, under the active adapters."""
+        self.forget_seed([parameter])
+        self.weights[parameter].data.copy_(tensor)
+        self._overwritten.clear()
+        self.sync()
+        self.weights[parameter].remember_seed_again()
+
     def detach(self) -> None:
         """Leave the host, whose weights stay as they are."""
-        self._load_hook.remove()
+        for hook in self._load_hooks:
+            hook.remove()
         for weight in self.weights.values():
             weight.parameter.requires_grad_(weight.requires_grad_before)
             weight.adapters, weight.disabled = (), False
@@ -367,6 +387,32 @@ def _before_host_loads(host: nn.Module, state_dict: Mapping[str, Any], prefix: s
         loaded = [parameter for parameter in marker.weights if prefix + parameter in state_dict]
         if loaded:
             marker.forget_seed(loaded)
+        for parameter in marker._shared.keys() & set(loaded):
+            marker._shared[parameter] = _bit_sum(state_dict[prefix + parameter])
+
+
+def _before_other_owner_loads(
+    marker: SparseLayer,
+    parameter: str,
+    attribute: str,
+    module: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    *_: Any,
+) -> None:
+    """A shared parameter comes again under another name: if with other values, then as new dense weights."""
+    key = prefix + attribute
+    weight = marker.weights.get(parameter)
+    if weight is None or key not in state_dict or state_dict[key].shape != weight.data.shape:
+        return
+    if _bit_sum(state_dict[key]) != marker._shared[parameter]:
+        marker.load_dense(parameter, state_dict[key])
+    # The copy that follows changes nothing.
+    state_dict[key] = weight.data
+
+
+def _bit_sum(tensor: Tensor) -> int:
+    return int(bits(tensor).sum(dtype=torch.int64))
 
 
 def markers(model: nn.Module) -> Iterator[tuple[str, SparseLayer]]:

@@ -128,6 +128,10 @@ class DSTModel(BaseTuner):
             if adapter_name not in getattr(getattr(host, MARKER, None), "tuned", ()):
                 self._mark(host, name, adapter_name)
                 getattr(host, MARKER).set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        for target in targets:
+            marker = getattr(model.get_submodule(target.host), MARKER)
+            for alias in target.aliases if adapter_name == next(iter(marker.tuned)) else ():
+                marker.share(target.parameter, model.get_submodule(alias.host), alias.parameter)
         found = dict(markers(model))
         self.targeted_module_names = [m.name for m in found.values() if m.name]
 
@@ -288,7 +292,10 @@ def _silo_sizes(model: nn.Module, config: DSTConfig, names: list[str]) -> dict[s
                 "No parameter of the base model is left to tune. Check exclude_modules, layers_to_transform and "
                 "modules_to_save."
             )
-        return {}
+        raise NoMatchingPeftModuleError(
+            f"Target modules {config.target_modules} not found in the base model, or excluded, and likewise "
+            f"target_parameters {config.target_parameters}. Check their names, exclude_modules and layers_to_transform."
+        )
     silos = partition(names, config.siloing, compile_silo_patterns(config.silo_pattern))
     sizes = {silo: {name: model.get_parameter(name).numel() for name in members} for silo, members in silos.items()}
     allocate_budgets(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -21,10 +21,11 @@ _TUNABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Target:
-    """A parameter to tune: its host's name ("" for the model itself), its own, and both together."""
+    """A parameter to tune: its host's name ("" for the model itself), its own, and the other owners of a shared one."""
 
     host: str
     parameter: str
+    aliases: tuple[Target, ...] = ()
 
     @property
     def name(self) -> str:
@@ -115,7 +116,7 @@ def find_targets(model: nn.Module, config: DSTConfig) -> list[Target]:
                 "its exclude_modules."
             )
         _check_tunable(target.name, tensors[key])
-        targets.append(target)
+        targets.append(replace(target, aliases=tuple(aliases[1:])))
     for host, module in modules.items():
         if hasattr(module, "qweight") and is_targeted(config, host):
             _refuse_quantised(host, type(module).__name__)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import runpy
 from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 
@@ -209,6 +210,20 @@ def test_changes_are_noticed_in_any_state(tmp_path):
         with pytest.raises(RuntimeError, match="differs from the seed"):
             model.save_pretrained(tmp_path)
         assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_changes_are_noticed_in_an_adapter_that_was_loaded_to_be_used(tmp_path):
+    model = get_peft_model(bert(), DSTConfig(epsilon=0.01))
+    train(model, "bert")
+    model.save_pretrained(tmp_path / "one")
+    torch.manual_seed(0)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(model).unload(), tmp_path / "one")
+    loaded.set_adapter("default")
+    train(loaded, "bert")
+    loaded.save_pretrained(tmp_path / "two")
+    loaded.get_base_model().bert.pooler.dense.weight.data += 1
+    with pytest.raises(RuntimeError, match="differs from the seed"):
+        loaded.save_pretrained(tmp_path / "two")
 
 
 def test_resizing_under_an_adapter_is_named(tmp_path):

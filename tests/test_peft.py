@@ -17,6 +17,7 @@ from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
 import peft_dst
 from peft_dst import DSTConfig, DSTModel
+from peft_dst.core import constraint as constraint_module
 from tests.models import assert_same, bert, logits, loss, train, weights
 
 
@@ -610,3 +611,126 @@ def test_interrupted_steps_are_undone(build, tmp_path):
     with model.disable_adapter():
         assert_same(weights(base), seed)
     assert_same(weights(base), later)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5"])
+def test_whole_state_dicts_with_shared_parameters(name, build):
+    """Loaded in another state than they were taken in; the other owners of a shared weight load after the first."""
+    seed = weights(build(name))
+    model, _ = tuned_model(build, name, ("a", "b"), epsilon=0.05)
+    base = model.base_model.model
+    tuned = {}
+    for adapter in ("a", "b"):
+        model.set_adapter(adapter)
+        tuned[adapter] = weights(base)
+    model.set_adapter("a")
+    with_a = copy.deepcopy(model.state_dict())
+    with model.disable_adapter():
+        disabled = copy.deepcopy(model.state_dict())
+    for state in (with_a, disabled):
+        model.set_adapter("b")
+        model.load_state_dict(state)
+        assert_same(weights(base), tuned["b"])
+        with model.disable_adapter():
+            assert_same(weights(base), seed)
+        model.set_adapter("a")
+        assert_same(weights(base), tuned["a"])
+    # New dense weights under one name of a shared parameter alone.
+    new = torch.zeros_like(base.lm_head.weight)
+    base.lm_head.load_state_dict({"weight": new}, strict=False)
+    with model.disable_adapter():
+        assert not base.lm_head.weight.any()
+    assert base.lm_head.weight.any()
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "tuned"),
+    [
+        ("gpt2", {"target_modules": ["lm_head"]}, {"transformer.wte.weight"}),
+        ("gpt2", {"target_parameters": ["lm_head.weight"]}, {"transformer.wte.weight"}),
+        ("t5", {"target_modules": ["lm_head"]}, {"shared.weight"}),
+        ("t5", {"target_modules": ["decoder"]}, None),
+    ],
+)
+def test_a_shared_parameter_is_tuned_by_any_of_its_names(name, options, tuned, build):
+    base = build(name)
+    seed = weights(base)
+    model = get_peft_model(base, DSTConfig(epsilon=0.05, **options))
+    targeted = {n for names in model.silos().values() for n in names}
+    assert targeted == (tuned or {"shared.weight", *(n for n in seed if n.startswith("decoder."))})
+    assert {n for n, p in base.named_parameters() if p.requires_grad} == targeted
+    train(model, name)
+    now = weights(base)
+    assert 0 < sum(int((now[n] != seed[n]).sum()) for n in seed) <= model.constraint().budget
+    assert_same(weights(model.unload()), seed)
+
+
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+@pytest.mark.parametrize("where", ["select", "_commit"])
+def test_an_error_while_projecting_undoes_the_step(error, where, build, monkeypatch):
+    base = build("bert")
+    seed = weights(base)
+    model = get_peft_model(base, DSTConfig(epsilon=0.05))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    loss(model, "bert").backward()
+    optimizer.step()
+    tuned = weights(base)
+    original, calls = getattr(constraint_module, where), []
+
+    def failing(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise error
+        return original(*args)
+
+    monkeypatch.setattr(constraint_module, where, failing)
+    loss(model, "bert", 1).backward()
+    with pytest.raises(error):
+        optimizer.step()
+    assert_same(weights(base), tuned)
+    with model.disable_adapter():
+        assert_same(weights(base), seed)
+    optimizer.step()
+    with model.disable_adapter():
+        assert_same(weights(base), seed)
+
+
+def test_a_step_is_undone_only_once(build):
+    class Half(torch.optim.SGD):
+        failing = True
+
+        def step(self, closure=None):
+            if self.failing:
+                for group in self.param_groups:
+                    for parameter in group["params"]:
+                        parameter.data.add_(1.0)
+                raise RuntimeError
+            super().step(closure)
+
+    model, _ = tuned_model(build, "bert", ("a", "b"))
+    base, seed = model.base_model.model, weights(build("bert"))
+    half = Half([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    loss(model, "bert").backward()
+    with pytest.raises(RuntimeError):
+        half.step()
+    model.set_adapter("a")
+    half.failing = False
+    half.step()
+    with model.disable_adapter():
+        assert_same(weights(base), seed)
+    # Also when the optimizer that failed is gone.
+    half.failing = True
+    with pytest.raises(RuntimeError):
+        half.step()
+    del half
+    with model.disable_adapter():
+        assert_same(weights(base), seed)
+
+
+def test_a_refused_second_wrap_leaves_the_first(build):
+    model, output = tuned_model(build)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(ValueError, match="nonsense"):
+            get_peft_model(model.base_model.model, DSTConfig(epsilon=0.01, target_modules=["nonsense"]))
+    assert torch.equal(logits(model.base_model.model, "bert"), output["default"])

@@ -221,6 +221,32 @@ def test_a_loaded_model_is_pickled_and_copied_before_its_first_use(build, saved,
         assert not any(m._forward_pre_hooks for m in twin.modules())
 
 
+@pytest.mark.parametrize("finish", ["merge_and_unload", "unload"])
+def test_a_loaded_model_is_unloaded_before_its_first_use(finish, build, saved):
+    folder, output, _ = saved()
+    base = getattr(PeftModel.from_pretrained(build("bert"), folder), finish)()
+    expected = output if finish == "merge_and_unload" else logits(build("bert"), "bert")
+    assert torch.equal(logits(copy.deepcopy(base), "bert"), expected)
+
+
+def test_embeddings_that_peft_saves_whole(tmp_path):
+    """Resized before training: PEFT saves the embeddings beside the records, and their seed comes back with them."""
+    load = native(tmp_path, "llama")
+    base = load()
+    base.resize_token_embeddings(70, mean_resizing=False)
+    seed = weights(base)
+    model = get_peft_model(base, DSTConfig(epsilon=0.02))
+    train(model, "llama")
+    with pytest.warns(UserWarning, match="embedding layer has been resized"):
+        model.save_pretrained(tmp_path / "adapter")
+    fresh = load()
+    fresh.resize_token_embeddings(70, mean_resizing=False)
+    loaded = PeftModel.from_pretrained(fresh, tmp_path / "adapter")
+    assert torch.equal(logits(loaded, "llama"), logits(model, "llama"))
+    with loaded.disable_adapter():
+        assert_same(weights(loaded.get_base_model()), seed)
+
+
 def test_pickled_weights_are_read_without_running_code(build, saved, tmp_path):
     _, output, model = saved()
     model.save_pretrained(tmp_path / "pickle", safe_serialization=False)
