@@ -44,7 +44,7 @@ def environment() -> dict[str, object]:
 
 
 def stepper(epsilon: float | None, batch: int, length: int):
-    """A function that makes one training step, and the model's parameters in a state to repeat it."""
+    """A function that makes one training step, plain or constrained, and returns its seconds."""
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_pretrained(FOLDER, num_labels=6)
     if epsilon is not None:

