@@ -103,6 +103,8 @@ class _Silo:
         """(tensor, first flat position, its distances) of every tile in order; the next one overwrites the last."""
         scratch = torch.empty(min(TILE, self.size), dtype=self.dtype, device=self.device)
         for i, pair in enumerate(self.pairs):
+            if not pair[0].numel():
+                continue
             start = 0
             for seed, updated in zip(*(tensor.split(TILE) for tensor in pair), strict=True):
                 n = seed.numel()
