@@ -143,10 +143,18 @@ def _by_block_maxima(silo: _Silo, budget: int) -> Selection:
         at += whole + (rest > 0)
     silo.check_finite(everywhere)
     bound = float(_kth_largest(everywhere, budget)) if budget < everywhere.numel() else 0.0
-    found = [_reaching(silo, i, maxima, bound, block) for i, maxima in enumerate(everywhere.split(counts))]
-    keep, threshold = _largest(torch.cat([distances for distances, _ in found]), budget)
-    kept = keep.split([distances.numel() for distances, _ in found])
-    return Selection([at[mask] for (_, at), mask in zip(found, kept, strict=True)], threshold)
+    below = _just_below(bound, silo.dtype)
+    rows = _positions_above(everywhere, below)
+    last = torch.searchsorted(rows, torch.tensor(counts, device=rows.device).cumsum(0)).tolist()
+    distances, positions, before = [], [], 0
+    for i, (first, end) in enumerate(zip([0, *last], last, strict=False)):
+        delta, at = _look_again(silo, i, rows[first:end] - before, below, block)
+        distances.append(delta)
+        positions.append(at)
+        before += counts[i]
+    keep, threshold = _largest(torch.cat(distances), budget)
+    kept = keep.split([delta.numel() for delta in distances])
+    return Selection([at[mask] for at, mask in zip(positions, kept, strict=True)], threshold)
 
 
 def _block_size(n: int, budget: int) -> int:
@@ -154,23 +162,28 @@ def _block_size(n: int, budget: int) -> int:
     return min(_LONGEST_BLOCK, max(_SHORTEST_BLOCK, 1 << max(0, (n // (32 * budget)).bit_length() - 1)))
 
 
-def _reaching(silo: _Silo, position: int, maxima: Tensor, bound: float, block: int) -> tuple[Tensor, Tensor]:
-    """Non-zero distances of a tensor that reach the bound, and their flat positions, ascending."""
+def _look_again(silo: _Silo, position: int, rows: Tensor, below: float, block: int) -> tuple[Tensor, Tensor]:
+    """Distances above `below` in some blocks of a tensor, by their numbers (m,), and their flat positions, ascending."""
+    if not rows.numel():
+        return torch.empty(0, dtype=silo.dtype, device=silo.device), rows
     seed, updated = silo.pairs[position]
-    whole = seed.numel() // block
-    rows = _reaching_positions(maxima, bound)
-    parts = [(rows[:0], maxima[:0])]
+    whole, rest = divmod(seed.numel(), block)
+    # The last block, where it is shorter, stands behind the whole ones.
+    tail = rest > 0 and int(rows[-1]) == whole
+    distances, positions = [], []
     # Again in tiles: what is gathered stays in the cache, and is never as large as to be fetched from the system.
-    for some in rows[: int((rows < whole).sum())].split(TILE // block):
+    for some in (rows[:-1] if tail else rows).split(TILE // block):
         blocks = [t[: whole * block].view(whole, block).index_select(0, some).view(-1) for t in (seed, updated)]
         delta = silo.distance(*blocks)
-        at = _reaching_positions(delta, bound)
-        parts.append((some.index_select(0, at // block) * block + at % block, delta.index_select(0, at)))
-    if whole < maxima.numel() and float(maxima[whole]) >= bound:
-        delta = silo.distance(seed[whole * block :], updated[whole * block :])
-        at = _reaching_positions(delta, bound)
-        parts.append((at + whole * block, delta.index_select(0, at)))
-    return torch.cat([delta for _, delta in parts]), torch.cat([at for at, _ in parts])
+        at = _positions_above(delta, below)
+        distances.append(delta.index_select(0, at))
+        positions.append(some.index_select(0, at // block).mul_(block).add_(at.remainder_(block)))
+    if tail:
+        delta = silo.distance(seed[-rest:], updated[-rest:])
+        at = _positions_above(delta, below)
+        distances.append(delta.index_select(0, at))
+        positions.append(at.add_(whole * block))
+    return torch.cat(distances), torch.cat(positions)
 
 
 def _by_bracket(silo: _Silo, budget: int) -> Selection:
@@ -225,14 +238,14 @@ def _look(silo: _Silo, low: float, high: float) -> tuple[int, list[Tensor], list
     Returns:
         (count, distances, flat positions), the last two with one tensor (m_i,) for each of the silo's.
     """
-    maxima, counts = [], []
+    maxima, counts, below = [], [], _just_below(low, silo.dtype)
     distances: list[list[Tensor]] = [[torch.empty(0, dtype=silo.dtype, device=silo.device)] for _ in silo.pairs]
     positions: list[list[Tensor]] = [[torch.empty(0, dtype=torch.int64, device=silo.device)] for _ in silo.pairs]
     flags, inside = (torch.empty(min(TILE, silo.size), dtype=silo.dtype, device=silo.device) for _ in range(2))
     for i, start, delta in silo.tiles():
         n = delta.numel()
         maxima.append(delta.amax())
-        _zero_below(delta, low, out=inside[:n])
+        torch.threshold(delta, below, 0.0, out=inside[:n])
         if high < math.inf:
             # Flags of the distances' own dtype: comparing into booleans is many times slower.
             torch.ge(delta, high, out=flags[:n])
@@ -249,8 +262,9 @@ def _look(silo: _Silo, low: float, high: float) -> tuple[int, list[Tensor], list
 def _reach(silo: _Silo, threshold: float) -> list[Tensor]:
     """Flat positions of the non-zero distances that reach a threshold, a tensor (k_i,) for each of the silo's."""
     found: list[list[Tensor]] = [[torch.empty(0, dtype=torch.int64, device=silo.device)] for _ in silo.pairs]
+    below = _just_below(threshold, silo.dtype)
     for i, start, delta in silo.tiles():
-        found[i].append(_reaching_positions(delta, threshold).add_(start))
+        found[i].append(_positions_above(delta, below).add_(start))
     return [torch.cat(parts) for parts in found]
 
 
@@ -259,15 +273,14 @@ def _without(positions: Tensor, left: Tensor) -> Tensor:
     return positions[torch.isin(positions, left, assume_unique=True, invert=True)] if left.numel() else positions
 
 
-def _zero_below(distances: Tensor, bound: float, out: Tensor | None = None) -> Tensor:
-    """The distances that reach a bound (a value of their dtype), and 0 for all others."""
-    below = torch.nextafter(distances.new_tensor(bound), distances.new_tensor(-math.inf))
-    return torch.threshold(distances, float(below), 0.0, out=out)
+def _just_below(bound: float, dtype: torch.dtype) -> float:
+    """The next smaller value of a dtype: what lies above it reaches the bound."""
+    return float(torch.nextafter(torch.tensor(bound, dtype=dtype), torch.tensor(-math.inf, dtype=dtype)))
 
 
-def _reaching_positions(distances: Tensor, bound: float) -> Tensor:
-    """Positions (m,) int64 of the non-zero distances that reach a bound. Integers are faster to scan than floats."""
-    return bits(_zero_below(distances, bound)).nonzero().flatten()
+def _positions_above(distances: Tensor, below: float) -> Tensor:
+    """Positions (m,) int64 of the non-zero distances above a value. Integers are faster to scan than floats."""
+    return bits(torch.threshold(distances, below, 0.0)).nonzero().flatten()
 
 
 def _kth_largest(values: Tensor, k: int) -> Tensor:
