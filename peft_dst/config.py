@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME, PeftType
 
 from .core.distances import DISTANCES, Distance
+from .core.iterative import FLUCTUATION, ITERATIONS
 from .core.silos import SILOINGS, Siloing, compile_silo_patterns
 from .delta import FORMAT_VERSION, WEIGHTS_NAME, stamp
 
@@ -61,6 +63,23 @@ class DSTConfig(PeftConfig):
         metadata={
             "help": "What ranks a component: |seed * change| ('inverse_relative', the paper's default), |change / seed| "
             "('relative') or |change| ('absolute')."
+        },
+    )
+    threshold: Literal["exact", "iterative"] = field(
+        default="exact",
+        metadata={
+            "help": "How a silo's threshold is found: 'exact' keeps exactly the budget; 'iterative' tracks it by "
+            "bisection, as in the paper's Appendix C (Alg. 2), and keeps the budget only approximately."
+        },
+    )
+    threshold_iterations: int | None = field(
+        default=None, metadata={"help": "Bisections a step of threshold='iterative' (the paper's m); 3 if not given."}
+    )
+    threshold_range: float | None = field(
+        default=None,
+        metadata={
+            "help": "By what factor a threshold may grow or shrink in one step of threshold='iterative' (the paper's r); 2 "
+            "if not given."
         },
     )
     target_modules: list[str] | str | None = field(
@@ -122,6 +141,7 @@ class DSTConfig(PeftConfig):
         self._check_budget()
         _check_choice("siloing", self.siloing, SILOINGS)
         _check_choice("distance", self.distance, DISTANCES)
+        self._check_threshold()
         _check_choice("bias", self.bias, ("none",), "To train biases densely put their modules in modules_to_save.")
         compile_silo_patterns(self.silo_pattern)
         if self.format_version != FORMAT_VERSION:
@@ -157,6 +177,30 @@ class DSTConfig(PeftConfig):
                 f"epsilon must be a fraction with 0 < epsilon <= 1, got {self.epsilon!r}. To give an absolute number of "
                 "free parameters use num_free_parameters."
             )
+
+    def _check_threshold(self) -> None:
+        _check_choice("threshold", self.threshold, ("exact", "iterative"))
+        m, r = self.threshold_iterations, self.threshold_range
+        if self.threshold == "exact":
+            if m is not None or r is not None:
+                raise ValueError(
+                    f"threshold_iterations={m} and threshold_range={r} belong to threshold='iterative'; leave them out, or "
+                    "set threshold to that."
+                )
+            return
+        self.threshold_iterations = m = ITERATIONS if m is None else m
+        self.threshold_range = r = FLUCTUATION if r is None else r
+        if type(m) is not int or m < 1:
+            raise ValueError(f"threshold_iterations must be a positive integer, got {m!r}.")
+        if isinstance(r, bool) or not isinstance(r, int | float) or not 1 < r < math.inf:
+            raise ValueError(f"threshold_range must be a finite number greater than 1, got {r!r}.")
+
+    @property
+    def tracking(self) -> tuple[int, float] | None:
+        """(m, r) of Alg. 2 where thresholds are tracked, else None."""
+        if self.threshold_iterations is None or self.threshold_range is None:
+            return None
+        return self.threshold_iterations, self.threshold_range
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write adapter_config.json, and its format metadata into an adapter_model.safetensors beside it.

@@ -98,8 +98,10 @@ def check_and_name(
             f"the adapter has entries for {next(iter(loaded))!r} ({len(loaded)} such tensors), which the model does not "
             "have or the adapter's config does not tune. Load it onto the base named in adapter_config.json."
         )
-    budget = constraints(model)[adapter_name].budget
-    if entries > budget:
+    constraint = constraints(model)[adapter_name]
+    budget = constraint.budget
+    # A tracked threshold may keep more.
+    if entries > budget and not constraint.tracking:
         raise DeltaError(
             f"the adapter file has {entries:,} entries, but the config of {adapter_name!r} allows {budget:,} free "
             "parameters. It was saved with another epsilon; load it under a name of its own, with its own config."

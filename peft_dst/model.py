@@ -146,6 +146,7 @@ class DSTModel(BaseTuner):
             [Silo(s, [weights[n] for n in sizes], k) for (s, sizes), k in zip(silos.items(), budgets, strict=True)],
             config.distance,
             {n: kind for n, (_, kind) in read_names([*weights], compile_silo_patterns(config.silo_pattern)).items()},
+            config.tracking,
         )
         model.__dict__.setdefault(exchange.CONSTRAINTS, {})[adapter_name] = constraint
         _keep_from_ddp(model)

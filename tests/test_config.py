@@ -37,6 +37,13 @@ from tests.models import assert_same, bert, loss, train, weights
         ({"layers_pattern": "h"}, "without layers_to_transform"),
         ({"target_modules": ".*", "layers_to_transform": [1]}, "cannot be combined"),
         ({"format_version": 7}, "format version 7"),
+        ({"threshold": "quantile"}, "threshold must be one of 'exact', 'iterative'; got 'quantile'"),
+        ({"threshold_range": 3.0}, "threshold_range=3.0 belong to threshold='iterative'"),
+        (
+            {"threshold": "iterative", "threshold_iterations": 0},
+            "threshold_iterations must be a positive integer, got 0",
+        ),
+        ({"threshold": "iterative", "threshold_range": 1.0}, "threshold_range must be a finite number greater than 1"),
     ],
 )
 def test_bad_values_are_named(options, match):

@@ -11,8 +11,14 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from .iterative import select_iteratively
 from .selection import NonFiniteDistanceError, Selection, select
 from .weights import SparseWeight, Undoable, gather
+
+
+# Where an optimizer's first parameter group concerned keeps tracked thresholds: adapter → silo → threshold. They are state
+# of training, like the moments beside them, and so saved and resumed with these.
+THRESHOLDS = "dst_thresholds"
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,7 @@ class Silo:
         budget: number of free components.
         threshold: smallest kept distance of the last selection, 0-d tensor.
         previous: the subset before the last selection, one index tensor a weight.
+        tracked: threshold of the last step, where that is where the next one starts from (Alg. 2).
     """
 
     name: str
@@ -49,6 +56,7 @@ class Silo:
     budget: int
     threshold: Tensor = field(default_factory=lambda: torch.zeros(()))
     previous: list[Tensor] = field(default_factory=list)
+    tracked: float | None = None
 
     @property
     def size(self) -> int:
@@ -172,13 +180,22 @@ class Constraint:
         silos: the partition of the tuned parameters with its budgets.
         distance: name of the distance to the seed.
         kinds: kind of module of each weight, by its name; for figures only.
+        tracking: the (m, r) of Alg. 2, to track thresholds and keep the budgets approximately; None keeps them exactly.
     """
 
     #: Every constraint that somebody holds, copies and unpickled ones included: the optimizer hook looks them up here.
     live: ClassVar[weakref.WeakSet[Constraint]] = weakref.WeakSet()
 
-    def __init__(self, adapter: str, silos: list[Silo], distance: str, kinds: Mapping[str, str]):
+    def __init__(
+        self,
+        adapter: str,
+        silos: list[Silo],
+        distance: str,
+        kinds: Mapping[str, str],
+        tracking: tuple[int, float] | None = None,
+    ):
         self.adapter = adapter
+        self.tracking = tracking
         self.silos = silos
         self.kinds = dict(kinds)
         self.distance = distance
@@ -211,6 +228,25 @@ class Constraint:
         """No longer enforce the constraint, whoever still holds it: its adapter has left the model."""
         self.live.discard(self)
 
+    def recall(self, param_groups: Iterable[Mapping[str, Any]]) -> None:
+        """Take up the tracked thresholds that an optimizer's groups hold, which come with its saved state."""
+        if self.tracking:
+            for thresholds in (
+                group[THRESHOLDS].get(self.adapter, {}) for group in param_groups if THRESHOLDS in group
+            ):
+                for silo in self.silos:
+                    silo.tracked = thresholds.get(silo.name, silo.tracked)
+
+    def complete(self, param_groups: Iterable[dict[str, Any]]) -> None:
+        """Count a step that has come to its end, and leave its thresholds in the groups of the optimizer that made it."""
+        self.steps += 1
+        if self.tracking:
+            for silo in self.silos:
+                silo.tracked = float(silo.threshold)
+            own = {id(weight.parameter) for weight in self.weights}
+            group = next(g for g in param_groups if any(id(parameter) in own for parameter in g["params"]))
+            group.setdefault(THRESHOLDS, {})[self.adapter] = {silo.name: silo.tracked for silo in self.silos}
+
     def before_step(self, silos: list[Silo]) -> StepInProgress:
         """Lend the optimizer working copies of the given silos' weights, for it to write Θ̂ into."""
         step = StepInProgress(silos)
@@ -234,7 +270,6 @@ class Constraint:
             before = [step.before[weight] for weight in silo.weights]
             silo.take(selection, [updates[weight] for weight in silo.weights], before)
         step.end(updates)
-        self.steps += 1
 
     def select(self, silo: Silo, updates: list[Tensor]) -> Selection:
         """The subset of a silo whose live weights are the seed now.
@@ -247,8 +282,10 @@ class Constraint:
             FloatingPointError: if an update is NaN or infinite.
         """
         try:
-            seeds = [weight.flat() for weight in silo.weights]
-            return select(seeds, [updated.reshape(-1) for updated in updates], silo.budget, self.distance)
+            seeds, flat = [weight.flat() for weight in silo.weights], [updated.reshape(-1) for updated in updates]
+            if self.tracking:
+                return select_iteratively(seeds, flat, silo.budget, self.distance, silo.tracked, *self.tracking)
+            return select(seeds, flat, silo.budget, self.distance)
         except NonFiniteDistanceError as error:
             culprit = silo.weights[error.position]
             if not torch.isfinite(culprit.data).all():

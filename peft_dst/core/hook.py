@@ -46,6 +46,7 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
     steps: list[tuple[Constraint, StepInProgress]] = []
     try:
         for constraint, silos in concerned(optimizer.param_groups):
+            constraint.recall(optimizer.param_groups)
             steps.append((constraint, constraint.before_step(silos)))
     except BaseException:
         _undo(steps)
@@ -59,6 +60,7 @@ def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, A
     try:
         for constraint, step in steps:
             constraint.after_step(step)
+            constraint.complete(optimizer.param_groups)
     except BaseException:
         # An update that is not finite, memory that ran out, Ctrl-C: no weight keeps an update that was not projected.
         _undo(steps)

@@ -156,6 +156,8 @@ class SiloBySilo:
     def __init__(self, optimizer: DSTOptimizer, reuse: bool = False):
         self.optimizer = optimizer
         self.concerned = concerned(optimizer.param_groups)
+        for constraint, _ in self.concerned:
+            constraint.recall(optimizer.param_groups)
         self.own = {id(p) for group in optimizer.param_groups for p in group["params"]}
         self.stepped: set[int] = set()
         self._before: list[tuple[SparseWeight, Subset, Tensor | None]] = []
@@ -169,7 +171,7 @@ class SiloBySilo:
                 for silo in silos:
                     if id(silo) not in self.stepped:
                         self.silo(constraint, silo)
-                constraint.steps += 1
+                constraint.complete(self.optimizer.param_groups)
         except BaseException:
             self.undo()
             raise
