@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from .selection import NonFiniteDistanceError, Selection, select
-from .weights import SparseWeight, scatter
+from .weights import SparseWeight, Undoable, gather
+
+
+@dataclass(frozen=True)
+class Subset:
+    """A weight's subset at some moment: flat positions and the values there, both (k,)."""
+
+    indices: Tensor
+    values: Tensor
+
+    @classmethod
+    def of(cls, weight: SparseWeight) -> Subset:
+        values = weight.values()
+        return cls(weight.indices, values)
+
+    def restore(self, weight: SparseWeight) -> None:
+        """Make it the weight's subset again, whatever that is now. Exact."""
+        weight.apply(self.indices, self.values)
 
 
 @dataclass(eq=False)
@@ -40,6 +58,23 @@ class Silo:
         """Number of components that differ from the seed now."""
         return sum(weight.indices.numel() for weight in self.weights)
 
+    def take(self, selection: Selection, updates: Sequence[Tensor], before: Sequence[Subset]) -> None:
+        """Write the selected components of Θ̂ into the live weights, which are the seed now.
+
+        Args:
+            selection: the subset.
+            updates: Θ̂ of each weight, in its shape.
+            before: what the subset was before the step.
+        """
+        everything = self.budget >= self.size
+        self.previous, self.threshold = [subset.indices for subset in before], selection.threshold
+        for weight, indices, updated in zip(self.weights, selection.indices, updates, strict=True):
+            if everything:
+                weight.overwrite(indices, updated)
+            else:
+                weight.apply(indices, gather(updated, indices))
+            weight.stepped = True
+
     def churn(self) -> float:
         """Share of the current subset that was not in the one before the last step (0 for an empty subset)."""
         if not self.free():
@@ -51,48 +86,86 @@ class Silo:
         return new / self.free()
 
 
-@dataclass
-class _Snapshot:
-    """A weight before the step: its dense seed, and what stood at its subset."""
-
-    seed: Tensor
-    indices: Tensor
-    values: Tensor
-
-
 @dataclass(eq=False)
 class StepInProgress:
-    """What must be known to project the weights once the optimizer has stepped."""
+    """An optimizer's step over some silos, writing into working copies of the weights.
+
+    Attributes:
+        silos: the silos whose weights it may change.
+        before: the subset of each weight from before the step.
+        holders: the step that each weight's working copy was made for: this one, or another one around it.
+        seeds: the seed of each weight that was recovered before the step was known to have ended.
+    """
 
     silos: list[Silo]
-    snapshots: dict[SparseWeight, _Snapshot]
-    ended: bool = False
+    before: dict[SparseWeight, Subset] = field(default_factory=dict)
+    holders: dict[SparseWeight, Undoable] = field(default_factory=dict)
+    seeds: dict[SparseWeight, Tensor] = field(default_factory=dict)
+
+    def begin(self) -> None:
+        for weight in (weight for silo in self.silos for weight in silo.weights):
+            if weight.under_way is None:
+                weight.lend()
+                weight.under_way = self
+            self.before[weight], self.holders[weight] = Subset.of(weight), weight.under_way
+
+    def take_back(self) -> dict[SparseWeight, Tensor]:
+        """What the optimizer made of the working copies. The live weights are back in their places, and are the seed."""
+        updates = {}
+        for weight in self.before:
+            updates[weight] = weight.parameter.data
+            if weight in self.seeds:
+                weight.parameter.data = self.seeds.pop(weight)
+                weight.place(weight.indices[:0], weight.seeds[:0])
+                weight.under_way = self
+            elif self.holders[weight] is self:
+                weight.take_back()
+            weight.revert()
+        return updates
+
+    def end(self, updates: Mapping[SparseWeight, Tensor]) -> None:
+        for weight in self.before:
+            self._leave(weight, updates[weight])
 
     def undo(self) -> None:
-        """Put the weights, and what is noted of them, back to what they were before the step; once."""
-        if not self.ended:
-            for weight, before in self.snapshots.items():
-                _write(weight, before.seed, before.indices, before.values)
-                weight.place(before.indices, before.seed[before.indices])
-            self.end()
+        """Put the weights back to what they were before the step, which is over; those that were not recovered yet."""
+        for weight, before in self.before.items():
+            if weight.under_way is self.holders[weight]:
+                working = weight.parameter.data
+                if self.holders[weight] is self:
+                    weight.take_back()
+                before.restore(weight)
+                self._leave(weight, working)
 
-    def end(self) -> None:
-        self.ended = True
-        for weight, before in self.snapshots.items():
-            outer = weight.under_way
-            if outer is self:
+    def _leave(self, weight: SparseWeight, working: Tensor) -> None:
+        holder = self.holders[weight]
+        if holder is self:
+            weight.under_way = None
+        elif isinstance(holder, StepInProgress):
+            # The step around this one goes on from the projected weight, and back to it if it fails.
+            working.copy_(weight.data)
+            holder.before[weight] = Subset.of(weight)
+
+    def recover(self) -> None:
+        """Put the weights back to what they were before the step, of which nobody knows whether it is over.
+
+        If it is not, the optimizer goes on writing into the working copies. So these become the live weights, and those
+        from before, out of its reach, are kept as the seed to project onto in the end.
+        """
+        for weight, before in self.before.items():
+            if weight.under_way is self:
+                before.restore(weight)
+                self.seeds[weight] = weight.give_up()
                 weight.under_way = None
-            elif isinstance(outer, StepInProgress):
-                # Whether the outer step is going on or has raised: what to go back to is now the state after this one.
-                outer.snapshots[weight] = _Snapshot(before.seed, weight.indices, weight.values())
 
 
 class Constraint:
     """Keeps at most `budget` components of each silo different from the seed, choosing them anew at every step.
 
     Call `before_step`, then the optimizer's step, then `after_step` with what the first returned; the optimizer itself
-    never learns of the subset, so its moments are those of the dense update (Section 3 of the paper). In between, one
-    dense copy of the weights of the silos concerned is held.
+    never learns of the subset, so its moments are those of the dense update (Section 3 of the paper). In between it
+    writes into working copies of the weights of the silos concerned. Outside the subset the live weights are the seed,
+    so the copies are all that is needed, and afterwards only the subset is written.
 
     Args:
         adapter: name of the adapter whose values the subset's are.
@@ -139,42 +212,46 @@ class Constraint:
         self.live.discard(self)
 
     def before_step(self, silos: list[Silo]) -> StepInProgress:
-        """Note Θ0 and Θt of the given silos, before the optimizer writes Θ̂ over them."""
-        snapshots = {}
-        for silo in silos:
-            for weight in silo.weights:
-                # Within another step (an optimizer that calls another, or one that raised half-way) the live weight no
-                # longer tells the seed, but that step's snapshot does: the seed never changes.
-                outer = weight.under_way
-                seed = outer.snapshots[weight].seed if isinstance(outer, StepInProgress) else weight.seed_copy()
-                snapshots[weight] = _Snapshot(seed, weight.indices, weight.values())
-        step = StepInProgress(silos, snapshots)
-        for weight in snapshots:
-            if weight.under_way is None:
-                weight.under_way = step
+        """Lend the optimizer working copies of the given silos' weights, for it to write Θ̂ into."""
+        step = StepInProgress(silos)
+        try:
+            step.begin()
+        except BaseException:
+            step.undo()
+            raise
         return step
 
     def after_step(self, step: StepInProgress) -> None:
-        """Project the step's silos onto the constraint: the subset keeps Θ̂, all else returns to Θ0 (Eq. 7).
+        """Project the step's silos onto the constraint: the subset takes Θ̂, all else stays at Θ0 (Eq. 7).
 
         Raises:
-            FloatingPointError: if an update is NaN or infinite. The weights are put back to what they were before the
-                step; the optimizer's state is not ours to restore.
+            FloatingPointError: if an update is NaN or infinite; `step.undo()` then puts the weights back to what they
+                were before the step. The optimizer's state is not ours to restore.
         """
-        selections = [self._select(silo, step) for silo in step.silos]
+        updates = step.take_back()
+        selections = [self.select(silo, [updates[weight] for weight in silo.weights]) for silo in step.silos]
         for silo, selection in zip(step.silos, selections, strict=True):
-            _commit(silo, selection, step)
-        step.end()
+            before = [step.before[weight] for weight in silo.weights]
+            silo.take(selection, [updates[weight] for weight in silo.weights], before)
+        step.end(updates)
         self.steps += 1
 
-    def _select(self, silo: Silo, step: StepInProgress) -> Selection:
-        seeds = [step.snapshots[weight].seed for weight in silo.weights]
+    def select(self, silo: Silo, updates: list[Tensor]) -> Selection:
+        """The subset of a silo whose live weights are the seed now.
+
+        Args:
+            silo: the silo.
+            updates: Θ̂ of its weights, in their shapes; float32 for bfloat16 and float16 weights is welcome.
+
+        Raises:
+            FloatingPointError: if an update is NaN or infinite.
+        """
         try:
-            return select(seeds, [weight.flat() for weight in silo.weights], silo.budget, self.distance)
+            seeds = [weight.flat() for weight in silo.weights]
+            return select(seeds, [updated.reshape(-1) for updated in updates], silo.budget, self.distance)
         except NonFiniteDistanceError as error:
             culprit = silo.weights[error.position]
-            step.undo()
-            if not torch.isfinite(step.snapshots[culprit].seed).all():
+            if not torch.isfinite(culprit.data).all():
                 raise FloatingPointError(
                     f"{culprit.name!r} holds non-finite values before any training (a mask?), which have no distance. "
                     "Leave it out with exclude_modules. The tuned weights were put back to what they were."
@@ -187,20 +264,38 @@ class Constraint:
             ) from error
 
 
-def _write(weight: SparseWeight, seed: Tensor, indices: Tensor, values: Tensor) -> None:
-    """Make the live weight the dense seed (n,) with values (k,) at indices (k,)."""
-    weight.data.copy_(seed.view(weight.data.shape))
-    scatter(weight.data, indices, values)
+def concerned(param_groups: Iterable[Mapping[str, Any]]) -> list[tuple[Constraint, list[Silo]]]:
+    """The live constraints, with those of their silos that a step of an optimizer with these groups would change.
+
+    Raises:
+        RuntimeError: if a weight is in no state to be stepped: its adapter is disabled, or not the only active one.
+        NotImplementedError: if a weight is sharded.
+    """
+    parameters = {id(parameter) for group in param_groups for parameter in group["params"]}
+    found = [(constraint, _to_step(constraint, parameters)) for constraint in list(Constraint.live)]
+    return [(constraint, silos) for constraint, silos in found if silos]
 
 
-def _commit(silo: Silo, selection: Selection, step: StepInProgress) -> None:
-    everything = silo.budget >= silo.size
-    silo.previous = [weight.indices for weight in silo.weights]
-    silo.threshold = selection.threshold
-    for weight, indices in zip(silo.weights, selection.indices, strict=True):
-        seed = step.snapshots[weight].seed
-        seeds = seed[indices]
-        if not everything:
-            _write(weight, seed, indices, weight.flat()[indices])
-        weight.place(indices, seeds)
-        weight.stepped = True
+def _to_step(constraint: Constraint, parameters: set[int]) -> list[Silo]:
+    silos = constraint.silos_of(parameters)
+    for silo in silos:
+        for weight in silo.weights:
+            if constraint.adapter not in weight.adapters and not weight.disabled:
+                return []
+            if weight.disabled and weight.parameter.grad is not None:
+                raise RuntimeError(
+                    f"an optimizer is stepping {weight.name!r} while its adapter is disabled: the step would change the "
+                    "seed itself. Leave `disable_adapter()` (or enable the adapters) before optimizer.step()."
+                )
+            if len(weight.adapters) > 1:
+                raise RuntimeError(
+                    f"an optimizer is stepping {weight.name!r} while the adapters {', '.join(weight.adapters)} are all "
+                    "active: a change could not be attributed to one of them. Activate the one to train, with "
+                    "set_adapter(name)."
+                )
+            if isinstance(weight.data, DTensor):
+                raise NotImplementedError(
+                    f"{weight.name!r} is sharded (DTensor), and selection across shards is not supported yet. Train "
+                    "with data parallelism (DDP) or on one device."
+                )
+    return [silo for silo in silos if not any(weight.disabled for weight in silo.weights)]

@@ -17,7 +17,15 @@ DISTANCES: tuple[str, ...] = get_args(Distance)
 RELATIVE_FLOOR = 2.0**-100
 
 
-def distance(kind: str, seed: Tensor, updated: Tensor) -> Tensor:
+def distance_dtype(*tensors: Tensor) -> torch.dtype:
+    """What distances of such tensors are computed in: float64 if one of them is, else float32.
+
+    A difference of two bfloat16 values is not representable in bfloat16 in general, and would tie with its neighbours.
+    """
+    return torch.float64 if torch.float64 in [tensor.dtype for tensor in tensors] else torch.float32
+
+
+def distance(kind: str, seed: Tensor, updated: Tensor, out: Tensor | None = None) -> Tensor:
     """Distance Δ of each component to its seed.
 
     Args:
@@ -25,14 +33,15 @@ def distance(kind: str, seed: Tensor, updated: Tensor) -> Tensor:
             "absolute" |θ̂ − θ0|.
         seed: θ0, any shape and floating dtype, e.g. (4096,) bfloat16.
         updated: θ̂, same shape.
+        out: where to write Δ, same shape; float64 if either of the others is, or float32.
 
     Returns:
-        Δ, same shape, non-negative; float64 for float64 weights, else float32 (a difference of two bfloat16 values is
-        not representable in bfloat16 in general, and would tie with its neighbours).
+        Δ, same shape, non-negative, in `distance_dtype` (or out's dtype).
     """
-    dtype = torch.float64 if seed.dtype == torch.float64 else torch.float32
-    seed = seed.to(dtype)
-    delta = updated.to(dtype) - seed
+    if not seed.dtype == updated.dtype == torch.float32:
+        dtype = distance_dtype(seed, updated)
+        seed, updated = seed.to(dtype), updated.to(dtype)
+    delta = torch.sub(updated, seed, out=out)
     if kind == "absolute":
         return delta.abs_()
     if kind == "inverse_relative":

@@ -18,10 +18,10 @@ from .selection import bits
 class Undoable(Protocol):
     """A step under way over some weights."""
 
-    def undo(self) -> None: ...
+    def recover(self) -> None: ...
 
 
-def _gather(tensor: Tensor, indices: Tensor) -> Tensor:
+def gather(tensor: Tensor, indices: Tensor) -> Tensor:
     """Entries of a tensor of any shape and layout at flat positions, shape (k,)."""
     return tensor.view(-1)[indices] if tensor.is_contiguous() else tensor[torch.unravel_index(indices, tensor.shape)]
 
@@ -40,6 +40,8 @@ class SparseWeight:
     The parameter is looked up in its module at every use, so it may be moved, cast or replaced. All edits go through
     `.data`: a swap between a forward pass and its backward pass (the reference pass of DPO) writes the same bits back,
     and must not trip autograd's version counter.
+
+    While an optimizer steps, the parameter lends it a working copy to write into, and the live weight stays untouched.
 
     Attributes:
         name: name of the parameter in the model, for messages.
@@ -62,10 +64,12 @@ class SparseWeight:
         self._checksum: tuple[torch.dtype, torch.Size, int] | None = None
         #: The outermost optimizer step that has begun over this weight and has not come to its end.
         self.under_way: Undoable | None = None
+        self._live: Tensor | None = None
         self.forget()
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "under_way": None}
+        self.recover()
+        return self.__dict__.copy()
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -74,7 +78,27 @@ class SparseWeight:
     @property
     def data(self) -> Tensor:
         """The live weight, outside autograd."""
-        return self.parameter.data
+        return self.parameter.data if self._live is None else self._live
+
+    def lend(self) -> Tensor:
+        """Put a working copy in the live weight's place, for an optimizer to write into, and return it."""
+        live = self.data
+        working = live.clone()
+        self.parameter.data, self._live = working, live
+        return working
+
+    def take_back(self) -> None:
+        """Put the live weight back into its place, if a working copy stands there."""
+        if self._live is not None:
+            self.parameter.data, self._live = self._live, None
+
+    def give_up(self) -> Tensor:
+        """Make the working copy the live weight, with the same values; the one from before is returned as the seed."""
+        seed = self.data
+        self.parameter.data.copy_(seed)
+        scatter(seed, self.indices, self.seeds)
+        self._live = None
+        return seed
 
     def forget(self) -> None:
         """Take the live weight as the seed."""
@@ -99,7 +123,7 @@ class SparseWeight:
 
     def values(self) -> Tensor:
         """Live values of the subset, (k,)."""
-        return _gather(self._follow(), self.indices)
+        return gather(self._follow(), self.indices)
 
     def revert(self) -> None:
         """Write the seed back everywhere. Exact."""
@@ -112,23 +136,22 @@ class SparseWeight:
         self.revert()
         data = self.data
         indices = indices.to(data.device)
-        self.indices, self.seeds = indices, _gather(data, indices)
+        self.indices, self.seeds = indices, gather(data, indices)
         scatter(data, indices, values.to(data))
+
+    def overwrite(self, indices: Tensor, values: Tensor) -> None:
+        """Make the live weight, which is the seed now, `values` of its own shape, which differ from it at `indices`."""
+        self.indices, self.seeds = indices, gather(self.data, indices)
+        self.data.copy_(values)
 
     def seeds_at(self, indices: Tensor) -> Tensor:
         """Seed values at any flat positions (k,) int64, whatever is applied now."""
         data = self._follow()
-        values = _gather(data, indices)
+        values = gather(data, indices)
         if self.indices.numel():
             slot = torch.searchsorted(self.indices, indices).clamp_max_(self.indices.numel() - 1)
             values = torch.where(self.indices[slot] == indices, self.seeds[slot], values)
         return values
-
-    def seed_copy(self) -> Tensor:
-        """A dense copy of the seed, flat, shape (n,)."""
-        seed = self._follow().clone(memory_format=torch.contiguous_format).view(-1)
-        seed[self.indices] = self.seeds
-        return seed
 
     def flat(self) -> Tensor:
         """The live weight, flat, shape (n,); a view wherever its layout allows."""
@@ -137,7 +160,7 @@ class SparseWeight:
     def recover(self) -> None:
         """Undo a step that raised half-way and so never came to its end."""
         if self.under_way is not None:
-            self.under_way.undo()
+            self.under_way.recover()
 
     def remember_seed(self) -> None:
         """Note a checksum of the whole seed, so that `check_seed` can tell a change nobody told us of."""

@@ -31,7 +31,6 @@ def test_apply_then_revert_is_the_identity(shape, dtype):
         values = torch.randn(len(indices)).to(dtype)
         weight.apply(indices, values)
         assert torch.equal(weight.values(), values)
-        assert same_bits(weight.seed_copy(), seed)
         assert same_bits(weight.seeds_at(torch.arange(n)), seed)
     weight.revert()
     assert same_bits(weight.data, seed)
@@ -57,7 +56,7 @@ def test_layouts_without_a_flat_view():
         expected = seed.view(-1).clone()
         expected[indices] = 1
         assert torch.equal(weight.flat(), expected)
-        assert torch.equal(weight.seed_copy(), seed.view(-1))
+        assert torch.equal(weight.seeds_at(torch.arange(seed.numel())), seed.view(-1))
         weight.revert()
         assert torch.equal(weight.data, seed)
 
@@ -97,9 +96,9 @@ def test_a_checksum_notices_any_change_outside_the_subset():
     assert not weight.seed_is_intact()
 
 
-def test_a_step_that_raised_is_undone():
+def test_a_step_that_raised_is_recovered_from():
     class Step:
-        def undo(self):
+        def recover(self):
             weight.data.fill_(1.0)
             weight.under_way = None
 
@@ -111,6 +110,28 @@ def test_a_step_that_raised_is_undone():
     assert weight.data.tolist() == [1.0] * 5
 
 
+def test_lending_a_working_copy():
+    weight = host(torch.randn(6, 4).t())
+    live, seed = weight.data, weight.data.clone()
+    weight.apply(torch.tensor([3]), torch.tensor([9.0]))
+    working = weight.lend()
+    assert weight.parameter.data is not live
+    assert weight.parameter.stride() == working.stride() == live.stride()
+    weight.parameter.data.mul_(2.0)
+    assert weight.data.data_ptr() == live.data_ptr()
+    assert weight.values().tolist() == [9.0]
+    weight.take_back()
+    assert weight.parameter.data_ptr() == live.data_ptr()
+    # Given up: the copy is the live weight, and the tensor from before the seed.
+    working = weight.lend()
+    given = weight.give_up()
+    assert weight.data.data_ptr() == working.data_ptr()
+    assert torch.equal(given, seed)
+    assert weight.values().tolist() == [9.0]
+    weight.revert()
+    assert torch.equal(weight.data, seed)
+
+
 def test_replacing_and_casting_the_parameter():
     weight = host(torch.randn(50))
     reference = weight.data.clone().to(torch.bfloat16)
@@ -119,4 +140,4 @@ def test_replacing_and_casting_the_parameter():
     weight.revert()
     assert torch.equal(weight.data, reference)
     weight.forget()
-    assert torch.equal(weight.seed_copy(), reference)
+    assert torch.equal(weight.seeds_at(torch.arange(50)), reference)
