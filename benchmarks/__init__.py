@@ -8,3 +8,9 @@
 
 `make bench` runs them all, one process each. `common` holds what they share.
 """
+
+from pathlib import Path
+
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"

@@ -20,9 +20,9 @@ from torch import nn
 
 import peft_dst
 
+from . import ROOT
 
-ROOT = Path(__file__).parent.parent
-RESULTS = Path(__file__).parent / "results"
+
 Batch = dict[str, torch.Tensor]
 
 
@@ -44,8 +44,8 @@ def _git(*arguments: str) -> str:
 
 
 def environment() -> dict[str, Any]:
-    """Commit, versions and machine. `dirty` says whether files other than results and reports differ from the commit."""
-    changed = _git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!docs")
+    """Commit, versions and machine. `dirty` says whether the code that measures or is measured differs from the commit."""
+    changed = _git("status", "--porcelain", "--", "peft_dst", "benchmarks", ":!benchmarks/results")
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
@@ -67,13 +67,24 @@ def environment() -> dict[str, Any]:
     }
 
 
-def write(path: Path | None, options: Mapping[str, Any], seconds: float, **results: Any) -> None:
-    """Write the results with what is needed to judge and repeat them."""
-    if path is not None:
-        kept = {name: value for name, value in options.items() if name not in ("json", "child")}
-        document = {**environment(), "options": kept, "seconds": round(seconds, 1), **results}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(_rounded(document), indent=1) + "\n")
+class Record:
+    """The results of one benchmark, with what is needed to judge and repeat them; made at its start, when the code is read.
+
+    Args:
+        arguments: the parsed command line: the options, and in `json` where to write.
+    """
+
+    def __init__(self, arguments: argparse.Namespace):
+        options = {name: value for name, value in vars(arguments).items() if name not in ("json", "child")}
+        self.path: Path | None = arguments.json
+        self.document = {**environment(), "options": options}
+        self.began = time.perf_counter()
+
+    def write(self, **results: Any) -> None:
+        if self.path is not None:
+            document = {**self.document, "seconds": time.perf_counter() - self.began, **results}
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text(json.dumps(_rounded(document), indent=1) + "\n")
 
 
 def _rounded(value: Any) -> Any:

@@ -21,7 +21,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,7 +33,7 @@ from torch import nn
 
 import peft_dst
 
-from . import common, formulas
+from . import ROOT, common, formulas
 
 
 #: Memory is given back as soon as it is freed, and there is one heap.
@@ -155,7 +154,7 @@ def measure(row: str, dtype: str, options: dict[str, int]) -> dict[str, Any]:
 
 def in_child(row: str, dtype: str, options: dict[str, int]) -> dict[str, Any]:
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.memory", "--child", json.dumps([row, dtype, options])]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **MALLOC})
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env={**os.environ, **MALLOC})
     if done.returncode:
         raise RuntimeError(f"{row} in {dtype} failed:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -177,6 +176,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES))
     parser.add_argument("--only", default="", help="measure only the rows whose name contains this")
     parser.add_argument("--toy", action="store_true", help="a tiny model, to try the program")
     parser.add_argument("--child", type=json.loads, help="used by the program itself")
@@ -185,10 +185,10 @@ def main(arguments: list[str] | None = None) -> None:
     if args.child:
         print(json.dumps(measure(*args.child)))
         return
-    began = time.perf_counter()
+    record = common.Record(args)
     options = {"batch": args.batch, "length": args.length, "steps": args.steps, "toy": int(args.toy)}
     results, shapes = [], {}
-    for dtype in DTYPES:
+    for dtype in args.dtypes:
         make = functools.partial(common.gpt2, args.toy)
         shape = formulas.shape_of(make, DTYPES[dtype], args.batch, args.length, RANK, EPSILON)
         shapes[dtype] = dataclasses.asdict(shape)
@@ -200,10 +200,8 @@ def main(arguments: list[str] | None = None) -> None:
                 results.append(found)
                 error = found["predicted"] / found["bytes"] - 1
                 print(f"{dtype:8} {row:44} {found['bytes'] / 1e9:.3f} GB, predicted {error:+.1%}", flush=True)
-    document = {**vars(args), "rank": RANK, "epsilon": EPSILON, **MALLOC}
-    common.write(
-        args.json, document, time.perf_counter() - began, shapes=shapes, rows=results, prediction=seven_billion()
-    )
+    constants = {"rank": RANK, "epsilon": EPSILON, **MALLOC}
+    record.write(constants=constants, shapes=shapes, rows=results, prediction=seven_billion())
 
 
 if __name__ == "__main__":

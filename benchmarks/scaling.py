@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 import gc
 import statistics
-import time
 from typing import Any
 
 import torch
@@ -76,7 +75,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--epsilon", type=float, default=1e-3)
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args(arguments)
-    began = time.perf_counter()
+    record = common.Record(args)
     cases = [("size", n, 1) for n in args.sizes] + [("silos", args.n, silos) for silos in args.silos]
     rows = []
     for what, n, silos in tqdm(cases):
@@ -84,7 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
         gc.collect()
     for row in rows:
         print(f"{row['n']:>11,} in {row['silos']:>5,} silos: {row['cost_ms']:8.1f} ms, {row['cost_ns']:.2f} ns each")
-    common.write(args.json, vars(args), time.perf_counter() - began, rows=rows)
+    record.write(rows=rows)
 
 
 if __name__ == "__main__":

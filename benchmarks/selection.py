@@ -10,7 +10,6 @@ equally far, as in the first step of Adam under the absolute distance.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -68,7 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--steps", type=int, default=4, help="steps of AdamW before the choice is timed")
     args = parser.parse_args(arguments)
-    began = time.perf_counter()
+    record = common.Record(args)
     torch.manual_seed(0)
     rows = []
     for epsilon, target in tqdm(TARGETS.items(), unit="epsilon"):
@@ -88,7 +87,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(
             f"{row['case']:8} epsilon {row['epsilon']:g}: {ratio:.2f} x the step (target {target}), topk {topk:.1f} x"
         )
-    common.write(args.json, vars(args), time.perf_counter() - began, rows=rows)
+    record.write(rows=rows)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import gc
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -77,7 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--toy", action="store_true", help="a tiny model, to try the program")
     args = parser.parse_args(arguments)
     common.quiet()
-    began = time.perf_counter()
+    record = common.Record(args)
     gpt2 = partial(common.gpt2, args.toy)
     cases = {"GPT-2 small, 4 x 128": (gpt2, common.language_batch(4, 16 if args.toy else 128, 100), args.gpt2_rounds)}
     if not args.toy:
@@ -92,7 +91,7 @@ def main(arguments: list[str] | None = None) -> None:
     for row in rows:
         ratios = ", ".join(f"{name} {row[name]['ratio']:.3f}" for name in ("hook", "DSTOptimizer") if name in row)
         print(f"{row['case']}, epsilon {row['epsilon']:g}: {ratios} x full fine-tuning ({row['full']['ms']:.0f} ms)")
-    common.write(args.json, vars(args), time.perf_counter() - began, rows=rows)
+    record.write(rows=rows)
 
 
 if __name__ == "__main__":
