@@ -62,7 +62,7 @@ def steppers(make: Callable[[], nn.Module], batch: common.Batch, epsilon: float)
 def measure(make: Callable[[], nn.Module], batch: common.Batch, epsilon: float, rounds: int) -> dict[str, Any]:
     torch.manual_seed(0)
     compared = steppers(make, batch, epsilon)
-    times = common.interleaved(compared, rounds)
+    times = common.interleaved(compared, rounds, warmup=1)
     for name, stepper in compared.items():
         times[name]["optimizer_ms"] = 1000 * statistics.median(stepper.times[-rounds:])
     return times
@@ -70,7 +70,7 @@ def measure(make: Callable[[], nn.Module], batch: common.Batch, epsilon: float, 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = common.parser(__doc__)
-    parser.add_argument("--rounds", type=int, default=11, help="rounds with MiniLM")
+    parser.add_argument("--rounds", type=int, default=9, help="rounds with MiniLM")
     parser.add_argument("--gpt2-rounds", type=int, default=5, help="rounds with the GPT-2-sized model")
     parser.add_argument("--epsilons", type=float, nargs="+", default=EPSILONS)
     parser.add_argument("--toy", action="store_true", help="a tiny model, to try the program")

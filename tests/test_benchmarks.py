@@ -158,4 +158,4 @@ def test_the_plot_is_drawn(tmp_path):
 def test_results_name_no_path_of_the_machine():
     assert {path.stem for path in RESULTS.glob("*.json")} == {"selection", "step", "memory", "scaling"}
     for path in RESULTS.glob("*.json"):
-        assert "/" not in path.read_text(), path.name
+        assert '"/' not in path.read_text(), path.name
