@@ -10,8 +10,16 @@ register()
 
 from .config import DSTConfig  # noqa: E402
 from .model import DSTModel  # noqa: E402
-from .training import DSTCallback, create_dst_optimizer, parameter_groups  # noqa: E402
+from .training import DSTCallback, DSTOptimizer, create_dst_optimizer, parameter_groups  # noqa: E402
 
 
 __version__ = "0.1.0"
-__all__ = ["DSTCallback", "DSTConfig", "DSTModel", "create_dst_optimizer", "parameter_groups", "register"]
+__all__ = [
+    "DSTCallback",
+    "DSTConfig",
+    "DSTModel",
+    "DSTOptimizer",
+    "create_dst_optimizer",
+    "parameter_groups",
+    "register",
+]

@@ -13,11 +13,12 @@ Nothing here knows of PEFT or transformers; the only import besides the standard
 """
 
 from .budgets import allocate_budgets
-from .constraint import Constraint, Silo
+from .constraint import Constraint, Silo, Subset, concerned
 from .distances import DISTANCES, distance
+from .hook import exempt
 from .selection import NonFiniteDistanceError, Selection, select
 from .silos import SILOINGS, partition
-from .weights import SparseWeight
+from .weights import SparseWeight, gather, scatter
 
 
 __all__ = [
@@ -28,8 +29,13 @@ __all__ = [
     "Selection",
     "Silo",
     "SparseWeight",
+    "Subset",
     "allocate_budgets",
+    "concerned",
     "distance",
+    "exempt",
+    "gather",
     "partition",
+    "scatter",
     "select",
 ]

@@ -78,7 +78,7 @@ def select(seeds: Sequence[Tensor], updates: Sequence[Tensor], budget: int, kind
     """
     silo = _Silo(seeds, updates, kind)
     if budget == 0 or budget >= silo.size:
-        silo.check_finite(torch.stack([delta.amax() for _, _, delta in silo.tiles()]))
+        silo.check_finite([delta.amax() for _, _, delta in silo.tiles()])
         everything = [_moved(*pair) if budget else pair[0].new_empty(0, dtype=torch.int64) for pair in silo.pairs]
         return Selection(everything, torch.zeros((), dtype=silo.dtype, device=silo.device))
     return _by_block_maxima(silo, budget) if budget * _SPARSE <= silo.size else _by_bracket(silo, budget)
@@ -117,9 +117,9 @@ class _Silo:
             return distance(self.kind, seed, updated, out=out)
         return distance(self.kind, seed, updated).to(self.dtype)
 
-    def check_finite(self, maxima: Tensor) -> None:
-        """Check the maxima of all distances, any number of them to a tensor; NaN and infinity survive a maximum."""
-        if maxima.numel() and not math.isfinite(maxima.amax()):
+    def check_finite(self, maxima: Sequence[Tensor]) -> None:
+        """Check the maxima of all distances, in whatever parts; NaN and infinity survive a maximum."""
+        if maxima and not math.isfinite(torch.stack(list(maxima)).amax()):
             for i, _, delta in self.tiles():
                 if not math.isfinite(delta.amax()):
                     raise NonFiniteDistanceError(i)
@@ -133,15 +133,15 @@ def _by_block_maxima(silo: _Silo, budget: int) -> Selection:
     block = _block_size(silo.size, budget)
     counts = [-(-seed.numel() // block) for seed, _ in silo.pairs]
     everywhere = torch.empty(sum(counts), dtype=silo.dtype, device=silo.device)
-    at = 0
+    done = 0
     for _, _, delta in silo.tiles():
         whole, rest = divmod(delta.numel(), block)
         if whole:
-            torch.amax((delta[:-rest] if rest else delta).view(whole, block), 1, out=everywhere[at : at + whole])
+            torch.amax((delta[:-rest] if rest else delta).view(whole, block), 1, out=everywhere[done : done + whole])
         if rest:
-            torch.amax(delta[-rest:], 0, out=everywhere[at + whole])
-        at += whole + (rest > 0)
-    silo.check_finite(everywhere)
+            torch.amax(delta[-rest:], 0, out=everywhere[done + whole])
+        done += whole + (rest > 0)
+    silo.check_finite([everywhere.amax()])
     bound = float(_kth_largest(everywhere, budget)) if budget < everywhere.numel() else 0.0
     below = _just_below(bound, silo.dtype)
     rows = _positions_above(everywhere, below)
@@ -254,7 +254,7 @@ def _look(silo: _Silo, low: float, high: float) -> tuple[int, list[Tensor], list
         at = bits(inside[:n]).nonzero().flatten()
         distances[i].append(delta.index_select(0, at))
         positions[i].append(at.add_(start))
-    silo.check_finite(torch.stack(maxima))
+    silo.check_finite(maxima)
     above = int(torch.stack(counts).sum(dtype=torch.int64)) if counts else 0
     return above, [torch.cat(d) for d in distances], [torch.cat(p) for p in positions]
 

@@ -18,6 +18,7 @@ from transformers.integrations import is_tensorboard_available
 
 from ..core import Constraint
 from ..model import active_constraints
+from .optimizer import DSTOptimizer
 
 
 def subset_metrics(constraint: Constraint) -> dict[str, float]:
@@ -72,6 +73,9 @@ class DSTCallback(TrainerCallback):
             )
             return
         assert model is not None
+        # Trainer hands over Accelerate's wrapper.
+        optimizer = getattr(optimizer, "optimizer", optimizer)
+        _check_release(args, optimizer)
         for message in training_advice(model, constraints[0], optimizer):
             warnings.warn(message, stacklevel=2)
         if "tensorboard" in (args.report_to or []) and state.is_world_process_zero and is_tensorboard_available():
@@ -110,6 +114,23 @@ class DSTCallback(TrainerCallback):
             self._writer = None
 
 
+def _check_release(args: TrainingArguments, optimizer: Any) -> None:
+    """Refuse before the first step what would be refused in it."""
+    if not (isinstance(optimizer, DSTOptimizer) and optimizer.releases_gradients):
+        return
+    if args.gradient_accumulation_steps > 1:
+        raise ValueError(
+            f"gradient_accumulation_steps={args.gradient_accumulation_steps} cannot be combined with "
+            "DSTOptimizer(release_gradients=True), which uses each gradient at once. Set it to 1, or release_gradients "
+            "to False."
+        )
+    if args.max_grad_norm:
+        raise ValueError(
+            f"max_grad_norm={args.max_grad_norm} cannot be combined with DSTOptimizer(release_gradients=True): the norm "
+            "over all gradients is known only when they are gone. Set max_grad_norm=0, or release_gradients to False."
+        )
+
+
 def training_advice(model: nn.Module, constraint: Constraint, optimizer: Optimizer | None) -> list[str]:
     """What to change in a training set-up for the method to work as in the paper; empty if nothing.
 
@@ -132,11 +153,11 @@ def training_advice(model: nn.Module, constraint: Constraint, optimizer: Optimiz
             "peft_dst.create_dst_optimizer, which keeps decay to the dense parameters."
         )
     half = [w for w in constraint.weights if w.data.dtype in (torch.bfloat16, torch.float16)]
-    if half:
+    if half and not isinstance(optimizer, DSTOptimizer):
         advice.append(
             f"{len(half)} tensors under the constraint are {half[0].data.dtype}, e.g. {half[0].name!r}: an update smaller "
-            "than about 1/256 of a weight rounds away, and distances tie. Load the model in float32 and train with "
-            "bf16=True (autocast) instead."
+            "than about 1/256 of a weight rounds away, and distances tie. Make the optimizer with peft_dst.DSTOptimizer, "
+            "or load the model in float32 and train with bf16=True (autocast)."
         )
     if dropouts := _dropouts(model):
         advice.append(

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -88,3 +89,55 @@ def test_empty_tensors_and_zero_dimensional_ones():
 def test_overflowing_sum_of_finite_distances_is_no_error():
     seeds, updates = [torch.zeros(4)], [torch.full((4,), 3e38)]
     assert select(seeds, updates, 2, "absolute").indices[0].tolist() == [0, 1]
+
+
+def test_a_silo_of_nothing():
+    assert [i.tolist() for i in select([torch.empty(0)], [torch.empty(0)], 0, "absolute").indices] == [[]]
+
+
+@pytest.mark.parametrize("fraction", [0.003, 0.01, 0.05, 0.3, 0.9])
+@pytest.mark.parametrize("kind", ["sparse", "rows", "ties", "sorted", "two_scales"])
+def test_distributions_that_mislead_a_sample(kind, fraction):
+    """Whatever the guess, the counts tell; a wrong one costs another pass and never a component."""
+    n = 400_000
+    delta = {
+        "sparse": lambda: torch.rand(n) * (torch.rand(n) < 0.02),
+        "rows": lambda: (torch.rand(n // 400, 1) * (torch.rand(n // 400, 1) < 0.1)).expand(-1, 400).flatten(),
+        "ties": lambda: torch.randint(0, 3, (n,)) / 4,
+        "sorted": lambda: torch.linspace(0, 1, n),
+        # Just those components are large that a sample of every seventh does not look at.
+        "two_scales": lambda: torch.where(torch.arange(n) % 7 == 3, 1 + torch.rand(n), 1e-3 * torch.rand(n)),
+    }[kind]()
+    seeds = [torch.zeros(n - 1000), torch.zeros(1000)]
+    assert_selected(seeds, list(delta.split([n - 1000, 1000])), int(n * fraction), "absolute")
+
+
+def test_mixed_dtypes():
+    seeds = [torch.randn(300_000), torch.randn(50_000).double(), torch.randn(3000).bfloat16()]
+    updates = [seed + 0.01 * torch.randn_like(seed) for seed in seeds]
+    for budget in (5, 1000, 100_000):
+        assert_selected(seeds, updates, budget, "inverse_relative")
+
+
+def test_updates_wider_than_their_seeds():
+    """A float32 working copy of a bfloat16 weight: distances are those of float32."""
+    seeds = [torch.randn(100_000).bfloat16(), torch.randn(500)]
+    updates = [seed.float() + 1e-4 * torch.randn(seed.shape) for seed in seeds]
+    for budget in (5, 1000, 30_000, 100_499):
+        selection = select(seeds, updates, budget, "inverse_relative")
+        wanted = select([seed.float() for seed in seeds], updates, budget, "inverse_relative")
+        assert [i.tolist() for i in selection.indices] == [i.tolist() for i in wanted.indices]
+
+
+def test_silos_beyond_the_reach_of_int32():
+    """Zeros that are only read take no memory, so a tensor of more than 2^31 components can be had."""
+    n = 2**31 + 70_000
+    seed = torch.from_numpy(np.zeros(n, dtype=np.float16))
+    updated = torch.from_numpy(np.zeros(n, dtype=np.float16))
+    at = [5, 2**31 - 1, 2**31, 2**31 + 1, n - 1]
+    updated[at] = torch.tensor([1.0, 5.0, 2.0, 3.0, 4.0], dtype=torch.float16)
+    more = [torch.zeros(10), torch.full((10,), 2.5)]
+    selection = select([seed, more[0]], [updated, more[1]], 6, "absolute")
+    assert selection.indices[0].tolist() == [2**31 - 1, 2**31 + 1, n - 1]
+    assert selection.indices[1].tolist() == [0, 1, 2]
+    assert selection.threshold == 2.5

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainerCallback, TrainingArguments
 
-from peft_dst import DSTCallback, DSTConfig, create_dst_optimizer, parameter_groups
+from peft_dst import DSTCallback, DSTConfig, DSTOptimizer, create_dst_optimizer, parameter_groups
 from peft_dst.core.reference import reference_step
 from tests.models import assert_same, batch, logits, weights
 
@@ -146,6 +146,96 @@ def test_interrupted_and_resumed_equals_uninterrupted(optim, build, tmp_path):
     with resumed.disable_adapter():
         now = {n.replace(".original_module", ""): t for n, t in weights(resumed.get_base_model()).items()}
         assert_same(now, seed)
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [
+        ({}, torch.float32),
+        ({"optimizer_cls": torch.optim.Adafactor}, torch.bfloat16),
+        ({"release_gradients": True}, torch.bfloat16),
+    ],
+    ids=["adamw", "adafactor-bf16", "release-bf16"],
+)
+def test_silo_by_silo_under_trainer_and_resumed(options, dtype, build, tmp_path):
+    def run(folder, resume=None, stop=None):
+        class Stop(TrainerCallback):
+            def on_step_end(self, args, state, control, **kwargs):
+                control.should_training_stop = state.global_step == stop
+
+        torch.manual_seed(3)
+        base = build("bert").to(dtype)
+        seed = weights(base)
+        model = get_peft_model(base, DSTConfig(epsilon=0.02, modules_to_save=["classifier"]))
+        args = arguments(folder, save_strategy="steps", save_steps=5, warmup_steps=3, max_grad_norm=0.0)
+        watch = Watch(model, seed)
+        trainer = Trainer(
+            model,
+            args,
+            train_dataset=Rows("bert"),
+            callbacks=[Stop(), watch, DSTCallback()],
+            optimizer_cls_and_kwargs=(DSTOptimizer, {"lr": 1e-2, **options}),
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        assert watch.counts[-1] > 0.5 * model.constraint().budget
+        return model, trainer
+
+    whole, _ = run(tmp_path / "whole")
+    run(tmp_path / "parts", stop=5)
+    resumed, trainer = run(tmp_path / "parts", resume=str(tmp_path / "parts" / "checkpoint-5"))
+    assert trainer.state.global_step == 12
+    assert_same(dict(resumed.state_dict()), dict(whole.state_dict()))
+
+
+def test_silo_by_silo_with_accumulation_and_clipping_equals_the_hook(build, tmp_path):
+    trained = []
+    for make_optimizer in (torch.optim.AdamW, DSTOptimizer):
+        model, _ = make(build, "llama")
+        optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        args = arguments(tmp_path, gradient_accumulation_steps=3, max_grad_norm=0.01, bf16=True)
+        Trainer(model, args, train_dataset=Rows("llama"), optimizers=(optimizer, None)).train()
+        trained.append(weights(model.get_base_model()))
+    assert_same(*trained)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_grad_norm": 0.01}, r"max_grad_norm=0.01 cannot be combined .*max_grad_norm=0"),
+        ({"max_grad_norm": 0.0, "gradient_accumulation_steps": 2}, "gradient_accumulation_steps=2 cannot be combined"),
+    ],
+)
+@pytest.mark.parametrize("callback", [True, False])
+def test_released_gradients_refuse_what_trainer_would_do_with_them(callback, options, message, build, tmp_path):
+    model, seed = make(build, "bert")
+    optimizer = DSTOptimizer([p for p in model.parameters() if p.requires_grad], lr=1e-2, release_gradients=True)
+    callbacks = [DSTCallback()] if callback else []
+    trainer = Trainer(
+        model,
+        arguments(tmp_path, **options),
+        train_dataset=Rows("bert"),
+        optimizers=(optimizer, None),
+        callbacks=callbacks,
+    )
+    with pytest.raises((ValueError, RuntimeError), match=message if callback else "release_gradients=False"):
+        trainer.train()
+    if callback or "gradient_accumulation_steps" in options:
+        assert_same(weights(model.get_base_model()), seed)
+
+
+def test_silo_by_silo_under_accelerate(build):
+    trained = []
+    for prepare in (lambda m, o: (m, o), lambda m, o: Accelerator(gradient_accumulation_steps=2).prepare(m, o)):
+        model, _ = make(build, "bert")
+        optimizer = DSTOptimizer([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        prepared, stepper = prepare(model, optimizer)
+        for step in range(4):
+            (prepared(**batch("bert", step)).loss / 2).backward()
+            if step % 2:
+                stepper.step()
+                stepper.zero_grad()
+        trained.append(weights(model.get_base_model()))
+    assert_same(*trained)
 
 
 def test_load_best_model_at_end(build, tmp_path):
@@ -300,7 +390,7 @@ def test_a_callback_put_first_reaches_every_reporter(build, tmp_path):
     ("change", "match"),
     [
         ({"weight_decay": 0.01}, "weight decay 0.01 acts on every parameter.*create_dst_optimizer"),
-        ({"half": True}, r"tensors under the constraint are torch.bfloat16.*Load the model in float32"),
+        ({"half": True}, r"tensors under the constraint are torch.bfloat16.*peft_dst.DSTOptimizer, or load"),
         ({"dropout": True}, r"dropout is on \(hidden_dropout_prob=0.1\).*0.0 to from_pretrained"),
     ],
 )

@@ -1,0 +1,172 @@
+"""Gradients released in the backward pass: each silo steps as soon as its gradients are there.
+
+What a training loop usually does between the backward pass and the step can then no longer be done. Nothing of it may
+pass unnoticed: a stand-in takes the place of a released gradient, and whoever touches it is told.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core import Constraint, Silo
+
+
+if TYPE_CHECKING:
+    from .optimizer import SiloBySilo
+
+
+class ReleasedGradient(Tensor):
+    """In the place of a gradient that has been used and freed: holds its norm, and refuses to be read or changed.
+
+    The norm is what Trainer logs whether it clips or not. Multiplying by one, as clipping does while the total norm is
+    within its limit, is no change.
+    """
+
+    norm_before: Tensor
+
+    @staticmethod
+    def of(gradient: Tensor) -> ReleasedGradient:
+        nothing = torch.empty((), dtype=gradient.dtype, device=gradient.device).expand(gradient.shape)
+        released = Tensor._make_subclass(ReleasedGradient, nothing)
+        released.norm_before = torch.linalg.vector_norm(gradient, 2.0)
+        return released
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in _HARMLESS:
+            with torch._C.DisableTorchFunctionSubclass():
+                return function(*args)
+        if function is torch.linalg.vector_norm and args[1:] == (2.0,) and not kwargs:
+            return args[0].norm_before
+        if function is Tensor.mul_ and isinstance(args[1], Tensor) and args[1].numel() == 1 and float(args[1]) == 1.0:
+            return args[0]
+        raise RuntimeError(
+            "this gradient has been used and freed in the backward pass (release_gradients=True), so it can be neither "
+            "clipped, nor scaled, nor read. Switch that off (max_grad_norm=0 in TrainingArguments, no GradScaler), or "
+            "make the DSTOptimizer with release_gradients=False."
+        )
+
+    def __repr__(self, **unused: Any) -> str:  # type: ignore[override]
+        return "ReleasedGradient()"
+
+
+# What may be asked of it on the way to its norm. (Properties reach a subclass by their getters.)
+_HARMLESS = {
+    vars(torch._C.TensorBase)[name].__get__ for name in ("device", "dtype", "shape", "layout", "requires_grad")
+}
+
+
+def gradient(parameter: nn.Parameter) -> Tensor | None:
+    """A parameter's gradient, if it has one that was not released."""
+    return None if type(parameter.grad) is ReleasedGradient else parameter.grad
+
+
+class Release:
+    """Lets a DSTOptimizer step inside the backward pass.
+
+    A *round* is what happens from the first gradient to `step()`: each parameter may get one gradient in it.
+
+    Args:
+        begin: makes a step over the optimizer's silos, at the first gradient of a round.
+    """
+
+    def __init__(self, begin: Callable[[], SiloBySilo]):
+        _check_not_parallel()
+        self._begin = begin
+        self._parameters: list[nn.Parameter] = []
+        self._round: SiloBySilo | None = None
+        self._arrived: set[int] = set()
+        self._homes: dict[int, tuple[Constraint, Silo]] = {}
+
+    def watch(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Take note of the gradients of some more parameters."""
+        # The hooks live as long as the parameters, which must not keep an optimizer alive that nobody else holds.
+        me = weakref.ref(self)
+        for parameter in parameters:
+            self._parameters.append(parameter)
+            parameter.register_hook(functools.partial(_before_accumulation, me, parameter))
+            parameter.register_post_accumulate_grad_hook(functools.partial(_after_accumulation, me))
+
+    def check(self, parameter: nn.Parameter) -> None:
+        """Check that a gradient on its way is the parameter's first of this round.
+
+        Raises:
+            RuntimeError: if not. What this round's gradients made of the weights is undone.
+        """
+        if id(parameter) in self._arrived or type(parameter.grad) is ReleasedGradient:
+            self.forget()
+            raise RuntimeError(
+                "a parameter got a second gradient before optimizer.step() and zero_grad(), but with "
+                "release_gradients=True the first one has been used already. Gradient accumulation, a second backward "
+                "pass and reentrant checkpointing of shared layers need release_gradients=False. The tuned weights were "
+                "put back to what they were before the first of these gradients, the optimizer's state was not."
+            )
+
+    def receive(self, parameter: nn.Parameter) -> None:
+        """Take note of a parameter's gradient, and step its silo if that was the last one missing."""
+        if self._round is None:
+            _check_not_parallel()
+            self._round = self._begin()
+            self._homes = {
+                id(w.parameter): (c, s) for c, silos in self._round.concerned for s in silos for w in s.weights
+            }
+        self._arrived.add(id(parameter))
+        if id(parameter) not in self._homes:
+            return
+        constraint, silo = self._homes[id(parameter)]
+        parameters = [weight.parameter for weight in silo.weights]
+        if all(id(p) in self._arrived or not p.requires_grad or id(p) not in self._round.own for p in parameters):
+            try:
+                self._round.silo(constraint, silo)
+            except BaseException:
+                self.forget()
+                raise
+            for p in parameters:
+                if p.grad is not None:
+                    p.grad = ReleasedGradient.of(p.grad)
+
+    def finish(self) -> SiloBySilo:
+        """End the round: the step under way, with what is left to do."""
+        step = self._begin() if self._round is None else self._round
+        self._round = None
+        self._arrived.clear()
+        return step
+
+    def forget(self) -> None:
+        """End the round without a step: what its gradients made of the weights is undone, and they are gone."""
+        if self._round is not None:
+            self._round.undo()
+        self._round = None
+        self._arrived.clear()
+        for parameter in self._parameters:
+            if type(parameter.grad) is ReleasedGradient:
+                parameter.grad = None
+
+
+def _before_accumulation(release: weakref.ref[Release], parameter: nn.Parameter, unused: Tensor) -> None:
+    if (found := release()) is not None:
+        found.check(parameter)
+
+
+def _after_accumulation(release: weakref.ref[Release], parameter: nn.Parameter) -> None:
+    if (found := release()) is not None:
+        with torch.no_grad():
+            found.receive(parameter)
+
+
+def _check_not_parallel() -> None:
+    if (
+        torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+        and torch.distributed.get_world_size() > 1
+    ):
+        raise RuntimeError(
+            "release_gradients=True steps before the gradients of several processes are averaged. Make the DSTOptimizer "
+            "with release_gradients=False for distributed training."
+        )

@@ -1,0 +1,169 @@
+"""Gradients released in the backward pass: what cannot be honoured is refused, and what was done is undone."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from accelerate import Accelerator
+from peft import get_peft_model
+
+from peft_dst import DSTConfig, DSTOptimizer
+from tests.models import assert_same, loss, weights
+
+
+@pytest.fixture
+def setup(build):
+    model = get_peft_model(build("bert"), DSTConfig(epsilon=0.02))
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = DSTOptimizer(parameters, lr=1e-2, release_gradients=True)
+    loss(model, "bert").backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return model, parameters, optimizer
+
+
+def test_gradients_are_gone_after_the_backward_pass(setup):
+    model, parameters, optimizer = setup
+    alive = []
+    for parameter in parameters:
+        parameter.register_hook(lambda g: alive.append(weakref.ref(g)))
+    loss(model, "bert", 1).backward()
+    assert len(alive) == len(parameters)
+    assert not any(ref() is not None for ref in alive)
+    storages = {p.grad.untyped_storage().nbytes() if type(p.grad) is torch.Tensor else 0 for p in parameters}
+    assert storages == {0}
+    optimizer.step()
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in parameters)
+
+
+def test_accumulation_is_refused(setup):
+    model, _, _ = setup
+    before = weights(model.base_model.model)
+    (loss(model, "bert", 1) / 2).backward()
+    assert any(not torch.equal(before[n], w) for n, w in weights(model.base_model.model).items())
+    with pytest.raises(RuntimeError, match=r"second gradient .*release_gradients=False"):
+        (loss(model, "bert", 2) / 2).backward()
+    assert_same(weights(model.base_model.model), before)
+
+
+def test_a_missing_zero_grad_is_refused(setup):
+    model, _, optimizer = setup
+    loss(model, "bert", 1).backward()
+    optimizer.step()
+    tuned = weights(model.base_model.model)
+    with pytest.raises(RuntimeError, match="zero_grad"):
+        loss(model, "bert", 2).backward()
+    assert_same(weights(model.base_model.model), tuned)
+    model.zero_grad()
+    loss(model, "bert", 2).backward()
+    optimizer.step()
+
+
+def _scaler():
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    scaler.scale(torch.ones(()))
+    return scaler
+
+
+@pytest.mark.parametrize(
+    "touch",
+    [
+        lambda m, p, o: torch.nn.utils.clip_grad_norm_(p, 1e-3),
+        lambda m, p, o: torch.nn.utils.clip_grad_value_(p, 1.0),
+        lambda m, p, o: _scaler().unscale_(o),
+        lambda m, p, o: Accelerator().clip_grad_norm_(p, 1e-3),
+        lambda m, p, o: sum(q.grad.norm() for q in p),
+        lambda m, p, o: [q.grad.mul_(0.5) for q in p],
+    ],
+    ids=["clip_norm", "clip_value", "grad_scaler", "accelerate", "norm", "scale"],
+)
+def test_reading_released_gradients_is_refused(touch, setup):
+    model, parameters, optimizer = setup
+    loss(model, "bert", 1).backward()
+    with pytest.raises(RuntimeError, match=r"used and freed in the backward pass.*release_gradients=False"):
+        touch(model, parameters, optimizer)
+
+
+def test_the_norm_of_released_gradients_is_known(setup):
+    """Trainer asks for it at every step, to log it; and a limit that is not reached changes nothing."""
+    model, parameters, optimizer = setup
+    loss(model, "bert", 1).backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    assert torch.equal(torch.nn.utils.clip_grad_norm_(parameters, float("inf")), norm)
+    assert torch.equal(Accelerator().clip_grad_norm_(parameters, 2 * float(norm)), norm)
+    with pytest.raises(RuntimeError, match="used and freed"):
+        torch.nn.utils.clip_grad_norm_(parameters, 0.5 * float(norm))
+    with pytest.raises(RuntimeError, match="used and freed"):
+        torch.nn.utils.get_total_norm([p.grad for p in parameters], norm_type=1.0)
+    # Undone, and the same once more with gradients that stay.
+    optimizer.zero_grad()
+    optimizer._release = None
+    del setup, optimizer
+    gc.collect()
+    loss(model, "bert", 1).backward()
+    assert torch.equal(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]), norm)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_zero_grad_instead_of_step_undoes(set_to_none, setup):
+    """A loop that skips a batch (its loss was not finite, say) after the backward pass."""
+    model, _, optimizer = setup
+    before = weights(model.base_model.model)
+    loss(model, "bert", 1).backward()
+    optimizer.zero_grad(set_to_none=set_to_none)
+    assert_same(weights(model.base_model.model), before)
+    loss(model, "bert", 2).backward()
+    optimizer.step()
+
+
+def test_a_backward_pass_that_fails_half_way(setup):
+    model, parameters, optimizer = setup
+    before = weights(model.base_model.model)
+    seed_side = next(p for p in parameters if p.shape == (61, 16))
+    handle = seed_side.register_hook(lambda g: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        loss(model, "bert", 1).backward()
+    handle.remove()
+    optimizer.zero_grad()
+    assert_same(weights(model.base_model.model), before)
+    loss(model, "bert", 1).backward()
+    optimizer.step()
+
+
+def test_several_processes_are_refused(setup, monkeypatch):
+    model, parameters, _ = setup
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(RuntimeError, match="release_gradients=False for distributed"):
+        DSTOptimizer(parameters, lr=1e-2, release_gradients=True)
+    before = weights(model.base_model.model)
+    with pytest.raises(RuntimeError, match="release_gradients=False for distributed"):
+        loss(model, "bert", 1).backward()
+    assert_same(weights(model.base_model.model), before)
+
+
+def test_an_optimizer_that_is_gone_steps_no_more(build):
+    model = get_peft_model(build("bert"), DSTConfig(epsilon=0.02))
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    reference = weakref.ref(DSTOptimizer(parameters, lr=1e-2, release_gradients=True))
+    gc.collect()
+    assert reference() is None
+    before = weights(model.base_model.model)
+    loss(model, "bert", 1).backward()
+    assert_same(weights(model.base_model.model), before)
+    assert all(type(p.grad) is torch.Tensor for p in parameters if p.grad is not None)
+
+
+def test_added_parameters_are_watched_too(build):
+    model = get_peft_model(build("bert"), DSTConfig(epsilon=0.02, siloing="parameter"))
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = DSTOptimizer(parameters[:5], lr=1e-2, release_gradients=True)
+    optimizer.add_param_group({"params": parameters[5:], "lr": 1e-3})
+    loss(model, "bert").backward()
+    assert all(type(p.grad).__name__ == "ReleasedGradient" for p in parameters if p.grad is not None)
+    optimizer.step()
+    assert model.constraint().steps == 1
