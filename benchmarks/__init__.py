@@ -1,0 +1,16 @@
+"""Measurements of speed and memory; each module is a program of its own, run as `python -m benchmarks.<name>`.
+
+* `selection` choosing a silo's subset, beside the optimizer step and `torch.topk`
+* `step`      a whole training step, beside full fine-tuning
+* `memory`    the peak of a training step, beside full fine-tuning, LoRA, SHiRA and Super-Tuning; `formulas` predicts it
+* `scaling`   the cost in the number of components and of silos
+* `report`    writes docs/performance.md and its plot from their JSON
+
+`make bench` runs them all, one process each. `common` holds what they share.
+"""
+
+from pathlib import Path
+
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"

@@ -1,0 +1,161 @@
+"""The benchmarks run, at a toy size, and say what they promise; docs/performance.md says what their results say."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import RESULTS, common, formulas, memory, report, scaling, selection, step
+
+
+def run(module, path, *arguments):
+    """Run a benchmark's command line, and read what it wrote."""
+    module.main([*map(str, arguments), "--json", str(path)])
+    found = json.loads(path.read_text())
+    assert {"commit", "dirty", "versions", "machine", "threads", "options", "seconds", "rows"} <= found.keys()
+    assert "json" not in found["options"], "a path of this machine"
+    return found
+
+
+TIMES = {"ms", "ratio", "low", "high"}
+
+
+def test_selection(tmp_path):
+    found = run(selection, tmp_path / "selection.json", "--n", 4096, "--rounds", 3)
+    assert {row["epsilon"] for row in found["rows"] if row["case"] == "training"} == set(selection.TARGETS)
+    for row in found["rows"]:
+        assert row.keys() == {"case", "n", "epsilon", "budget", "target", "step", "select", "topk"}
+        assert all(row[name].keys() == TIMES for name in ("step", "select", "topk"))
+        assert row["step"]["ratio"] == 1
+
+
+def test_step(tmp_path):
+    found = run(step, tmp_path / "step.json", "--toy", "--gpt2-rounds", 2, "--epsilons", 0.01)
+    (row,) = found["rows"]
+    names = ["full", "hook", *(["DSTOptimizer"] if common.HAS_DST_OPTIMIZER else [])]
+    assert row.keys() == {"case", "epsilon", *names}
+    assert all(row[name].keys() == TIMES | {"optimizer_ms"} for name in names)
+
+
+def test_the_constrained_step_is_constrained():
+    """A constraint dies with its model; a benchmark that lets go of it would time plain fine-tuning."""
+    compared = step.steppers(lambda: common.gpt2(toy=True), common.language_batch(1, 4, 100), 0.01)
+    for name, stepper in compared.items():
+        before = [p.detach().clone() for p in stepper.model.parameters()]
+        stepper()
+        pairs = zip(before, stepper.model.parameters(), strict=True)
+        changed = sum(int((old != new).sum()) for old, new in pairs if new.is_floating_point())
+        free = round(0.01 * sum(p.numel() for p in compared["full"].model.parameters()))
+        assert (changed > 10 * free) if name == "full" else (0 < changed <= 2 * free)
+
+
+def test_scaling(tmp_path):
+    found = run(scaling, tmp_path / "scaling.json", "--sizes", 4096, "--silos", 1, 4, "--n", 4096, "--rounds", 1)
+    assert [(row["varied"], row["silos"]) for row in found["rows"]] == [("size", 1), ("silos", 1), ("silos", 4)]
+    assert all({"n", "plain_ms", "hook_ms", "cost_ms", "cost_ns"} <= row.keys() for row in found["rows"])
+
+
+def test_memory(tmp_path):
+    arguments = ("--toy", "--batch", 1, "--length", 8, "--dtypes", "float32", "--only", "full, AdamW")
+    found = run(memory, tmp_path / "memory.json", *arguments)
+    (row,) = found["rows"]
+    assert row.keys() == {"row", "dtype", "bytes", "phases", "files", "trained", "predicted", "predicted_phases"}
+    assert row["phases"].keys() == {"forward", "backward", "step"}
+    assert row["trained"] == found["shapes"]["float32"]["n"]
+    assert found["prediction"]["rows"].keys() == memory.ROWS.keys() == formulas.FORMULAS.keys()
+
+
+@pytest.mark.parametrize("row", [row for row in memory.ROWS if "DSTOptimizer" not in row])
+def test_every_row_of_the_memory_benchmark_trains(row, recwarn):
+    model, peaks = memory.train(row, torch.float32, {"batch": 1, "length": 8, "toy": 1}, 2, 0)
+    recwarn.clear()  # SHiRA's and Super-Tuning's own
+    assert peaks.keys() == {"forward", "backward", "step"}
+    assert any(p.requires_grad for p in model.parameters())
+
+
+def test_the_shape_is_that_of_the_model():
+    shape = formulas.shape_of(lambda: common.gpt2(toy=True), torch.bfloat16, 2, 4, 8, 0.01)
+    model = common.gpt2(toy=True)
+    assert shape.n == sum(p.numel() for p in model.parameters())
+    assert (shape.bytes, shape.tied, shape.logits) == (2, True, 2 * 4 * 100)
+    # The rank times rows and columns, of four projections in each of two layers.
+    assert shape.adapter == 8 * 2 * sum(w + h for w, h in ((32, 96), (32, 32), (32, 128), (128, 32)))
+    assert shape.linear == 2 * 12 * 32 * 32
+
+
+def test_what_is_saved_for_the_backward_pass_is_what_a_real_model_saves():
+    """Counted on tensors without storage, and again on real ones."""
+    shape = formulas.shape_of(lambda: common.gpt2(toy=True), torch.float32, 2, 8, 8, 0.01)
+    model = common.gpt2(toy=True)
+    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    batch = common.language_batch(2, 8, 100)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        model(**batch)
+    real = sum(storage.nbytes() for pointer, storage in kept.items() if pointer not in own)
+    assert shape.saved == pytest.approx(real, rel=0.02)
+
+
+def test_the_model_is_gpt2():
+    """With `nn.Linear` for `Conv1D` it computes the same."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    model = common.gpt2(toy=True)
+    torch.manual_seed(0)
+    names = ("n_embd", "n_layer", "n_head", "vocab_size", "n_positions", "resid_pdrop", "embd_pdrop", "attn_pdrop")
+    original = GPT2LMHeadModel(GPT2Config(**{name: getattr(model.config, name) for name in names}))
+    assert not any(type(module).__name__ == "Conv1D" for module in model.modules())
+    assert isinstance(model.transformer.h[0].mlp.c_fc, nn.Linear)
+    tokens = torch.arange(10)[None]
+    torch.testing.assert_close(model(tokens).logits, original(tokens).logits)
+
+
+def test_ratios_are_taken_round_by_round(monkeypatch):
+    clock = iter([1.0, 3.0, 20.0, 60.0, 1.0, 5.0])  # base and other in turn, the second round the other way round
+    monkeypatch.setattr(common, "seconds", lambda function: function())
+    order = {"base": lambda: next(clock), "other": lambda: next(clock)}
+    found = common.interleaved(order, rounds=3, warmup=0)
+    assert found["other"]["ratio"] == 3.0  # of 3, 1/3 and 5
+    assert found["base"]["ratio"] == found["base"]["low"] == found["base"]["high"] == 1.0
+
+
+def test_the_performance_page_is_up_to_date():
+    assert report.PAGE.read_text() == report.render(report.load()), "run: python -m benchmarks.report"
+    assert report.PLOT.is_file()
+
+
+def test_every_letter_of_the_formulas_is_explained():
+    fields = {field.name for field in dataclasses.fields(formulas.Shape)}
+    assert {attribute for attribute, _ in formulas.LETTERS.values()} == fields
+    ones = formulas.Shape(**dict.fromkeys(fields, 1))
+    assert all(value > 0 for row in formulas.FORMULAS for value in formulas.phases(row, ones).values())
+
+
+def test_a_missed_limit_is_reported():
+    results = report.load()
+    row = results["selection"]["rows"][0]
+    row["select"]["ratio"] = 100 * row["target"]
+    assert f"The choice at ε = {row['epsilon']:g} takes" in report.losses(results)
+    assert "**missed**" in report.selection_table(results["selection"])
+
+
+def test_the_plot_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib", reason="the bench extra is not installed")
+    report.plot(report.load(), tmp_path / "plot.svg")
+    assert (tmp_path / "plot.svg").read_text().startswith("<?xml")
+
+
+def test_results_name_no_path_of_the_machine():
+    assert {path.stem for path in RESULTS.glob("*.json")} == {"selection", "step", "memory", "scaling"}
+    for path in RESULTS.glob("*.json"):
+        assert '"/' not in path.read_text(), path.name
