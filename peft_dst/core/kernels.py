@@ -200,8 +200,8 @@ def adamw_step_silo(tensors: Sequence[AdamWTensor], budget: int, kind: str) -> S
 def adamw_step(silos: Sequence[Sequence[AdamWTensor]], budgets: Sequence[int], kind: str) -> list[SiloStep]:
     """Make one AdamW step of some silos under the constraint, and write their live weights.
 
-    The number of kernel launches, and of waits for the device, does not grow with the number of tensors (the bounds
-    apart, one `topk` a silo): pass many silos at once. Afterwards moments are those of the dense step, each live weight
+    The number of kernel launches and of waits for the device does not grow with that of tensors or silos, but for one
+    `topk` a silo: pass many silos at once. Afterwards moments are those of the dense step, each live weight
     is its seed with the new subset's rounded values, and the caller keeps what is returned for the next step.
 
     Args:
