@@ -1,6 +1,7 @@
 """The method itself, on plain tensors: silos, budgets, distances, selection, and the step that enforces the constraint.
 
-Nothing here knows of PEFT or transformers; the only import besides the standard library is torch.
+Nothing here knows of PEFT or transformers; the only import besides the standard library is torch, and Triton once a
+kernel is wanted.
 
 * `silos`      which parameters compete with one another (names only)
 * `budgets`    how many components of each silo may differ from the seed
@@ -10,6 +11,7 @@ Nothing here knows of PEFT or transformers; the only import besides the standard
 * `constraint` one adapter's constraint: what happens around an optimizer step
 * `hook`       the global optimizer hook that calls it, for any `torch.optim` optimizer
 * `reference`  the same step, dense and plain, to test the fast one against
+* `kernels`    AdamW's step and the choice in one on a GPU (with `kernels_triton`, and its plain `kernels_reference`)
 """
 
 from .budgets import allocate_budgets
