@@ -75,12 +75,17 @@ class Silo:
             before: what the subset was before the step.
         """
         everything = self.budget >= self.size
-        self.previous, self.threshold = [subset.indices for subset in before], selection.threshold
         for weight, indices, updated in zip(self.weights, selection.indices, updates, strict=True):
             if everything:
                 weight.overwrite(indices, updated)
             else:
                 weight.apply(indices, gather(updated, indices))
+        self.note(selection, before)
+
+    def note(self, selection: Selection, before: Sequence[Subset]) -> None:
+        """Note a selection that has been written, for the figures and for whoever asks for the records."""
+        self.previous, self.threshold = [subset.indices for subset in before], selection.threshold
+        for weight in self.weights:
             weight.stepped = True
 
     def churn(self) -> float:
@@ -287,18 +292,22 @@ class Constraint:
                 return select_iteratively(seeds, flat, silo.budget, self.distance, silo.tracked, *self.tracking)
             return select(seeds, flat, silo.budget, self.distance)
         except NonFiniteDistanceError as error:
-            culprit = silo.weights[error.position]
-            if not torch.isfinite(culprit.data).all():
-                raise FloatingPointError(
-                    f"{culprit.name!r} holds non-finite values before any training (a mask?), which have no distance. "
-                    "Leave it out with exclude_modules. The tuned weights were put back to what they were."
-                ) from error
-            raise FloatingPointError(
-                f"the optimizer's update of {culprit.name!r} is NaN or infinite. The weights under the constraint were "
-                "put back to what they were before this step; modules_to_save and the optimizer's state were not. Lower "
-                "the learning rate, clip the gradient norm, or (under fp16) let a GradScaler skip such steps; then "
-                "resume from the last checkpoint."
-            ) from error
+            raise self.non_finite(silo, error.position) from error
+
+    def non_finite(self, silo: Silo, position: int) -> FloatingPointError:
+        """What to say of a distance that is NaN or infinite, in the weight at a position of a silo."""
+        culprit = silo.weights[position]
+        if not torch.isfinite(culprit.data).all():
+            return FloatingPointError(
+                f"{culprit.name!r} holds non-finite values before any training (a mask?), which have no distance. "
+                "Leave it out with exclude_modules. The tuned weights were put back to what they were."
+            )
+        return FloatingPointError(
+            f"the optimizer's update of {culprit.name!r} is NaN or infinite. The weights under the constraint were "
+            "put back to what they were before this step; modules_to_save and the optimizer's state were not. Lower "
+            "the learning rate, clip the gradient norm, or (under fp16) let a GradScaler skip such steps; then "
+            "resume from the last checkpoint."
+        )
 
 
 def concerned(param_groups: Iterable[Mapping[str, Any]]) -> list[tuple[Constraint, list[Silo]]]:

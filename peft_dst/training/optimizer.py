@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..core import Constraint, Silo, SparseWeight, Subset, concerned, exempt, gather, scatter
+from . import fused
 from .release import Release, gradient
 
 
@@ -43,6 +44,8 @@ class DSTOptimizer(Optimizer):
         release_gradients: step each silo inside the backward pass, as soon as the gradients of all of its parameters
             are there, and free them. `step()` then finishes what is left. Nothing may look at the gradients in between,
             so gradient accumulation and clipping, gradient scaling and data parallelism are refused when they are met.
+        kernels: step AdamW and selection by one Triton kernel, which never writes the dense update (docs/kernels.md).
+            None does so on CUDA, wherever the kernel is the step that was asked for; False never.
         separable: declare that an optimizer from outside `torch.optim` treats every parameter by itself.
         **kwargs: passed to `optimizer_cls`, e.g. lr.
 
@@ -56,17 +59,19 @@ class DSTOptimizer(Optimizer):
         optimizer_cls: type[Optimizer] = torch.optim.AdamW,
         *,
         release_gradients: bool = False,
+        kernels: bool | None = None,
         separable: bool = False,
         **kwargs: Any,
     ):
         _check_separable(optimizer_cls, separable)
         # Checks the options, and later steps on stand-ins.
-        self._engine = optimizer_cls(params, **kwargs)
-        groups, self._engine.param_groups = self._engine.param_groups, []
-        starts, self._engine.state = self._engine.state, defaultdict(dict)
-        exempt(self._engine)
+        self.engine = optimizer_cls(params, **kwargs)
+        groups, self.engine.param_groups = self.engine.param_groups, []
+        starts, self.engine.state = self.engine.state, defaultdict(dict)
+        exempt(self.engine)
+        self.kernels = kernels
         self._release: Release | None = None
-        super().__init__(groups, self._engine.defaults)
+        super().__init__(groups, self.engine.defaults)
         exempt(self)
         # Some optimizers start with a state (Adagrad), which has to be a float32 one.
         for parameter in starts:
@@ -111,7 +116,7 @@ class DSTOptimizer(Optimizer):
 
     def run(self, stand_ins: Mapping[nn.Parameter, nn.Parameter]) -> None:
         """One step of the wrapped optimizer on stand-ins (with gradients) of some parameters."""
-        engine = self._engine
+        engine = self.engine
         engine.param_groups = [
             {**group, "params": [stand_ins[p] for p in group["params"] if p in stand_ins]}
             for group in self.param_groups
@@ -137,12 +142,10 @@ class DSTOptimizer(Optimizer):
                     self.state[parameter][key] = value.to(parameter.device, copy=True)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_engine": self._engine, "_release": None}
+        return {**super().__getstate__(), "engine": self.engine, "kernels": self.kernels, "_release": None}
 
     def __repr__(self) -> str:
-        return (
-            f"{type(self).__name__} of {super().__repr__().replace(type(self).__name__, type(self._engine).__name__)}"
-        )
+        return f"{type(self).__name__} of {super().__repr__().replace(type(self).__name__, type(self.engine).__name__)}"
 
 
 class SiloBySilo:
@@ -158,7 +161,7 @@ class SiloBySilo:
         self.concerned = concerned(optimizer.param_groups)
         for constraint, _ in self.concerned:
             constraint.recall(optimizer.param_groups)
-        self.own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        self.groups = {p: group for group in optimizer.param_groups for p in group["params"]}
         self.stepped: set[int] = set()
         self._before: list[tuple[SparseWeight, Subset, Tensor | None]] = []
         self._reuse = reuse
@@ -168,28 +171,36 @@ class SiloBySilo:
         """Step every silo that has not been yet."""
         try:
             for constraint, silos in self.concerned:
-                for silo in silos:
-                    if id(silo) not in self.stepped:
-                        self.silo(constraint, silo)
+                self.silos(constraint, [silo for silo in silos if id(silo) not in self.stepped])
                 constraint.complete(self.optimizer.param_groups)
         except BaseException:
             self.undo()
             raise
 
-    def silo(self, constraint: Constraint, silo: Silo) -> None:
-        """Step one silo, if anything in it has a gradient."""
-        parameters = [weight.parameter for weight in silo.weights]
-        self.stepped.add(id(silo))
-        gradients = {p: g for p in parameters if id(p) in self.own and (g := gradient(p)) is not None}
-        if not gradients:
-            return
-        for weight in silo.weights:
+    def silos(self, constraint: Constraint, silos: list[Silo]) -> None:
+        """Step those of some silos that have a gradient anywhere."""
+        self.stepped.update(id(silo) for silo in silos)
+        silos = [silo for silo in silos if any(self._gradient(weight) is not None for weight in silo.weights)]
+        for weight in (weight for silo in silos for weight in silo.weights):
             weight.recover()
+        by_kernels = [silo for silo in silos if self._suits_kernels(constraint, silo)]
+        if by_kernels:
+            self._by_kernels(constraint, by_kernels)
+        for silo in silos:
+            if silo not in by_kernels:
+                self._by_working_copies(constraint, silo)
+
+    def _by_working_copies(self, constraint: Constraint, silo: Silo) -> None:
         working = self._working_copies(silo)
-        copies = dict(zip(parameters, working, strict=True))
-        self.optimizer.run({p: _stand_in(copies[p], g) for p, g in gradients.items()})
-        before = [Subset.of(weight) for weight in silo.weights]
-        self._before += [(w, b, self._values(w.parameter)) for w, b in zip(silo.weights, before, strict=True)]
+        gradients = [self._gradient(weight) for weight in silo.weights]
+        self.optimizer.run(
+            {
+                weight.parameter: _stand_in(copy, found)
+                for weight, copy, found in zip(silo.weights, working, gradients, strict=True)
+                if found is not None
+            }
+        )
+        before = self._remember(silo)
         for weight in silo.weights:
             weight.revert()
         silo.take(constraint.select(silo, working), working, before)
@@ -197,12 +208,42 @@ class SiloBySilo:
             if weight.data.dtype in _HALF:
                 self.optimizer.state[weight.parameter][VALUES] = gather(copy, weight.indices)
 
+    def _by_kernels(self, constraint: Constraint, silos: list[Silo]) -> None:
+        before = [self._remember(silo) for silo in silos]
+        state = self.optimizer.state
+        steps = fused.step(self.groups, state, constraint, silos, self._subset_values)
+        for silo, subsets, made in zip(silos, before, steps, strict=True):
+            silo.note(made.selection, subsets)
+            made_of = zip(silo.weights, made.selection.indices, made.seeds, made.values, strict=True)
+            for weight, indices, seeds, values in made_of:
+                weight.place(indices, seeds)
+                if weight.data.dtype in _HALF:
+                    state[weight.parameter][VALUES] = values
+
+    def _suits_kernels(self, constraint: Constraint, silo: Silo) -> bool:
+        wanted = self.optimizer.kernels
+        if wanted is None:
+            wanted = silo.weights[0].data.is_cuda
+        return wanted and fused.supports(self.optimizer.engine, self.groups, self.optimizer.state, constraint, silo)
+
+    def _gradient(self, weight: SparseWeight) -> Tensor | None:
+        return gradient(weight.parameter) if weight.parameter in self.groups else None
+
+    def _remember(self, silo: Silo) -> list[Subset]:
+        before = [Subset.of(weight) for weight in silo.weights]
+        self._before += [(w, b, self._values(w.parameter)) for w, b in zip(silo.weights, before, strict=True)]
+        return before
+
+    def _subset_values(self, weight: SparseWeight) -> Tensor:
+        """Float32 values (k,) of a weight's current subset."""
+        return _widened(weight.values(), self._values(weight.parameter))
+
     def rest(self) -> None:
         """Step the parameters under no constraint."""
         silos = [silo for _, silos in self.concerned for silo in silos]
         constrained = {id(weight.parameter) for silo in silos for weight in silo.weights}
         stand_ins = {}
-        for parameter in (p for group in self.optimizer.param_groups for p in group["params"]):
+        for parameter in self.groups:
             if id(parameter) not in constrained and (found := gradient(parameter)) is not None:
                 half = parameter.dtype in _HALF
                 working = _widened(parameter.data, self._values(parameter)) if half else parameter.data
@@ -233,7 +274,7 @@ class SiloBySilo:
         for weight, flat in zip(silo.weights, self._stretch(silo, dtype, data[0].device), strict=True):
             copy = _with_strides_of(weight.data, flat).copy_(weight.data)
             if weight.data.dtype in _HALF:
-                scatter(copy, weight.indices, _widened(weight.values(), self._values(weight.parameter)))
+                scatter(copy, weight.indices, self._subset_values(weight))
             copies.append(copy)
         return copies
 

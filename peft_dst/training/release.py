@@ -121,9 +121,9 @@ class Release:
             return
         constraint, silo = self._homes[id(parameter)]
         parameters = [weight.parameter for weight in silo.weights]
-        if all(id(p) in self._arrived or not p.requires_grad or id(p) not in self._round.own for p in parameters):
+        if all(id(p) in self._arrived or not p.requires_grad or p not in self._round.groups for p in parameters):
             try:
-                self._round.silo(constraint, silo)
+                self._round.silos(constraint, [silo])
             except BaseException:
                 self.forget()
                 raise

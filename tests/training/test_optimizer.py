@@ -12,8 +12,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from peft_dst import DSTConfig, DSTOptimizer, parameter_groups
 from peft_dst.core import constraint as constraint_module
+from peft_dst.core import kernels
 from peft_dst.core.reference import reference_step
-from tests.models import assert_same, loss, weights
+from tests.models import assert_same, batch, loss, weights
 
 
 OPTIMIZERS = {
@@ -361,3 +362,64 @@ def test_copies_and_pickles(build):
         loss(m, "bert", 1).backward()
         o.step()
     assert_same(weights(model.base_model.model), weights(model2.base_model.model))
+
+
+@pytest.mark.parametrize("release", [False, True], ids=["plain", "release"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_the_kernels_choose_as_the_working_copies_do(device, dtype, release, build):
+    """Float32 arithmetic differs in last bits between the two (docs/kernels.md), so subsets agree but for near ties."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    if not kernels.available(torch.empty(1, device=device)):
+        pytest.skip("Triton is not installed, or not to be interpreted")
+    (one, parameters), (other, others) = (wrapped(build, dtype=dtype) for _ in range(2))
+    one.to(device), other.to(device)
+    plain = DSTOptimizer(parameters, lr=1e-2, kernels=False)
+    ours = DSTOptimizer(others, lr=1e-2, kernels=True, release_gradients=release)
+    seed = weights(build("bert").to(dtype=dtype, device=device))
+    for step in range(3):
+        for model, optimizer in ((one, plain), (other, ours)):
+            model(**{k: v.to(device) for k, v in batch("bert", step).items()}).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        same = total = 0
+        for w, v in zip(one.constraint().weights, other.constraint().weights, strict=True):
+            same += int(torch.isin(w.indices, v.indices).sum())
+            total += w.indices.numel()
+            assert torch.allclose(
+                w.data.float(), v.data.float(), rtol=2**-6 if dtype == torch.bfloat16 else 1e-4, atol=1e-2
+            )
+            if w.parameter in plain.state:
+                assert int(plain.state[w.parameter]["step"]) == int(ours.state[v.parameter]["step"]) == step + 1
+                if dtype == torch.bfloat16:
+                    assert torch.equal(ours.state[v.parameter]["dst_values"].to(dtype), v.values())
+        assert same >= 0.97 * total
+        assert [silo.free() for silo in other.constraint().silos] == [silo.budget for silo in other.constraint().silos]
+    with other.disable_adapter():
+        assert_same(weights(other.base_model.model), seed)
+
+
+def test_the_kernels_leave_what_is_not_theirs(build):
+    """Silos with parameters that have no gradient, and other optimizers, are stepped on working copies as always."""
+    if not kernels.available(torch.empty(1)):
+        pytest.skip("Triton is not installed, or not to be interpreted")
+    for optimizer_cls, options in ((torch.optim.SGD, {"lr": 0.1}), (torch.optim.AdamW, {"lr": 1e-2, "amsgrad": True})):
+        (one, parameters), (other, others) = (wrapped(build) for _ in range(2))
+        plain = DSTOptimizer(parameters, optimizer_cls, **options)
+        assert_same_training(one, other, "bert", (plain, DSTOptimizer(others, optimizer_cls, kernels=True, **options)))
+
+
+def test_non_finite_updates_in_the_kernels(build):
+    if not kernels.available(torch.empty(1)):
+        pytest.skip("Triton is not installed, or not to be interpreted")
+    model, parameters = wrapped(build)
+    base = model.base_model.model
+    optimizer = DSTOptimizer(parameters, lr=1e-2, kernels=True)
+    loss(model, "bert").backward()
+    optimizer.step()
+    before = weights(base)
+    base.bert.encoder.layer[0].output.dense.weight.grad[2, 3] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"'bert.encoder.layer.0.output.dense.weight' is NaN or infinite"):
+        optimizer.step()
+    assert_same(weights(base), before)
