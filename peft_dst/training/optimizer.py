@@ -104,8 +104,7 @@ class DSTOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         step = SiloBySilo(self, reuse=True) if self._release is None else self._release.finish()
-        step.all_silos()
-        step.rest()
+        step.complete()
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -167,15 +166,17 @@ class SiloBySilo:
         self._reuse = reuse
         self._buffer: Tensor | None = None
 
-    def all_silos(self) -> None:
-        """Step every silo that has not been yet."""
+    def complete(self) -> None:
+        """Step every silo that has not been yet, and the parameters under no constraint; none, if one fails."""
         try:
             for constraint, silos in self.concerned:
                 self.silos(constraint, [silo for silo in silos if id(silo) not in self.stepped])
-                constraint.complete(self.optimizer.param_groups)
+            self._step_rest()
         except BaseException:
             self.undo()
             raise
+        for constraint, _ in self.concerned:
+            constraint.complete(self.optimizer.param_groups)
 
     def silos(self, constraint: Constraint, silos: list[Silo]) -> None:
         """Step those of some silos that have a gradient anywhere."""
@@ -238,7 +239,7 @@ class SiloBySilo:
         """Float32 values (k,) of a weight's current subset."""
         return _widened(weight.values(), self._values(weight.parameter))
 
-    def rest(self) -> None:
+    def _step_rest(self) -> None:
         """Step the parameters under no constraint."""
         silos = [silo for _, silos in self.concerned for silo in silos]
         constrained = {id(weight.parameter) for silo in silos for weight in silo.weights}
