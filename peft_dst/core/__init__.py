@@ -7,6 +7,7 @@ kernel is wanted.
 * `budgets`    how many components of each silo may differ from the seed
 * `distances`  how far a component has moved from its seed
 * `selection`  the exact choice of a silo's subset
+* `iterative`  the paper's approximate choice, with a tracked threshold
 * `weights`    live weights that differ from their seed in a few known places
 * `constraint` one adapter's constraint: what happens around an optimizer step
 * `hook`       the global optimizer hook that calls it, for any `torch.optim` optimizer
