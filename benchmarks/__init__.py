@@ -4,11 +4,11 @@
 * `step`      a whole training step, beside full fine-tuning
 * `memory`    the peak of a training step, beside full fine-tuning, LoRA, SHiRA and Super-Tuning; `formulas` predicts it
 * `scaling`   the cost in the number of components and of silos
-* `iterative` the paper's approximate thresholds beside the exact choice
+* `iterative` the paper's tracked threshold: its errors and its cost (not part of `make bench`)
 * `precision` accuracy of bfloat16 weights on a real task (needs a data set)
 * `report`    writes docs/performance.md and its plot from their JSON
 
-`make bench` runs them all, one process each. `common` holds what they share.
+`make bench` runs them, one process each. `common` holds what they share.
 """
 
 from pathlib import Path

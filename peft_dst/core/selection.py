@@ -124,10 +124,6 @@ class _Silo:
                 if not math.isfinite(delta.amax()):
                     raise NonFiniteDistanceError(i)
 
-    def split(self, sizes: Sequence[int], *wholes: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        """Cut tensors that run through the whole silo into one part for each of its tensors."""
-        return zip(*(whole.split(list(sizes)) for whole in wholes), strict=True)
-
 
 def _by_block_maxima(silo: _Silo, budget: int) -> Selection:
     block = _block_size(silo.size, budget)
@@ -145,6 +141,10 @@ def _by_block_maxima(silo: _Silo, budget: int) -> Selection:
     bound = float(_kth_largest(everywhere, budget)) if budget < everywhere.numel() else 0.0
     below = _just_below(bound, silo.dtype)
     rows = _positions_above(everywhere, below)
+    if rows.numel() > 2 * budget:
+        # Many maxima tie at the bound. Each is a tie at the threshold or below it, of which the first are enough.
+        ties = (everywhere == bound).nonzero().flatten()[:budget]
+        rows = torch.cat([_positions_above(everywhere, bound), ties]).sort().values
     last = torch.searchsorted(rows, torch.tensor(counts, device=rows.device).cumsum(0)).tolist()
     distances, positions, before = [], [], 0
     for i, (first, end) in enumerate(zip([0, *last], last, strict=False)):
@@ -191,22 +191,22 @@ def _by_bracket(silo: _Silo, budget: int) -> Selection:
     margin = 5.0
     while True:
         low, high = _bracket(sample, budget / silo.size, margin)
-        if budget * _FEW <= silo.size:
+        if budget * _FEW <= silo.size and low < high:
             high = math.inf
-        above, distances, positions = _look(silo, low, high)
-        if above < budget and (low == 0.0 or budget <= above + sum(d.numel() for d in distances)):
+        above, distances, positions = _look(silo, low, high, budget)
+        found = sum(d.numel() for d in distances)
+        # From zero on everything is found that there is.
+        if above < budget and (budget <= above + found or (low == 0.0 and (found or high == math.inf))):
             break
         margin *= 8
-    sizes = [d.numel() for d in distances]
     keep, threshold = _largest(torch.cat(distances), budget - above)
-    band = list(silo.split(sizes, torch.cat(positions), keep))
+    kept = keep.split([d.numel() for d in distances])
     if high == math.inf:
-        return Selection([at[kept] for at, kept in band], threshold)
-    reach = _reach(silo, float(threshold))
-    # Ties at the threshold that lost to earlier ones reach it all the same.
-    lost = ~keep & (torch.cat(distances) == threshold)
-    losers = [at[left] for at, left in silo.split(sizes, torch.cat(positions), lost)]
-    return Selection([_without(at, left) for at, left in zip(reach, losers, strict=True)], threshold)
+        return Selection([at[mask] for at, mask in zip(positions, kept, strict=True)], threshold)
+    # Ties at the threshold go to the first ones: all up to the last one kept, and none behind it.
+    ties = [at[mask & (d == threshold)] for at, d, mask in zip(positions, distances, kept, strict=True)]
+    last = max(i for i, at in enumerate(ties) if at.numel())
+    return Selection(_reach(silo, float(threshold), (last, int(ties[last][-1]))), threshold)
 
 
 def _sample(silo: _Silo) -> Tensor:
@@ -232,26 +232,32 @@ def _bracket(sample: Tensor, fraction: float, margin: float) -> tuple[float, flo
     return float(sample[last]) if last < n else 0.0, float(sample[first]) if first > 0 else math.inf
 
 
-def _look(silo: _Silo, low: float, high: float) -> tuple[int, list[Tensor], list[Tensor]]:
-    """Count the distances from `high` on, and find those from `low` on below it.
+def _look(silo: _Silo, low: float, high: float, enough: int) -> tuple[int, list[Tensor], list[Tensor]]:
+    """Count the distances above `high`, and find those from `low` to `high`.
+
+    Where the two are equal, these are all ties, and the first ones, `enough` of them or some more, are found.
 
     Returns:
         (count, distances, flat positions), the last two with one tensor (m_i,) for each of the silo's.
     """
-    maxima, counts, below = [], [], _just_below(low, silo.dtype)
+    maxima, counts, below, missing = [], [], _just_below(low, silo.dtype), enough
     distances: list[list[Tensor]] = [[torch.empty(0, dtype=silo.dtype, device=silo.device)] for _ in silo.pairs]
     positions: list[list[Tensor]] = [[torch.empty(0, dtype=torch.int64, device=silo.device)] for _ in silo.pairs]
     flags, inside = (torch.empty(min(TILE, silo.size), dtype=silo.dtype, device=silo.device) for _ in range(2))
     for i, start, delta in silo.tiles():
         n = delta.numel()
         maxima.append(delta.amax())
-        torch.threshold(delta, below, 0.0, out=inside[:n])
         if high < math.inf:
             # Flags of the distances' own dtype: comparing into booleans is many times slower.
-            torch.ge(delta, high, out=flags[:n])
+            torch.gt(delta, high, out=flags[:n])
             counts.append(flags[:n].sum())
+        if low == high and missing <= 0:
+            continue
+        torch.threshold(delta, below, 0.0, out=inside[:n])
+        if high < math.inf:
             inside[:n].addcmul_(inside[:n], flags[:n], value=-1)
         at = bits(inside[:n]).nonzero().flatten()
+        missing -= at.numel()
         distances[i].append(delta.index_select(0, at))
         positions[i].append(at.add_(start))
     silo.check_finite(maxima)
@@ -259,18 +265,23 @@ def _look(silo: _Silo, low: float, high: float) -> tuple[int, list[Tensor], list
     return above, [torch.cat(d) for d in distances], [torch.cat(p) for p in positions]
 
 
-def _reach(silo: _Silo, threshold: float) -> list[Tensor]:
-    """Flat positions of the non-zero distances that reach a threshold, a tensor (k_i,) for each of the silo's."""
+def _reach(silo: _Silo, threshold: float, last: tuple[int, int]) -> list[Tensor]:
+    """Flat positions of the distances that reach a threshold, (k_i,) for each tensor.
+
+    Args:
+        silo: the silo.
+        threshold: above zero.
+        last: tensor and flat position of the last component for which equality is enough.
+    """
     found: list[list[Tensor]] = [[torch.empty(0, dtype=torch.int64, device=silo.device)] for _ in silo.pairs]
     below = _just_below(threshold, silo.dtype)
     for i, start, delta in silo.tiles():
-        found[i].append(_positions_above(delta, below).add_(start))
+        ties = 0 if i > last[0] else delta.numel() if i < last[0] else min(max(last[1] + 1 - start, 0), delta.numel())
+        if ties:
+            found[i].append(_positions_above(delta[:ties], below).add_(start))
+        if ties < delta.numel():
+            found[i].append(_positions_above(delta[ties:], threshold).add_(start + ties))
     return [torch.cat(parts) for parts in found]
-
-
-def _without(positions: Tensor, left: Tensor) -> Tensor:
-    """Positions (k,) without some of them (m,)."""
-    return positions[torch.isin(positions, left, assume_unique=True, invert=True)] if left.numel() else positions
 
 
 def _just_below(bound: float, dtype: torch.dtype) -> float:
