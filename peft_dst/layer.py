@@ -26,7 +26,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from .core import SparseWeight
-from .core.selection import bits
+from .core.tiles import bits
 from .delta import DeltaError, Record, check_record, index_dtype
 
 

@@ -6,6 +6,7 @@ kernel is wanted.
 * `silos`      which parameters compete with one another (names only)
 * `budgets`    how many components of each silo may differ from the seed
 * `distances`  how far a component has moved from its seed
+* `tiles`      a silo's distances, computed in the cache and forgotten
 * `selection`  the exact choice of a silo's subset
 * `iterative`  the paper's approximate choice, with a tracked threshold
 * `weights`    live weights that differ from their seed in a few known places
@@ -19,8 +20,9 @@ from .budgets import allocate_budgets
 from .constraint import Constraint, Silo, Subset, concerned
 from .distances import DISTANCES, distance
 from .hook import exempt
-from .selection import NonFiniteDistanceError, Selection, select
+from .selection import Selection, select
 from .silos import SILOINGS, partition
+from .tiles import NonFiniteDistanceError
 from .weights import SparseWeight, gather, scatter
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from .iterative import select_iteratively
-from .selection import NonFiniteDistanceError, Selection, select
+from .selection import Selection, select
+from .tiles import NonFiniteDistanceError
 from .weights import SparseWeight, Undoable, gather
 
 

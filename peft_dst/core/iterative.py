@@ -12,21 +12,19 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from .distances import distance
-from .selection import NonFiniteDistanceError, Selection, select
+from .selection import Selection, select
+from .tiles import Tiles, positions_above
 
 
 # m and r of Appendix C.
 ITERATIONS = 3
 FLUCTUATION = 2.0
 
-# Components looked at together: 256 KiB of float32, which stays in a core's second-level cache with its operands.
-_TILE = 1 << 16
 # Components a block. Maxima of shorter ones take longer; of longer ones more reach the threshold (docs/LOG.md).
 _BLOCK = 64
 
@@ -101,9 +99,10 @@ def select_iteratively(
     n = sum(seed.numel() for seed in seeds)
     if previous is None or not 0 < previous < math.inf or not 0 < budget < n:
         return select(seeds, updates, budget, kind)
-    silo = _Distances(seeds, updates, kind)
-    threshold = refine_threshold(previous, silo.count, budget, iterations, fluctuation)
-    return Selection(silo.above(threshold), torch.tensor(threshold, dtype=silo.dtype, device=silo.device))
+    silo = Tiles(seeds, updates, kind)
+    counts = _Counts(silo)
+    threshold = refine_threshold(previous, counts.count, budget, iterations, fluctuation)
+    return Selection(counts.above(threshold), torch.tensor(threshold, dtype=silo.dtype, device=silo.device))
 
 
 def mean_distance(seeds: Sequence[Tensor], updates: Sequence[Tensor], kind: str) -> float:
@@ -114,82 +113,34 @@ def mean_distance(seeds: Sequence[Tensor], updates: Sequence[Tensor], kind: str)
         updates: Θ̂, likewise.
         kind: name of the distance.
     """
-    sums = [
-        distance(kind, part, moved).sum(dtype=torch.float64)
-        for seed, updated in zip(seeds, updates, strict=True)
-        for part, moved in zip(seed.split(_TILE), updated.split(_TILE), strict=True)
-    ]
-    return float(torch.stack(sums).sum()) / max(sum(seed.numel() for seed in seeds), 1)
+    silo = Tiles(seeds, updates, kind)
+    sums = [delta.sum(dtype=torch.float64) for _, _, delta in silo.tiles()]
+    return float(torch.stack(sums).sum()) / silo.size if sums else 0.0
 
 
-class _Distances:
-    """Δ of one silo, computed anew for every question but never all at once.
-
-    Args:
-        seeds: Θ0 of the silo's tensors, each flat.
-        updates: Θ̂, likewise.
-        kind: name of the distance.
+class _Counts:
+    """Counts of a silo's distances above any threshold; the blocks that reach it are looked at again for each.
 
     Raises:
         NonFiniteDistanceError: if any distance is NaN or infinite.
     """
 
-    def __init__(self, seeds: Sequence[Tensor], updates: Sequence[Tensor], kind: str):
-        self.pairs = list(zip(seeds, updates, strict=True))
-        self.kind = kind
-        self.maxima = [_block_maxima(seed, updated, kind) for seed, updated in self.pairs]
-        everywhere = torch.cat(self.maxima)
-        self.dtype, self.device = everywhere.dtype, everywhere.device
-        self.ceiling = torch.finfo(self.dtype).max
-        # NaN and infinity survive maximum and sum; the second look is for a sum of finite maxima that overflows.
-        if not torch.isfinite(everywhere.sum()) and not torch.isfinite(everywhere).all():
-            raise NonFiniteDistanceError(next(i for i, m in enumerate(self.maxima) if not torch.isfinite(m).all()))
+    def __init__(self, silo: Tiles):
+        self.silo = silo
+        self.maxima = silo.block_maxima(_BLOCK)
+        self.ceiling = torch.finfo(silo.dtype).max
 
     def count(self, threshold: float) -> int:
         """Number of components whose distance is above the threshold."""
-        if threshold >= self.ceiling:
-            return 0
         # A comparison whose result has the operands' dtype is vectorised on the CPU, one that makes booleans is not.
         # The sum of a tile's ones is exact in float32.
-        counts = [
-            delta.gt_(threshold).sum() for i in range(len(self.pairs)) for delta, _ in self._reaching(i, threshold)
-        ]
+        looked_at = self.silo.in_blocks(self._reaching(threshold), _BLOCK)
+        counts = [delta.gt_(threshold).sum() for _, delta, _ in looked_at]
         return int(torch.stack(counts).sum(dtype=torch.float64)) if counts else 0
 
     def above(self, threshold: float) -> list[Tensor]:
         """For each tensor the sorted flat positions, int64 (k_i,), whose distance is above the threshold."""
-        subset = []
-        for i, (seed, _) in enumerate(self.pairs):
-            found = [torch.empty(0, dtype=torch.int64, device=seed.device)]
-            for delta, blocks in self._reaching(i, threshold) if threshold < self.ceiling else ():
-                row, column = (delta > threshold).nonzero(as_tuple=True)
-                found.append(blocks[row] * _BLOCK + column)
-            subset.append(torch.cat(found))
-        return subset
+        return self.silo.find_in_blocks(self._reaching(threshold), _BLOCK, threshold)[1]
 
-    def _reaching(self, i: int, threshold: float) -> Iterator[tuple[Tensor, Tensor]]:
-        """Blocks of tensor i that hold a distance above the threshold: Δ (blocks, components) and their numbers."""
-        blocks = (self.maxima[i] > threshold).nonzero().flatten()
-        seed, updated = self.pairs[i]
-        whole = seed.numel() // _BLOCK
-        last = bool(blocks.numel()) and int(blocks[-1]) == whole
-        parts = [tensor[: whole * _BLOCK].view(-1, _BLOCK) for tensor in (seed, updated)]
-        for at in blocks[: blocks.numel() - last].split(_TILE // _BLOCK):
-            if at.numel():
-                yield distance(self.kind, parts[0][at], parts[1][at]), at
-        if last:
-            # What does not fill a block.
-            rest = slice(whole * _BLOCK, None)
-            yield distance(self.kind, seed[rest], updated[rest]).view(1, -1), blocks[-1:]
-
-
-def _block_maxima(seed: Tensor, updated: Tensor, kind: str) -> Tensor:
-    """Largest distance of each block of consecutive components; the last block may be shorter. Shape (⌈n / block⌉,)."""
-    maxima = [distance(kind, seed[:0], updated[:0])]
-    for part, moved in zip(seed.split(_TILE), updated.split(_TILE), strict=True):
-        delta = distance(kind, part, moved)
-        whole = delta.numel() // _BLOCK * _BLOCK
-        maxima.append(delta[:whole].view(-1, _BLOCK).amax(1))
-        if whole < delta.numel():
-            maxima.append(delta[whole:].amax().view(1))
-    return torch.cat(maxima)
+    def _reaching(self, threshold: float) -> Tensor:
+        return positions_above(self.maxima, threshold) if threshold < self.ceiling else self.maxima.new_empty(0).long()

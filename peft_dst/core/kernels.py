@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from .distances import DISTANCES
-from .selection import NonFiniteDistanceError, Selection, bits
+from .selection import Selection
+from .tiles import NonFiniteDistanceError, bits
 
 
 # Bits of infinity in float32: those of a finite distance are below.

@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 
 from .distances import distance
 from .kernels import AdamWScalars
-from .selection import bits
+from .tiles import bits
 
 
 def moments_reference(grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, scalars: AdamWScalars) -> None:

@@ -14,17 +14,15 @@ Nothing is remembered from one step to the next, and neither way ever approximat
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .distances import distance, distance_dtype
+from .tiles import TILE, Tiles, bits, positions_above
 
 
-# Components of a tile: 256 KiB of float32, which stay in a core's second-level cache together with both operands.
-TILE = 1 << 16
 # Blocks shorter than this are slow to reduce, longer ones make the second look longer than the first is shorter.
 _SHORTEST_BLOCK, _LONGEST_BLOCK = 64, 1024
 # Up to one free component in this many, block maxima are the faster way.
@@ -32,14 +30,6 @@ _SPARSE = 200
 # Up to one in this many, everything above the bracket is kept as well, which saves the second pass that finds it.
 _FEW = 16
 _SAMPLE = 1 << 16
-
-
-class NonFiniteDistanceError(FloatingPointError):
-    """A distance is NaN or infinite. `position` is the index, among the silo's tensors, of the first such one."""
-
-    def __init__(self, position: int):
-        super().__init__(f"non-finite distance in tensor {position} of the silo")
-        self.position = position
 
 
 @dataclass(frozen=True)
@@ -53,11 +43,6 @@ class Selection:
 
     indices: list[Tensor]
     threshold: Tensor
-
-
-def bits(tensor: Tensor) -> Tensor:
-    """The bit patterns of a floating tensor as integers of the same width: 0.0 and -0.0 differ, NaN equals itself."""
-    return tensor.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
 
 
 def select(seeds: Sequence[Tensor], updates: Sequence[Tensor], budget: int, kind: str) -> Selection:
@@ -76,7 +61,7 @@ def select(seeds: Sequence[Tensor], updates: Sequence[Tensor], budget: int, kind
     Raises:
         NonFiniteDistanceError: if any distance is NaN or infinite.
     """
-    silo = _Silo(seeds, updates, kind)
+    silo = Tiles(seeds, updates, kind)
     if budget == 0 or budget >= silo.size:
         silo.check_finite([delta.amax() for _, _, delta in silo.tiles()])
         everything = [_moved(*pair) if budget else pair[0].new_empty(0, dtype=torch.int64) for pair in silo.pairs]
@@ -88,70 +73,18 @@ def _moved(seed: Tensor, updated: Tensor) -> Tensor:
     return (bits(seed.to(updated.dtype)) != bits(updated)).nonzero().flatten()
 
 
-class _Silo:
-    """The tensors of a silo, and its distances tile by tile."""
-
-    def __init__(self, seeds: Sequence[Tensor], updates: Sequence[Tensor], kind: str):
-        self.pairs = list(zip(seeds, updates, strict=True))
-        self.kind = kind
-        self.size = sum(seed.numel() for seed in seeds)
-        self.dtype = distance_dtype(*seeds, *updates)
-        self.uniform = all(distance_dtype(*pair) == self.dtype for pair in self.pairs)
-        self.device = updates[0].device
-
-    def tiles(self) -> Iterator[tuple[int, int, Tensor]]:
-        """(tensor, first flat position, its distances) of every tile in order; the next one overwrites the last."""
-        scratch = torch.empty(min(TILE, self.size), dtype=self.dtype, device=self.device)
-        for i, pair in enumerate(self.pairs):
-            if not pair[0].numel():
-                continue
-            start = 0
-            for seed, updated in zip(*(tensor.split(TILE) for tensor in pair), strict=True):
-                n = seed.numel()
-                yield i, start, self.distance(seed, updated, out=scratch if n == scratch.numel() else scratch[:n])
-                start += n
-
-    def distance(self, seed: Tensor, updated: Tensor, out: Tensor | None = None) -> Tensor:
-        """Distances of some components, in the silo's dtype; in silos of one dtype written to `out`."""
-        if self.uniform:
-            return distance(self.kind, seed, updated, out=out)
-        return distance(self.kind, seed, updated).to(self.dtype)
-
-    def check_finite(self, maxima: Sequence[Tensor]) -> None:
-        """Check the maxima of all distances, in whatever parts; NaN and infinity survive a maximum."""
-        if maxima and not math.isfinite(torch.stack(list(maxima)).amax()):
-            for i, _, delta in self.tiles():
-                if not math.isfinite(delta.amax()):
-                    raise NonFiniteDistanceError(i)
-
-
-def _by_block_maxima(silo: _Silo, budget: int) -> Selection:
+def _by_block_maxima(silo: Tiles, budget: int) -> Selection:
     block = _block_size(silo.size, budget)
-    counts = [-(-seed.numel() // block) for seed, _ in silo.pairs]
-    everywhere = torch.empty(sum(counts), dtype=silo.dtype, device=silo.device)
-    done = 0
-    for _, _, delta in silo.tiles():
-        whole, rest = divmod(delta.numel(), block)
-        if whole:
-            torch.amax((delta[:-rest] if rest else delta).view(whole, block), 1, out=everywhere[done : done + whole])
-        if rest:
-            torch.amax(delta[-rest:], 0, out=everywhere[done + whole])
-        done += whole + (rest > 0)
-    silo.check_finite([everywhere.amax()])
-    bound = float(_kth_largest(everywhere, budget)) if budget < everywhere.numel() else 0.0
+    maxima = silo.block_maxima(block)
+    bound = float(_kth_largest(maxima, budget)) if budget < maxima.numel() else 0.0
     below = _just_below(bound, silo.dtype)
-    rows = _positions_above(everywhere, below)
-    if rows.numel() > 2 * budget:
+    blocks = positions_above(maxima, below)
+    if blocks.numel() > 2 * budget:
         # Many maxima tie at the bound. Each is a tie at the threshold or below it, of which the first are enough.
-        ties = (everywhere == bound).nonzero().flatten()[:budget]
-        rows = torch.cat([_positions_above(everywhere, bound), ties]).sort().values
-    last = torch.searchsorted(rows, torch.tensor(counts, device=rows.device).cumsum(0)).tolist()
-    distances, positions, before = [], [], 0
-    for i, (first, end) in enumerate(zip([0, *last], last, strict=False)):
-        delta, at = _look_again(silo, i, rows[first:end] - before, below, block)
-        distances.append(delta)
-        positions.append(at)
-        before += counts[i]
+        ties = (maxima == bound).nonzero().flatten()[:budget]
+        blocks = torch.cat([positions_above(maxima, bound), ties]).sort().values
+    # The blocks are looked at in tiles as well: what is gathered then never has to be fetched from the system.
+    distances, positions = silo.find_in_blocks(blocks, block, below)
     keep, threshold = _largest(torch.cat(distances), budget)
     kept = keep.split([delta.numel() for delta in distances])
     return Selection([at[mask] for at, mask in zip(positions, kept, strict=True)], threshold)
@@ -162,31 +95,7 @@ def _block_size(n: int, budget: int) -> int:
     return min(_LONGEST_BLOCK, max(_SHORTEST_BLOCK, 1 << max(0, (n // (32 * budget)).bit_length() - 1)))
 
 
-def _look_again(silo: _Silo, position: int, rows: Tensor, below: float, block: int) -> tuple[Tensor, Tensor]:
-    """Distances above `below` in some blocks of a tensor, by their numbers (m,), and their flat positions, ascending."""
-    if not rows.numel():
-        return torch.empty(0, dtype=silo.dtype, device=silo.device), rows
-    seed, updated = silo.pairs[position]
-    whole, rest = divmod(seed.numel(), block)
-    # The last block, where it is shorter, stands behind the whole ones.
-    tail = rest > 0 and int(rows[-1]) == whole
-    distances, positions = [], []
-    # Again in tiles: what is gathered stays in the cache, and is never as large as to be fetched from the system.
-    for some in (rows[:-1] if tail else rows).split(TILE // block):
-        blocks = [t[: whole * block].view(whole, block).index_select(0, some).view(-1) for t in (seed, updated)]
-        delta = silo.distance(*blocks)
-        at = _positions_above(delta, below)
-        distances.append(delta.index_select(0, at))
-        positions.append(some.index_select(0, at // block).mul_(block).add_(at.remainder_(block)))
-    if tail:
-        delta = silo.distance(seed[-rest:], updated[-rest:])
-        at = _positions_above(delta, below)
-        distances.append(delta.index_select(0, at))
-        positions.append(at.add_(whole * block))
-    return torch.cat(distances), torch.cat(positions)
-
-
-def _by_bracket(silo: _Silo, budget: int) -> Selection:
+def _by_bracket(silo: Tiles, budget: int) -> Selection:
     sample = _sample(silo)
     margin = 5.0
     while True:
@@ -209,7 +118,7 @@ def _by_bracket(silo: _Silo, budget: int) -> Selection:
     return Selection(_reach(silo, float(threshold), (last, int(ties[last][-1]))), threshold)
 
 
-def _sample(silo: _Silo) -> Tensor:
+def _sample(silo: Tiles) -> Tensor:
     """Distances of about 2^16 evenly spaced components, in descending order."""
     stride = max(1, silo.size // _SAMPLE)
     # Widths of matrices are multiples of small primes: such a stride would see the same few columns again and again.
@@ -232,7 +141,7 @@ def _bracket(sample: Tensor, fraction: float, margin: float) -> tuple[float, flo
     return float(sample[last]) if last < n else 0.0, float(sample[first]) if first > 0 else math.inf
 
 
-def _look(silo: _Silo, low: float, high: float, enough: int) -> tuple[int, list[Tensor], list[Tensor]]:
+def _look(silo: Tiles, low: float, high: float, enough: int) -> tuple[int, list[Tensor], list[Tensor]]:
     """Count the distances above `high`, and find those from `low` to `high`.
 
     Where the two are equal, these are all ties, and the first ones, `enough` of them or some more, are found.
@@ -241,8 +150,7 @@ def _look(silo: _Silo, low: float, high: float, enough: int) -> tuple[int, list[
         (count, distances, flat positions), the last two with one tensor (m_i,) for each of the silo's.
     """
     maxima, counts, below, missing = [], [], _just_below(low, silo.dtype), enough
-    distances: list[list[Tensor]] = [[torch.empty(0, dtype=silo.dtype, device=silo.device)] for _ in silo.pairs]
-    positions: list[list[Tensor]] = [[torch.empty(0, dtype=torch.int64, device=silo.device)] for _ in silo.pairs]
+    distances, positions = silo.nothing(silo.dtype), silo.nothing(torch.int64)
     flags, inside = (torch.empty(min(TILE, silo.size), dtype=silo.dtype, device=silo.device) for _ in range(2))
     for i, start, delta in silo.tiles():
         n = delta.numel()
@@ -265,7 +173,7 @@ def _look(silo: _Silo, low: float, high: float, enough: int) -> tuple[int, list[
     return above, [torch.cat(d) for d in distances], [torch.cat(p) for p in positions]
 
 
-def _reach(silo: _Silo, threshold: float, last: tuple[int, int]) -> list[Tensor]:
+def _reach(silo: Tiles, threshold: float, last: tuple[int, int]) -> list[Tensor]:
     """Flat positions of the distances that reach a threshold, (k_i,) for each tensor.
 
     Args:
@@ -273,25 +181,19 @@ def _reach(silo: _Silo, threshold: float, last: tuple[int, int]) -> list[Tensor]
         threshold: above zero.
         last: tensor and flat position of the last component for which equality is enough.
     """
-    found: list[list[Tensor]] = [[torch.empty(0, dtype=torch.int64, device=silo.device)] for _ in silo.pairs]
-    below = _just_below(threshold, silo.dtype)
+    found, below = silo.nothing(torch.int64), _just_below(threshold, silo.dtype)
     for i, start, delta in silo.tiles():
         ties = 0 if i > last[0] else delta.numel() if i < last[0] else min(max(last[1] + 1 - start, 0), delta.numel())
         if ties:
-            found[i].append(_positions_above(delta[:ties], below).add_(start))
+            found[i].append(positions_above(delta[:ties], below).add_(start))
         if ties < delta.numel():
-            found[i].append(_positions_above(delta[ties:], threshold).add_(start + ties))
+            found[i].append(positions_above(delta[ties:], threshold).add_(start + ties))
     return [torch.cat(parts) for parts in found]
 
 
 def _just_below(bound: float, dtype: torch.dtype) -> float:
     """The next smaller value of a dtype: what lies above it reaches the bound."""
     return float(torch.nextafter(torch.tensor(bound, dtype=dtype), torch.tensor(-math.inf, dtype=dtype)))
-
-
-def _positions_above(distances: Tensor, below: float) -> Tensor:
-    """Positions (m,) int64 of the non-zero distances above a value. Integers are faster to scan than floats."""
-    return bits(torch.threshold(distances, below, 0.0)).nonzero().flatten()
 
 
 def _kth_largest(values: Tensor, k: int) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from .selection import bits
+from .tiles import bits
 
 
 class Undoable(Protocol):

@@ -20,7 +20,7 @@ from peft_dst.core import DISTANCES, NonFiniteDistanceError, distance, select
 from peft_dst.core import kernels as K
 from peft_dst.core.distances import RELATIVE_FLOOR
 from peft_dst.core.kernels_reference import adamw_maxima_reference, moments_reference, updated_reference
-from peft_dst.core.selection import bits
+from peft_dst.core.tiles import bits
 
 
 pytest.importorskip("triton", reason="triton is not installed (it is for Linux on x86-64)")

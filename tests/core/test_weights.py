@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from peft_dst.core import SparseWeight
-from peft_dst.core.selection import bits
+from peft_dst.core.tiles import bits
 
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
