@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .selection import Selection, select
-from .tiles import Tiles, positions_above
+from .tiles import Tiles, count_above, positions_above
 
 
 # m and r of Appendix C.
@@ -132,11 +132,8 @@ class _Counts:
 
     def count(self, threshold: float) -> int:
         """Number of components whose distance is above the threshold."""
-        # A comparison whose result has the operands' dtype is vectorised on the CPU, one that makes booleans is not.
-        # The sum of a tile's ones is exact in float32.
         looked_at = self.silo.in_blocks(self._reaching(threshold), _BLOCK)
-        counts = [delta.gt_(threshold).sum() for _, delta, _ in looked_at]
-        return int(torch.stack(counts).sum(dtype=torch.float64)) if counts else 0
+        return sum(count_above(delta, threshold) for _, delta, _ in looked_at)
 
     def above(self, threshold: float) -> list[Tensor]:
         """For each tensor the sorted flat positions, int64 (k_i,), whose distance is above the threshold."""

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .tiles import TILE, Tiles, bits, positions_above
+from .tiles import Tiles, bits, count_above, positions_above
 
 
 # Blocks shorter than this are slow to reduce, longer ones make the second look longer than the first is shorter.
@@ -115,7 +115,8 @@ def _by_bracket(silo: Tiles, budget: int) -> Selection:
     # Ties at the threshold go to the first ones: all up to the last one kept, and none behind it.
     ties = [at[mask & (d == threshold)] for at, d, mask in zip(positions, distances, kept, strict=True)]
     last = max(i for i, at in enumerate(ties) if at.numel())
-    return Selection(_reach(silo, float(threshold), (last, int(ties[last][-1]))), threshold)
+    count = above + int(keep.sum())
+    return Selection(_reach(silo, float(threshold), (last, int(ties[last][-1])), count), threshold)
 
 
 def _sample(silo: Tiles) -> Tensor:
@@ -149,51 +150,47 @@ def _look(silo: Tiles, low: float, high: float, enough: int) -> tuple[int, list[
     Returns:
         (count, distances, flat positions), the last two with one tensor (m_i,) for each of the silo's.
     """
-    maxima, counts, below, missing = [], [], _just_below(low, silo.dtype), enough
+    maxima, above, found, below = [], 0, 0, _just_below(low, silo.dtype)
     distances, positions = silo.nothing(silo.dtype), silo.nothing(torch.int64)
-    flags, inside = (torch.empty(min(TILE, silo.size), dtype=silo.dtype, device=silo.device) for _ in range(2))
     for i, start, delta in silo.tiles():
-        n = delta.numel()
         maxima.append(delta.amax())
         if high < math.inf:
-            # Flags of the distances' own dtype: comparing into booleans is many times slower.
-            torch.gt(delta, high, out=flags[:n])
-            counts.append(flags[:n].sum())
-        if low == high and missing <= 0:
-            continue
-        torch.threshold(delta, below, 0.0, out=inside[:n])
-        if high < math.inf:
-            inside[:n].addcmul_(inside[:n], flags[:n], value=-1)
-        at = bits(inside[:n]).nonzero().flatten()
-        missing -= at.numel()
-        distances[i].append(delta.index_select(0, at))
-        positions[i].append(at.add_(start))
+            above += count_above(delta, high)
+        if low < high or found < enough:
+            at = positions_above(delta, below, high)
+            found += at.numel()
+            distances[i].append(delta.index_select(0, at))
+            positions[i].append(at.add_(start))
     silo.check_finite(maxima)
-    above = int(torch.stack(counts).sum(dtype=torch.int64)) if counts else 0
     return above, [torch.cat(d) for d in distances], [torch.cat(p) for p in positions]
 
 
-def _reach(silo: Tiles, threshold: float, last: tuple[int, int]) -> list[Tensor]:
+def _reach(silo: Tiles, threshold: float, last: tuple[int, int], count: int) -> list[Tensor]:
     """Flat positions of the distances that reach a threshold, (k_i,) for each tensor.
 
     Args:
         silo: the silo.
         threshold: above zero.
         last: tensor and flat position of the last component for which equality is enough.
+        count: how many there are. They are joined as they are found: fetching the memory for them twice takes its time.
     """
-    found, below = silo.nothing(torch.int64), _just_below(threshold, silo.dtype)
+    everywhere = torch.empty(count, dtype=torch.int64, device=silo.device)
+    counts, below = [0] * len(silo.pairs), _just_below(threshold, silo.dtype)
     for i, start, delta in silo.tiles():
         ties = 0 if i > last[0] else delta.numel() if i < last[0] else min(max(last[1] + 1 - start, 0), delta.numel())
-        if ties:
-            found[i].append(positions_above(delta[:ties], below).add_(start))
-        if ties < delta.numel():
-            found[i].append(positions_above(delta[ties:], threshold).add_(start + ties))
-    return [torch.cat(parts) for parts in found]
+        for part, bound, offset in ((delta[:ties], below, start), (delta[ties:], threshold, start + ties)):
+            if part.numel():
+                at = positions_above(part, bound)
+                done = sum(counts)
+                torch.add(at, offset, out=everywhere[done : done + at.numel()])
+                counts[i] += at.numel()
+    assert sum(counts) == count
+    return list(everywhere.split(counts))
 
 
 def _just_below(bound: float, dtype: torch.dtype) -> float:
-    """The next smaller value of a dtype: what lies above it reaches the bound."""
-    return float(torch.nextafter(torch.tensor(bound, dtype=dtype), torch.tensor(-math.inf, dtype=dtype)))
+    """The next smaller value of a dtype, or zero: what is above it reaches the bound and is not zero."""
+    return max(0.0, float(torch.nextafter(torch.tensor(bound, dtype=dtype), torch.tensor(-math.inf, dtype=dtype))))
 
 
 def _kth_largest(values: Tensor, k: int) -> Tensor:
