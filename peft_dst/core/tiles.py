@@ -11,8 +11,8 @@ from torch import Tensor
 from .distances import distance, distance_dtype
 
 
-# Components of a tile: 256 KiB of float32, which stay in a core's second-level cache together with both operands.
-TILE = 1 << 16
+# Components of a tile: 512 KiB of float32, which stay in a core's second-level cache together with both operands.
+TILE = 1 << 17
 
 
 class NonFiniteDistanceError(FloatingPointError):

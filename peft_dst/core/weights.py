@@ -128,6 +128,8 @@ class SparseWeight:
     def revert(self) -> None:
         """Write the seed back everywhere. Exact."""
         data = self._follow()
+        if not self.indices.numel():
+            return
         scatter(data, self.indices, self.seeds)
         self.indices, self.seeds = self.indices[:0], self.seeds[:0]
 
