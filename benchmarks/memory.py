@@ -199,7 +199,7 @@ def main(arguments: list[str] | None = None) -> None:
                 found |= {"predicted": max(predicted.values()), "predicted_phases": predicted}
                 results.append(found)
                 # A toy model may fit into memory that the process had before.
-            error = found["predicted"] / max(found["bytes"], 1) - 1
+                error = found["predicted"] / max(found["bytes"], 1) - 1
                 print(f"{dtype:8} {row:44} {found['bytes'] / 1e9:.3f} GB, predicted {error:+.1%}", flush=True)
     constants = {"rank": RANK, "epsilon": EPSILON, **MALLOC}
     record.write(constants=constants, shapes=shapes, rows=results, prediction=seven_billion())
