@@ -177,6 +177,3 @@ def language_batch(batch: int, length: int, vocabulary: int) -> Batch:
 def dst_optimizer(parameters: Any, optimizer: type[torch.optim.Optimizer], **options: Any) -> torch.optim.Optimizer:
     """`peft_dst.DSTOptimizer` around an optimizer class of torch's."""
     return peft_dst.DSTOptimizer(parameters, optimizer, **options)
-
-
-HAS_DST_OPTIMIZER = hasattr(peft_dst, "DSTOptimizer")

@@ -102,7 +102,7 @@ ROWS: dict[str, Row] = {
 
 
 def rows() -> list[str]:
-    return [name for name in ROWS if common.HAS_DST_OPTIMIZER or "DSTOptimizer" not in name]
+    return list(ROWS)
 
 
 def resident(field: str = "VmRSS") -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,12 @@ from .formulas import FORMULAS, LETTERS
 PAGE = ROOT / "docs" / "performance.md"
 PLOT = ROOT / "docs" / "performance.svg"
 TEXT = Path(__file__).with_name("performance.md.in")
-NAMES = ("selection", "step", "memory", "scaling")
+NAMES = ("selection", "step", "memory", "scaling", "precision")
 OURS = ("DSTOptimizer(AdamW)", "DSTOptimizer(Adafactor, release_gradients)")
 # What each way of training is allowed to take: DST's row, the row it is held against.
 LIMITS = dict(zip(OURS, ("full, AdamW", "LoRA r = 8, AdamW"), strict=True))
+
+COMPARED = ("float32, hook", "bfloat16, DSTOptimizer")
 
 Results = dict[str, Any]
 
@@ -163,6 +166,25 @@ def per_silo(results: Results) -> str:
     return f"{1000 * slope:.0f}"
 
 
+def precision_table(results: Results) -> str:
+    rows = [
+        [row["way"], " ".join(f"{a:.3f}" for a in row["accuracies"]), f"{row['mean']:.3f}"] for row in results["rows"]
+    ]
+    return table(["weights, through", "accuracy, a seed each", "mean"], rows)
+
+
+def precision_errors(results: Results) -> str:
+    """Two standard errors, of the test set's size and of the seeds: they answer different questions."""
+    exact, ours = (next(row for row in results["rows"] if row["way"] == way) for way in COMPARED)
+    sampled = (exact["mean"] * (1 - exact["mean"]) / results["test_size"]) ** 0.5
+    variances = [statistics.variance(row["accuracies"]) / len(row["accuracies"]) for row in (exact, ours)]
+    return (
+        f"{exact['mean'] - ours['mean']:.3f} below float32; one standard error of an accuracy on "
+        f"{results['test_size']} questions is {sampled:.3f}, that of the difference of the two means over seeds "
+        f"{sum(variances) ** 0.5:.3f}"
+    )
+
+
 def environments(results: dict[str, Results]) -> str:
     rows = []
     for name, found in results.items():
@@ -217,6 +239,8 @@ def render(results: dict[str, Results]) -> str:
         "size": size_table(results["scaling"]),
         "silos": silo_table(results["scaling"]),
         "per_silo": per_silo(results["scaling"]),
+        "precision": precision_table(results["precision"]),
+        "precision_errors": precision_errors(results["precision"]),
         "losses": losses(results),
         "environments": environments(results),
     }

@@ -49,14 +49,12 @@ def steppers(make: Callable[[], nn.Module], batch: common.Batch, epsilon: float)
     head = {"modules_to_save": ["pooler", "classifier"]} if "labels" in batch and batch["labels"].dim() == 1 else {}
     task = "SEQ_CLS" if head else "CAUSAL_LM"
     config = peft_dst.DSTConfig(epsilon=epsilon, task_type=task, **head)
-    compared = {
+    optimizer = partial(common.dst_optimizer, optimizer=torch.optim.AdamW)
+    return {
         "full": Stepper(make(), torch.optim.AdamW, batch),
         "hook": Stepper(get_peft_model(make(), config), torch.optim.AdamW, batch),
+        "DSTOptimizer": Stepper(get_peft_model(make(), config), optimizer, batch),
     }
-    if common.HAS_DST_OPTIMIZER:
-        optimizer = partial(common.dst_optimizer, optimizer=torch.optim.AdamW)
-        compared["DSTOptimizer"] = Stepper(get_peft_model(make(), config), optimizer, batch)
-    return compared
 
 
 def measure(make: Callable[[], nn.Module], batch: common.Batch, epsilon: float, rounds: int) -> dict[str, Any]:

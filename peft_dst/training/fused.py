@@ -82,8 +82,9 @@ def step(
     weights = [weight for silo in silos for weight in silo.weights]
     counters = [state[weight.parameter]["step"] for weight in weights]
     torch._foreach_add_(counters, 1)
-    # One wait for all counters that live on the device.
-    counts = iter(torch.stack([counter.to(weights[0].data.device) for counter in counters]).tolist())
+    # On the host the counters cost nothing to read; where an optimizer keeps them on the device, one wait reads them all.
+    one_place = len({counter.device for counter in counters}) == 1
+    counts = iter(torch.stack(counters).tolist() if one_place else [float(counter) for counter in counters])
     batch = []
     for silo in silos:
         batch.append(

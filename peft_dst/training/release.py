@@ -89,6 +89,9 @@ class Release:
         # The hooks live as long as the parameters, which must not keep an optimizer alive that nobody else holds.
         me = weakref.ref(self)
         for parameter in parameters:
+            if not parameter.requires_grad:
+                # Should it be unfrozen later, `step()` finds its gradient as it finds all others that did not come here.
+                continue
             self._parameters.append(parameter)
             parameter.register_hook(functools.partial(_before_accumulation, me, parameter))
             parameter.register_post_accumulate_grad_hook(functools.partial(_after_accumulation, me))

@@ -167,3 +167,21 @@ def test_added_parameters_are_watched_too(build):
     assert all(type(p.grad).__name__ == "ReleasedGradient" for p in parameters if p.grad is not None)
     optimizer.step()
     assert model.constraint().steps == 1
+
+
+def test_frozen_parameters_may_be_among_them(build):
+    """Also when they are unfrozen later: their silo then steps in step()."""
+    one, other = (get_peft_model(build("bert"), DSTConfig(epsilon=0.02)) for _ in range(2))
+    frozen = [m.base_model.model.bert.pooler.dense.weight for m in (one, other)]
+    optimizers = []
+    for model, parameter, release in ((one, frozen[0], False), (other, frozen[1], True)):
+        parameter.requires_grad_(False)
+        parameters = [p for n, p in model.named_parameters() if "_sparse" not in n]
+        optimizers.append(DSTOptimizer(parameters, lr=1e-2, release_gradients=release))
+    for step in range(4):
+        for model, parameter, optimizer in zip((one, other), frozen, optimizers, strict=True):
+            parameter.requires_grad_(step > 1)
+            loss(model, "bert", step).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert_same(weights(one.base_model.model), weights(other.base_model.model))
