@@ -172,8 +172,3 @@ def classification_batch(batch: int, length: int) -> Batch:
 def language_batch(batch: int, length: int, vocabulary: int) -> Batch:
     tokens = torch.randint(0, vocabulary, (batch, length))
     return {"input_ids": tokens, "labels": tokens}
-
-
-def dst_optimizer(parameters: Any, optimizer: type[torch.optim.Optimizer], **options: Any) -> torch.optim.Optimizer:
-    """`peft_dst.DSTOptimizer` around an optimizer class of torch's."""
-    return peft_dst.DSTOptimizer(parameters, optimizer, **options)

@@ -52,11 +52,11 @@ def adafactor(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def dst_adamw(model: nn.Module) -> torch.optim.Optimizer:
-    return common.dst_optimizer(_trained(model), torch.optim.AdamW, lr=1e-4, weight_decay=0.0, fused=True)
+    return peft_dst.DSTOptimizer(_trained(model), torch.optim.AdamW, lr=1e-4, weight_decay=0.0, fused=True)
 
 
 def dst_adafactor(model: nn.Module) -> torch.optim.Optimizer:
-    return common.dst_optimizer(_trained(model), torch.optim.Adafactor, release_gradients=True, lr=1e-4)
+    return peft_dst.DSTOptimizer(_trained(model), torch.optim.Adafactor, release_gradients=True, lr=1e-4)
 
 
 def _trained(model: nn.Module) -> list[nn.Parameter]:

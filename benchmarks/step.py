@@ -49,7 +49,7 @@ def steppers(make: Callable[[], nn.Module], batch: common.Batch, epsilon: float)
     head = {"modules_to_save": ["pooler", "classifier"]} if "labels" in batch and batch["labels"].dim() == 1 else {}
     task = "SEQ_CLS" if head else "CAUSAL_LM"
     config = peft_dst.DSTConfig(epsilon=epsilon, task_type=task, **head)
-    optimizer = partial(common.dst_optimizer, optimizer=torch.optim.AdamW)
+    optimizer = partial(peft_dst.DSTOptimizer, optimizer_cls=torch.optim.AdamW)
     return {
         "full": Stepper(make(), torch.optim.AdamW, batch),
         "hook": Stepper(get_peft_model(make(), config), torch.optim.AdamW, batch),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from peft_dst import DSTConfig
 from peft_dst.core import DISTANCES, SILOINGS
 from peft_dst.core.reference import reference_step
-from tests.models import BUILDERS, assert_same, loss, weights
+from tests.models import BUILDERS, Outer, assert_same, loss, weights
 
 
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
@@ -147,19 +147,6 @@ def test_two_optimizers_over_one_silo(build):
 
 def test_an_optimizer_that_steps_another(build):
     """The constraint is enforced after the inner step, and again after what the outer one does to the weights."""
-
-    class Outer(torch.optim.Optimizer):
-        def __init__(self, inner):
-            super().__init__(inner.param_groups, {})
-            self.inner = inner
-
-        def step(self, closure=None):
-            self.inner.step()
-            with torch.no_grad():
-                for group in self.param_groups:
-                    for parameter in group["params"]:
-                        parameter.mul_(1.25)
-
     base = build("bert")
     model = get_peft_model(base, DSTConfig(epsilon=0.01))
     twin = Twin(build("bert"), model.constraint(), lambda p: torch.optim.SGD(p, lr=1.0))

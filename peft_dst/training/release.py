@@ -131,7 +131,7 @@ class Release:
                 self.forget()
                 raise
             for p in parameters:
-                if p.grad is not None:
+                if p in self._round.groups and p.grad is not None:
                     p.grad = ReleasedGradient.of(p.grad)
 
     def finish(self) -> SiloBySilo:

@@ -14,7 +14,7 @@ from peft_dst import DSTConfig, DSTOptimizer, parameter_groups
 from peft_dst.core import constraint as constraint_module
 from peft_dst.core import kernels
 from peft_dst.core.reference import reference_step
-from tests.models import assert_same, batch, loss, weights
+from tests.models import Outer, assert_same, batch, loss, weights
 
 
 OPTIMIZERS = {
@@ -301,18 +301,6 @@ def test_non_finite_gradients_leave_the_weights_alone(value, release, build):
 
 
 def test_inside_another_optimizer(build):
-    class Outer(torch.optim.Optimizer):
-        def __init__(self, inner):
-            super().__init__(inner.param_groups, {})
-            self.inner = inner
-
-        def step(self, closure=None):
-            self.inner.step()
-            with torch.no_grad():
-                for group in self.param_groups:
-                    for parameter in group["params"]:
-                        parameter.mul_(1.25)
-
     (one, parameters), (other, others) = wrapped(build), wrapped(build)
     plain, ours = Outer(torch.optim.SGD(parameters, lr=1.0)), Outer(DSTOptimizer(others, torch.optim.SGD, lr=1.0))
     assert_same_training(one, other, "bert", (plain, ours))

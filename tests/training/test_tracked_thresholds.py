@@ -16,8 +16,8 @@ def wrapped(build, name="bert", **options):
     return get_peft_model(build(name), DSTConfig(epsilon=0.02, threshold="iterative", **options))
 
 
-def distances(model):
-    """Every silo's distances of the fully updated weights, from those that were kept and the tracked threshold."""
+def tracked(model):
+    """(tracked threshold, free components, budget) of every silo."""
     return {silo.name: (silo.tracked, silo.free(), silo.budget) for silo in model.constraint().silos}
 
 
@@ -81,7 +81,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(make, build, tmp_path):
     whole, counts = run(tmp_path / "whole")
     run(tmp_path / "parts", stop=5)
     resumed, later = run(tmp_path / "parts", resume=str(tmp_path / "parts" / "checkpoint-5"))
-    assert distances(resumed) == distances(whole)
+    assert tracked(resumed) == tracked(whole)
     assert_same(dict(resumed.state_dict()), dict(whole.state_dict()))
     assert counts[5:] == later
     assert len(set(later)) > 1
@@ -96,12 +96,12 @@ def test_a_failed_step_leaves_the_thresholds(make, build):
         loss(model, "bert", step).backward()
         optimizer.step()
         optimizer.zero_grad()
-    before, tuned = distances(model), weights(base)
+    before, tuned = tracked(model), weights(base)
     loss(model, "bert", 2).backward()
     base.classifier.weight.grad[0, 0] = float("nan")
     with pytest.raises(FloatingPointError):
         optimizer.step()
-    assert distances(model) == before
+    assert tracked(model) == before
     assert_same(weights(base), tuned)
 
 
