@@ -10,6 +10,8 @@ kernel is wanted.
 * `selection`  the exact choice of a silo's subset
 * `iterative`  the paper's approximate choice, with a tracked threshold
 * `weights`    live weights that differ from their seed in a few known places
+* `subset`     silos with their budgets, and what is free in them now
+* `step`       an optimizer's step under way, and how it is ended or undone
 * `constraint` one adapter's constraint: what happens around an optimizer step
 * `hook`       the global optimizer hook that calls it, for any `torch.optim` optimizer
 * `reference`  the same step, dense and plain, to test the fast one against
@@ -17,11 +19,12 @@ kernel is wanted.
 """
 
 from .budgets import allocate_budgets
-from .constraint import Constraint, Silo, Subset, concerned
+from .constraint import Constraint, concerned
 from .distances import DISTANCES, distance
 from .hook import exempt
 from .selection import Selection, select
 from .silos import SILOINGS, partition
+from .subset import Silo, Subset
 from .tiles import NonFiniteDistanceError
 from .weights import SparseWeight, gather, scatter
 

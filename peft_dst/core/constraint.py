@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -13,164 +12,15 @@ from torch.distributed.tensor import DTensor
 
 from .iterative import select_iteratively
 from .selection import Selection, select
+from .step import StepInProgress
+from .subset import Silo
 from .tiles import NonFiniteDistanceError
-from .weights import SparseWeight, Undoable, gather
+from .weights import SparseWeight
 
 
 # Where an optimizer's first parameter group concerned keeps tracked thresholds: adapter → silo → threshold. They are state
 # of training, like the moments beside them, and so saved and resumed with these.
 THRESHOLDS = "dst_thresholds"
-
-
-@dataclass(frozen=True)
-class Subset:
-    """A weight's subset at some moment: flat positions and the values there, both (k,)."""
-
-    indices: Tensor
-    values: Tensor
-
-    @classmethod
-    def of(cls, weight: SparseWeight) -> Subset:
-        values = weight.values()
-        return cls(weight.indices, values)
-
-    def restore(self, weight: SparseWeight) -> None:
-        """Make it the weight's subset again, whatever that is now. Exact."""
-        weight.apply(self.indices, self.values)
-
-
-@dataclass(eq=False)
-class Silo:
-    """Parameters that compete with one another, and how many of their components may differ from the seed.
-
-    Attributes:
-        name: e.g. "encoder.layer.3.attention".
-        weights: the silo's tensors, in model order.
-        budget: number of free components.
-        threshold: smallest kept distance of the last selection, 0-d tensor.
-        previous: the subset before the last selection, one index tensor a weight.
-        tracked: threshold of the last step, where that is where the next one starts from (Alg. 2).
-    """
-
-    name: str
-    weights: list[SparseWeight]
-    budget: int
-    threshold: Tensor = field(default_factory=lambda: torch.zeros(()))
-    previous: list[Tensor] = field(default_factory=list)
-    tracked: float | None = None
-
-    @property
-    def size(self) -> int:
-        return sum(weight.data.numel() for weight in self.weights)
-
-    def free(self) -> int:
-        """Number of components that differ from the seed now."""
-        return sum(weight.indices.numel() for weight in self.weights)
-
-    def take(self, selection: Selection, updates: Sequence[Tensor], before: Sequence[Subset]) -> None:
-        """Write the selected components of Θ̂ into the live weights, which are the seed now.
-
-        Args:
-            selection: the subset.
-            updates: Θ̂ of each weight, in its shape.
-            before: what the subset was before the step.
-        """
-        everything = self.budget >= self.size
-        for weight, indices, updated in zip(self.weights, selection.indices, updates, strict=True):
-            if everything:
-                weight.overwrite(indices, updated)
-            else:
-                weight.apply(indices, gather(updated, indices))
-        self.note(selection, before)
-
-    def note(self, selection: Selection, before: Sequence[Subset]) -> None:
-        """Note a selection that has been written, for the figures and for whoever asks for the records."""
-        self.previous, self.threshold = [subset.indices for subset in before], selection.threshold
-        for weight in self.weights:
-            weight.stepped = True
-
-    def churn(self) -> float:
-        """Share of the current subset that was not in the one before the last step (0 for an empty subset)."""
-        if not self.free():
-            return 0.0
-        new = sum(
-            int(torch.isin(weight.indices, before.to(weight.indices.device), invert=True).sum())
-            for weight, before in zip(self.weights, self.previous, strict=False)
-        )
-        return new / self.free()
-
-
-@dataclass(eq=False)
-class StepInProgress:
-    """An optimizer's step over some silos, writing into working copies of the weights.
-
-    Attributes:
-        silos: the silos whose weights it may change.
-        before: the subset of each weight from before the step.
-        holders: the step that each weight's working copy was made for: this one, or another one around it.
-        seeds: the seed of each weight that was recovered before the step was known to have ended.
-    """
-
-    silos: list[Silo]
-    before: dict[SparseWeight, Subset] = field(default_factory=dict)
-    holders: dict[SparseWeight, Undoable] = field(default_factory=dict)
-    seeds: dict[SparseWeight, Tensor] = field(default_factory=dict)
-
-    def begin(self) -> None:
-        for weight in (weight for silo in self.silos for weight in silo.weights):
-            if weight.under_way is None:
-                weight.lend()
-                weight.under_way = self
-            self.before[weight], self.holders[weight] = Subset.of(weight), weight.under_way
-
-    def take_back(self) -> dict[SparseWeight, Tensor]:
-        """What the optimizer made of the working copies. The live weights are back in their places, and are the seed."""
-        updates = {}
-        for weight in self.before:
-            updates[weight] = weight.parameter.data
-            if weight in self.seeds:
-                weight.parameter.data = self.seeds.pop(weight)
-                weight.place(weight.indices[:0], weight.seeds[:0])
-                weight.under_way = self
-            elif self.holders[weight] is self:
-                weight.take_back()
-            weight.revert()
-        return updates
-
-    def end(self, updates: Mapping[SparseWeight, Tensor]) -> None:
-        for weight in self.before:
-            self._leave(weight, updates[weight])
-
-    def undo(self) -> None:
-        """Put the weights back to what they were before the step, which is over; those that were not recovered yet."""
-        for weight, before in self.before.items():
-            if weight.under_way is self.holders[weight]:
-                working = weight.parameter.data
-                if self.holders[weight] is self:
-                    weight.take_back()
-                before.restore(weight)
-                self._leave(weight, working)
-
-    def _leave(self, weight: SparseWeight, working: Tensor) -> None:
-        holder = self.holders[weight]
-        if holder is self:
-            weight.under_way = None
-        elif isinstance(holder, StepInProgress):
-            # The step around this one goes on from the projected weight, and back to it if it fails.
-            working.copy_(weight.data)
-            holder.before[weight] = Subset.of(weight)
-
-    def recover(self) -> None:
-        """Put the weights back to what they were before the step, of which nobody knows whether it is over.
-
-        If it is not, the optimizer goes on writing into the working copies. So these become the live weights, and those
-        from before, out of its reach, are kept as the seed to project onto in the end.
-        """
-        for weight, before in self.before.items():
-            if weight.under_way is self:
-                before.restore(weight)
-                self.seeds[weight] = weight.give_up()
-                weight.under_way = None
 
 
 class Constraint:

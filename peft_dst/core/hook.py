@@ -14,7 +14,8 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from .constraint import Constraint, StepInProgress, concerned
+from .constraint import Constraint, concerned
+from .step import StepInProgress
 
 
 # Steps under way, by optimizer. An optimizer that calls another one's step (Lookahead) has the constraint enforced after

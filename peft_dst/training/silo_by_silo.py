@@ -1,0 +1,189 @@
+"""One step of a DSTOptimizer: a working copy of one silo after another, and the way back if one of them fails."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..core import Constraint, Silo, SparseWeight, Subset, concerned, gather, scatter
+from . import fused
+from .released import gradient
+
+
+if TYPE_CHECKING:
+    from .optimizer import DSTOptimizer
+
+# Where the state of a parameter keeps the float32 values of its subset (of all of it, if it is under no constraint).
+VALUES = "dst_values"
+HALF = (torch.bfloat16, torch.float16)
+
+
+class SiloBySilo:
+    """One step of a DSTOptimizer: which silos it concerns, and what to go back to if it fails half-way.
+
+    Args:
+        optimizer: the optimizer.
+        reuse: keep the working copies' memory from silo to silo, which saves the time of fetching it from the system.
+    """
+
+    def __init__(self, optimizer: DSTOptimizer, reuse: bool = False):
+        self.optimizer = optimizer
+        self.concerned = concerned(optimizer.param_groups)
+        for constraint, _ in self.concerned:
+            constraint.recall(optimizer.param_groups)
+        self.groups = {p: group for group in optimizer.param_groups for p in group["params"]}
+        self.stepped: set[int] = set()
+        self._before: list[tuple[SparseWeight, Subset, Tensor | None]] = []
+        self._reuse = reuse
+        self._buffer: Tensor | None = None
+
+    def complete(self) -> None:
+        """Step every silo that has not been yet, and the parameters under no constraint; none, if one fails."""
+        try:
+            for constraint, silos in self.concerned:
+                self.silos(constraint, [silo for silo in silos if id(silo) not in self.stepped])
+            self._step_rest()
+        except BaseException:
+            self.undo()
+            raise
+        for constraint, _ in self.concerned:
+            constraint.complete(self.optimizer.param_groups)
+
+    def silos(self, constraint: Constraint, silos: list[Silo]) -> None:
+        """Step those of some silos that have a gradient anywhere."""
+        self.stepped.update(id(silo) for silo in silos)
+        silos = [silo for silo in silos if any(self._gradient(weight) is not None for weight in silo.weights)]
+        for weight in (weight for silo in silos for weight in silo.weights):
+            weight.recover()
+        by_kernels = [silo for silo in silos if self._suits_kernels(constraint, silo)]
+        if by_kernels:
+            self._by_kernels(constraint, by_kernels)
+        for silo in silos:
+            if silo not in by_kernels:
+                self._by_working_copies(constraint, silo)
+
+    def _by_working_copies(self, constraint: Constraint, silo: Silo) -> None:
+        working = self._working_copies(silo)
+        gradients = [self._gradient(weight) for weight in silo.weights]
+        self.optimizer.run(
+            {
+                weight.parameter: _stand_in(copy, found)
+                for weight, copy, found in zip(silo.weights, working, gradients, strict=True)
+                if found is not None
+            }
+        )
+        before = self._remember(silo)
+        for weight in silo.weights:
+            weight.revert()
+        silo.take(constraint.select(silo, working), working, before)
+        for weight, copy in zip(silo.weights, working, strict=True):
+            if weight.data.dtype in HALF:
+                self.optimizer.state[weight.parameter][VALUES] = gather(copy, weight.indices)
+
+    def _by_kernels(self, constraint: Constraint, silos: list[Silo]) -> None:
+        before = [self._remember(silo) for silo in silos]
+        state = self.optimizer.state
+        steps = fused.step(self.groups, state, constraint, silos, self._subset_values)
+        for silo, subsets, made in zip(silos, before, steps, strict=True):
+            silo.note(made.selection, subsets)
+            made_of = zip(silo.weights, made.selection.indices, made.seeds, made.values, strict=True)
+            for weight, indices, seeds, values in made_of:
+                weight.place(indices, seeds)
+                if weight.data.dtype in HALF:
+                    state[weight.parameter][VALUES] = values
+
+    def _suits_kernels(self, constraint: Constraint, silo: Silo) -> bool:
+        wanted = self.optimizer.kernels
+        if wanted is None:
+            wanted = silo.weights[0].data.is_cuda
+        return wanted and fused.supports(self.optimizer.engine, self.groups, self.optimizer.state, constraint, silo)
+
+    def _gradient(self, weight: SparseWeight) -> Tensor | None:
+        return gradient(weight.parameter) if weight.parameter in self.groups else None
+
+    def _remember(self, silo: Silo) -> list[Subset]:
+        before = [Subset.of(weight) for weight in silo.weights]
+        self._before += [(w, b, self._values(w.parameter)) for w, b in zip(silo.weights, before, strict=True)]
+        return before
+
+    def _subset_values(self, weight: SparseWeight) -> Tensor:
+        """Float32 values (k,) of a weight's current subset."""
+        return _widened(weight.values(), self._values(weight.parameter))
+
+    def _step_rest(self) -> None:
+        """Step the parameters under no constraint."""
+        silos = [silo for _, silos in self.concerned for silo in silos]
+        constrained = {id(weight.parameter) for silo in silos for weight in silo.weights}
+        stand_ins = {}
+        for parameter in self.groups:
+            if id(parameter) not in constrained and (found := gradient(parameter)) is not None:
+                half = parameter.dtype in HALF
+                working = _widened(parameter.data, self._values(parameter)) if half else parameter.data
+                stand_ins[parameter] = _stand_in(working, found)
+        if stand_ins:
+            self.optimizer.run(stand_ins)
+        for parameter, stand_in in stand_ins.items():
+            if parameter.dtype in HALF:
+                parameter.data.copy_(stand_in.data)
+                self.optimizer.state[parameter][VALUES] = stand_in.data
+
+    def undo(self) -> None:
+        """Put the subsets of the silos stepped so far back to what they were."""
+        for weight, subset, values in self._before:
+            subset.restore(weight)
+            if values is not None:
+                self.optimizer.state[weight.parameter][VALUES] = values
+        self._before.clear()
+
+    def _values(self, parameter: nn.Parameter) -> Tensor | None:
+        return self.optimizer.state.get(parameter, {}).get(VALUES)
+
+    def _working_copies(self, silo: Silo) -> list[Tensor]:
+        """Θt of a silo's weights in their shapes, in one stretch of memory."""
+        data = [weight.data for weight in silo.weights]
+        dtype = working_dtype(*data)
+        copies = []
+        for weight, flat in zip(silo.weights, self._stretch(silo, dtype, data[0].device), strict=True):
+            copy = _with_strides_of(weight.data, flat).copy_(weight.data)
+            if weight.data.dtype in HALF:
+                scatter(copy, weight.indices, self._subset_values(weight))
+            copies.append(copy)
+        return copies
+
+    def _stretch(self, silo: Silo, dtype: torch.dtype, device: torch.device) -> Sequence[Tensor]:
+        """Uninitialised memory for every weight of a silo, which the next silo uses again if it may."""
+        buffer = self._buffer
+        if buffer is None or buffer.numel() < silo.size or buffer.dtype != dtype or buffer.device != device:
+            # Within a backward pass memory is scarce, and a silo's next to nothing beside the time it takes.
+            size = max(s.size for _, silos in self.concerned for s in silos) if self._reuse else silo.size
+            self._buffer = None
+            buffer = torch.empty(size, dtype=dtype, device=device)
+        self._buffer = buffer if self._reuse else None
+        return buffer[: silo.size].split([weight.data.numel() for weight in silo.weights])
+
+
+def _with_strides_of(data: Tensor, flat: Tensor) -> Tensor:
+    """View flat memory in a tensor's shape; also in its memory layout where that has no gaps, as fused kernels want."""
+    if data.is_contiguous():
+        return flat.view(data.shape)
+    return flat.as_strided(data.shape, torch.empty_like(data, device="meta").stride())
+
+
+def _stand_in(working: Tensor, gradient: Tensor) -> nn.Parameter:
+    stand_in = nn.Parameter(working)
+    stand_in.grad = gradient.to(working.dtype)
+    return stand_in
+
+
+def _widened(live: Tensor, values: Tensor | None) -> Tensor:
+    """Half-precision values in float32: those that are remembered, wherever they are what the live ones were made of."""
+    if values is None or values.shape != live.shape:
+        return live.float()
+    return torch.where(values.to(live.dtype) == live, values, live.float())
+
+
+def working_dtype(*data: Tensor) -> torch.dtype:
+    return torch.float64 if torch.float64 in [tensor.dtype for tensor in data] else torch.float32
