@@ -23,8 +23,7 @@ from pathlib import Path
 import torch
 
 import peft_dst
-from peft_dst.core.adamw import AdamWScalars, AdamWTensor
-from peft_dst.core.kernels import adamw_step, available
+from peft_dst.core.kernels import AdamWTensor, adamw_scalars, adamw_step, available
 
 
 LR, BETAS, EPS = 1e-4, (0.9, 0.999), 1e-8
@@ -80,7 +79,7 @@ class Constrained:
                     grad,
                     torch.zeros_like(weight, dtype=torch.float32),
                     torch.zeros_like(weight, dtype=torch.float32),
-                    AdamWScalars(LR, BETAS, EPS, 0.0, 1),
+                    adamw_scalars(LR, BETAS, EPS, 0.0, 1),
                     none,
                     none.to(dtype),
                     none.float(),
@@ -94,7 +93,7 @@ class Constrained:
 
     def step(self) -> None:
         self.steps += 1
-        scalars = AdamWScalars(LR, BETAS, EPS, 0.0, self.steps)
+        scalars = adamw_scalars(LR, BETAS, EPS, 0.0, self.steps)
         results = adamw_step(self.silos, self.budgets, self.kind)
         self.silos = [
             [

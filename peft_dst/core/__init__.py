@@ -13,10 +13,6 @@ kernel is wanted.
 * `subset`     silos with their budgets, and what is free in them now
 * `step`       an optimizer's step under way, and how it is ended or undone
 * `constraint` one adapter's constraint: what happens around an optimizer step
-* `adamw`      what a step of AdamW under the constraint takes and gives
-* `adamw_tiles` AdamW's step and the choice in one on a CPU
-* `fused`      which silos can be stepped in one with the choice, and how
-* `ahead`      steps that the hook makes in this way before the optimizer does
 * `hook`       the global optimizer hook that calls it, for any `torch.optim` optimizer
 * `reference`  the same step, dense and plain, to test the fast one against
 * `kernels`    AdamW's step and the choice in one on a GPU (with `kernels_triton`, and its plain `kernels_reference`)

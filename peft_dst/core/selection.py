@@ -66,12 +66,7 @@ def select(seeds: Sequence[Tensor], updates: Sequence[Tensor], budget: int, kind
         silo.check_finite([delta.amax() for _, _, delta in silo.tiles()])
         everything = [_moved(*pair) if budget else pair[0].new_empty(0, dtype=torch.int64) for pair in silo.pairs]
         return Selection(everything, torch.zeros((), dtype=silo.dtype, device=silo.device))
-    return _by_block_maxima(silo, budget) if is_sparse(silo.size, budget) else _by_bracket(silo, budget)
-
-
-def is_sparse(n: int, budget: int) -> bool:
-    """Whether block maxima are the faster way to choose `budget` of n components."""
-    return budget * _SPARSE <= n
+    return _by_block_maxima(silo, budget) if budget * _SPARSE <= silo.size else _by_bracket(silo, budget)
 
 
 def _moved(seed: Tensor, updated: Tensor) -> Tensor:
@@ -79,40 +74,25 @@ def _moved(seed: Tensor, updated: Tensor) -> Tensor:
 
 
 def _by_block_maxima(silo: Tiles, budget: int) -> Selection:
-    block = block_size(silo.size, budget)
-    blocks, below = reaching(silo.block_maxima(block), budget)
-    # The blocks are looked at in tiles as well: what is gathered then never has to be fetched from the system.
-    distances, positions = silo.find_in_blocks(blocks, block, below)
-    keep, threshold = largest(torch.cat(distances), budget)
-    kept = keep.split([delta.numel() for delta in distances])
-    return Selection([at[mask] for at, mask in zip(positions, kept, strict=True)], threshold)
-
-
-def block_size(n: int, budget: int) -> int:
-    """About 1 / (32 ε) components, a power of two: then a thirtieth of the silo is looked at twice."""
-    return min(_LONGEST_BLOCK, max(_SHORTEST_BLOCK, 1 << max(0, (n // (32 * max(budget, 1))).bit_length() - 1)))
-
-
-def reaching(maxima: Tensor, budget: int) -> tuple[Tensor, float]:
-    """The blocks that may hold any of the `budget` largest distances which are not zero.
-
-    Args:
-        maxima: largest distance of each block, (m,).
-        budget: k.
-
-    Returns:
-        Their numbers, ascending, and a value that all those distances are above.
-    """
-    if budget == 0:
-        return torch.empty(0, dtype=torch.int64, device=maxima.device), math.inf
+    block = _block_size(silo.size, budget)
+    maxima = silo.block_maxima(block)
     bound = float(_kth_largest(maxima, budget)) if budget < maxima.numel() else 0.0
-    below = _just_below(bound, maxima.dtype)
+    below = _just_below(bound, silo.dtype)
     blocks = positions_above(maxima, below)
     if blocks.numel() > 2 * budget:
         # Many maxima tie at the bound. Each is a tie at the threshold or below it, of which the first are enough.
         ties = (maxima == bound).nonzero().flatten()[:budget]
         blocks = torch.cat([positions_above(maxima, bound), ties]).sort().values
-    return blocks, below
+    # The blocks are looked at in tiles as well: what is gathered then never has to be fetched from the system.
+    distances, positions = silo.find_in_blocks(blocks, block, below)
+    keep, threshold = _largest(torch.cat(distances), budget)
+    kept = keep.split([delta.numel() for delta in distances])
+    return Selection([at[mask] for at, mask in zip(positions, kept, strict=True)], threshold)
+
+
+def _block_size(n: int, budget: int) -> int:
+    """About 1 / (32 ε) components, a power of two: then a thirtieth of the silo is looked at twice."""
+    return min(_LONGEST_BLOCK, max(_SHORTEST_BLOCK, 1 << max(0, (n // (32 * budget)).bit_length() - 1)))
 
 
 def _by_bracket(silo: Tiles, budget: int) -> Selection:
@@ -128,7 +108,7 @@ def _by_bracket(silo: Tiles, budget: int) -> Selection:
         if above < budget and (budget <= above + found or (low == 0.0 and (found or high == math.inf))):
             break
         margin *= 8
-    keep, threshold = largest(torch.cat(distances), budget - above)
+    keep, threshold = _largest(torch.cat(distances), budget - above)
     kept = keep.split([d.numel() for d in distances])
     if high == math.inf:
         return Selection([at[mask] for at, mask in zip(positions, kept, strict=True)], threshold)
@@ -217,7 +197,7 @@ def _kth_largest(values: Tensor, k: int) -> Tensor:
     return values.topk(k, sorted=False).values.amin()
 
 
-def largest(distances: Tensor, budget: int) -> tuple[Tensor, Tensor]:
+def _largest(distances: Tensor, budget: int) -> tuple[Tensor, Tensor]:
     """Mark the `budget` largest entries of a 1-d tensor of positive ones, the earlier first where they tie.
 
     Returns:

@@ -39,9 +39,8 @@ class DSTOptimizer(Optimizer):
         release_gradients: step each silo inside the backward pass, as soon as the gradients of all of its parameters
             are there, and free them. `step()` then finishes what is left. Nothing may look at the gradients in between,
             so gradient accumulation and clipping, gradient scaling and data parallelism are refused when they are met.
-        kernels: make AdamW's step and the selection in one, which never writes the dense update: on CUDA by a Triton
-            kernel (docs/kernels.md), on a CPU tile by tile. None does so wherever that is the step that was asked for,
-            False never; True runs the kernel also where Triton interprets it.
+        kernels: step AdamW and selection by one Triton kernel, which never writes the dense update (docs/kernels.md).
+            None does so on CUDA, wherever the kernel is the step that was asked for; False never.
         separable: declare that an optimizer from outside `torch.optim` treats every parameter by itself.
         **kwargs: passed to `optimizer_cls`, e.g. lr.
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..core import Constraint, Silo, SparseWeight, Subset, concerned, fused, gather, scatter
+from ..core import Constraint, Silo, SparseWeight, Subset, concerned, gather, scatter
+from . import fused
 from .released import gradient
 
 
@@ -33,7 +34,7 @@ class SiloBySilo:
         self.concerned = concerned(optimizer.param_groups)
         for constraint, _ in self.concerned:
             constraint.recall(optimizer.param_groups)
-        self.groups = fused.groups_of(optimizer.param_groups)
+        self.groups = {p: group for group in optimizer.param_groups for p in group["params"]}
         self.stepped: set[int] = set()
         self._before: list[tuple[SparseWeight, Subset, Tensor | None]] = []
         self._reuse = reuse
@@ -57,14 +58,12 @@ class SiloBySilo:
         silos = [silo for silo in silos if any(self._gradient(weight) is not None for weight in silo.weights)]
         for weight in (weight for silo in silos for weight in silo.weights):
             weight.recover()
-        ways = {silo: self._fused_way(constraint, silo) for silo in silos}
-        for way in dict.fromkeys(ways.values()):
-            concerned = [silo for silo in silos if ways[silo] is way]
-            if way is not None:
-                self._fused(way, constraint, concerned)
-            else:
-                for silo in concerned:
-                    self._by_working_copies(constraint, silo)
+        by_kernels = [silo for silo in silos if self._suits_kernels(constraint, silo)]
+        if by_kernels:
+            self._by_kernels(constraint, by_kernels)
+        for silo in silos:
+            if silo not in by_kernels:
+                self._by_working_copies(constraint, silo)
 
     def _by_working_copies(self, constraint: Constraint, silo: Silo) -> None:
         working = self._working_copies(silo)
@@ -84,20 +83,23 @@ class SiloBySilo:
             if weight.data.dtype in HALF:
                 self.optimizer.state[weight.parameter][VALUES] = gather(copy, weight.indices)
 
-    def _fused(self, way: fused.Way, constraint: Constraint, silos: list[Silo]) -> None:
-        for silo in silos:
-            self._remember(silo)
+    def _by_kernels(self, constraint: Constraint, silos: list[Silo]) -> None:
+        before = [self._remember(silo) for silo in silos]
         state = self.optimizer.state
-        exact = fused.step(way, self.groups, state, constraint, silos, self._subset_values)
-        for weight, values in exact.items():
-            if weight.data.dtype in HALF:
-                state[weight.parameter][VALUES] = values
+        steps = fused.step(self.groups, state, constraint, silos, self._subset_values)
+        for silo, subsets, made in zip(silos, before, steps, strict=True):
+            silo.note(made.selection, subsets)
+            made_of = zip(silo.weights, made.selection.indices, made.seeds, made.values, strict=True)
+            for weight, indices, seeds, values in made_of:
+                weight.place(indices, seeds)
+                if weight.data.dtype in HALF:
+                    state[weight.parameter][VALUES] = values
 
-    def _fused_way(self, constraint: Constraint, silo: Silo) -> fused.Way | None:
-        optimizer = self.optimizer
-        if optimizer.kernels is False:
-            return None
-        return fused.find_way(optimizer.engine, self.groups, optimizer.state, constraint, silo, optimizer.kernels)
+    def _suits_kernels(self, constraint: Constraint, silo: Silo) -> bool:
+        wanted = self.optimizer.kernels
+        if wanted is None:
+            wanted = silo.weights[0].data.is_cuda
+        return wanted and fused.supports(self.optimizer.engine, self.groups, self.optimizer.state, constraint, silo)
 
     def _gradient(self, weight: SparseWeight) -> Tensor | None:
         return gradient(weight.parameter) if weight.parameter in self.groups else None

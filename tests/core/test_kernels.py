@@ -18,7 +18,6 @@ import torch
 
 from peft_dst.core import DISTANCES, NonFiniteDistanceError, distance, select
 from peft_dst.core import kernels as K
-from peft_dst.core.adamw import AdamWScalars, AdamWTensor, supports_group, supports_tensors
 from peft_dst.core.distances import RELATIVE_FLOOR
 from peft_dst.core.kernels_reference import adamw_maxima_reference, moments_reference, updated_reference
 from peft_dst.core.tiles import bits
@@ -50,7 +49,7 @@ class Dense:
     seed: torch.Tensor
     theta: torch.Tensor
     moments: tuple[torch.Tensor, torch.Tensor]
-    fused: AdamWTensor
+    fused: K.AdamWTensor
 
 
 def make(shape, dtype=F32, device="cpu", seed=None) -> Dense:
@@ -58,14 +57,14 @@ def make(shape, dtype=F32, device="cpu", seed=None) -> Dense:
     seed = seed.to(device)
     moments = (0.002 * torch.randn(seed.shape, device=device), 1e-4 * (0.5 + torch.rand(seed.shape, device=device)))
     none = torch.empty(0, dtype=torch.int64, device=device)
-    fused = AdamWTensor(
+    fused = K.AdamWTensor(
         seed.clone(), seed, *(m.clone() for m in moments), SCALARS[0], none, none.to(dtype), none.float()
     )
     return Dense(seed.flatten(), seed.flatten().float().clone(), tuple(m.flatten() for m in moments), fused)
 
 
 def scalars(step, lr=1e-2, betas=(0.9, 0.999), weight_decay=0.0):
-    return AdamWScalars(lr, betas, 1e-8, weight_decay, step)
+    return K.adamw_scalars(lr, betas, 1e-8, weight_decay, step)
 
 
 SCALARS = [scalars(1)]
@@ -92,13 +91,13 @@ def fused_step(silos, grads, rates, budgets, kind):
         for tensor, grad, rate in zip(silo, silo_grads, silo_rates, strict=True):
             f = tensor.fused
             silos_before[-1].append(
-                AdamWTensor(f.weight, grad, f.exp_avg, f.exp_avg_sq, rate, f.indices, f.seeds, f.values)
+                K.AdamWTensor(f.weight, grad, f.exp_avg, f.exp_avg_sq, rate, f.indices, f.seeds, f.values)
             )
     steps = K.adamw_step(silos_before, budgets, kind)
     for silo, before, step in zip(silos, silos_before, steps, strict=True):
         new = zip(silo, before, step.selection.indices, step.seeds, step.values, strict=True)
         for tensor, b, indices, seeds, values in new:
-            tensor.fused = AdamWTensor(b.weight, b.grad, b.exp_avg, b.exp_avg_sq, b.scalars, indices, seeds, values)
+            tensor.fused = K.AdamWTensor(b.weight, b.grad, b.exp_avg, b.exp_avg_sq, b.scalars, indices, seeds, values)
     return steps
 
 
@@ -201,7 +200,7 @@ def test_unaligned_views_go_another_way(device):
     silo = [make((2048,), F32, device), make((3000,), F32, device, seed=flat[1:])]
     f = silo[1].fused
     weight = torch.empty(3001, device=device)[1:].copy_(f.weight)
-    silo[1].fused = AdamWTensor(weight, f.grad, f.exp_avg, f.exp_avg_sq, f.scalars, f.indices, f.seeds, f.values)
+    silo[1].fused = K.AdamWTensor(weight, f.grad, f.exp_avg, f.exp_avg_sq, f.scalars, f.indices, f.seeds, f.values)
     assert weight.data_ptr() % 16
     run([silo], [30], "relative")
 
@@ -245,7 +244,7 @@ def test_an_entry_back_at_its_seed_is_not_free(device):
     at = torch.tensor([7, 90], device=device)
     moved = tensor.seed[at] + torch.tensor([0.0, 0.5], device=device)
     tensor.fused.weight[at] = moved
-    t = AdamWTensor(
+    t = K.AdamWTensor(
         *(tensor.fused.weight, torch.zeros_like(tensor.seed), tensor.fused.exp_avg, tensor.fused.exp_avg_sq),
         *(scalars(1), at, tensor.seed[at], moved),
     )
@@ -282,7 +281,7 @@ def test_marked_weights_do_not_compete_but_their_moments_go_on(device):
         bits(tensor.fused.weight)[[0, 5, 2999]] = -1
         assert tensor.fused.weight.isnan().sum() == 3
         grad = 100 * torch.randn_like(tensor.seed)
-        before = AdamWTensor(tensor.fused.weight, grad, *tensor.moments, scalars(3), *[torch.empty(0)] * 3)
+        before = K.AdamWTensor(tensor.fused.weight, grad, *tensor.moments, scalars(3), *[torch.empty(0)] * 3)
         want = [m.clone() for m in tensor.moments]
         batch = K._Batch([[empty_subset(before)]], [3], "inverse_relative")
         wanted = adamw_maxima_reference(before.weight, grad, *want, scalars(3), "inverse_relative", batch.block)
@@ -294,7 +293,7 @@ def test_marked_weights_do_not_compete_but_their_moments_go_on(device):
 
 def empty_subset(t):
     none = torch.empty(0, dtype=torch.int64, device=t.weight.device)
-    return AdamWTensor(
+    return K.AdamWTensor(
         t.weight, t.grad, t.exp_avg, t.exp_avg_sq, t.scalars, none, none.to(t.weight.dtype), none.float()
     )
 
@@ -310,7 +309,7 @@ def test_offsets_beyond_two_to_the_31(device, aligned):
     far, n = 2**33, 4096 if aligned else 3000
     tensor = make((n,), BF16, device)
     grad = torch.randn_like(tensor.seed)
-    t = AdamWTensor(tensor.fused.weight, grad, *tensor.moments, scalars(2), *[torch.empty(0)] * 3)
+    t = K.AdamWTensor(tensor.fused.weight, grad, *tensor.moments, scalars(2), *[torch.empty(0)] * 3)
     batch = K._Batch([[empty_subset(t)]], [40], "absolute")
     wanted = adamw_maxima_reference(
         t.weight, grad, *(m.clone() for m in tensor.moments), scalars(2), "absolute", batch.block
@@ -351,7 +350,7 @@ def test_close_to_torch_adamw(device, betas, weight_decay):
         optimizer.step()
     rate = scalars(3, betas=betas, weight_decay=weight_decay)
     none = torch.empty(0, dtype=torch.int64, device=device)
-    t = AdamWTensor(before[0], theta.grad, before[1], before[2], rate, none, none.float(), none.float())
+    t = K.AdamWTensor(before[0], theta.grad, before[1], before[2], rate, none, none.float(), none.float())
     # All but one compete, so all values are seen.
     step = K.adamw_step_silo([t], theta.numel() - 1, "absolute")
     kept, unit = step.selection.indices[0], 2.0**-23
@@ -369,7 +368,7 @@ def test_what_is_supported():
 
     def supports(cls, **options):
         optimizer = cls([theta], lr=options.pop("lr", 1e-3), **options)
-        return supports_group(optimizer, optimizer.param_groups[0])
+        return K.supports_group(optimizer, optimizer.param_groups[0])
 
     class Own(torch.optim.AdamW):
         pass
@@ -387,13 +386,13 @@ def test_what_is_supported():
 
 def test_which_tensors_are_supported(device):
     w = torch.zeros(4, 6, device=device)
-    assert supports_tensors(w, w, w, w)
-    assert supports_tensors(w.bfloat16(), w.half(), w, w)
-    assert not supports_tensors(w.t(), w.t(), w.t(), w.t())
-    assert not supports_tensors(w.double(), w, w, w)
-    assert not supports_tensors(w.bfloat16(), w.bfloat16(), w.bfloat16(), w.bfloat16())
-    assert not supports_tensors(w, w.flatten(), w, w)
-    assert not supports_tensors(w, w.to_sparse(), w, w)
+    assert K.supports_tensors(w, w, w, w)
+    assert K.supports_tensors(w.bfloat16(), w.half(), w, w)
+    assert not K.supports_tensors(w.t(), w.t(), w.t(), w.t())
+    assert not K.supports_tensors(w.double(), w, w, w)
+    assert not K.supports_tensors(w.bfloat16(), w.bfloat16(), w.bfloat16(), w.bfloat16())
+    assert not K.supports_tensors(w, w.flatten(), w, w)
+    assert not K.supports_tensors(w, w.to_sparse(), w, w)
 
 
 def test_wrong_arguments_are_refused_before_anything_is_changed():
@@ -416,7 +415,7 @@ def test_constants_agree_with_the_device_code():
     assert code.LANES.value == K._LANES
     assert code.FIRST_SLOT.value == K._FIRST_SLOT
     assert code.COLUMNS.value == K._FIRST_COMPONENT + 1
-    assert code.SCALARS.value == len(K._factors(scalars(1)))
+    assert code.SCALARS.value == len(K.AdamWScalars._fields)
 
 
 COMPILE = """

@@ -1,0 +1,106 @@
+"""Between DSTOptimizer and the fused AdamW kernels: which silos they can step, and the state that goes in and out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..core import Constraint, Silo, SparseWeight
+from ..core.kernels import (
+    AdamWTensor,
+    NonFiniteStepError,
+    SiloStep,
+    adamw_scalars,
+    adamw_step,
+    supports_group,
+    supports_tensors,
+)
+
+
+Groups = Mapping[nn.Parameter, Mapping[str, Any]]
+State = MutableMapping[Any, dict[str, Any]]
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def supports(engine: Optimizer, groups: Groups, state: State, constraint: Constraint, silo: Silo) -> bool:
+    """Whether the kernels can make an optimizer's step of one silo and the exact selection after it.
+
+    Args:
+        engine: the optimizer.
+        groups: the parameter group of each of its parameters.
+        state: the state of those that have been stepped before.
+        constraint: the constraint.
+        silo: one of its silos.
+    """
+    if constraint.tracking or silo.budget >= silo.size:
+        return False
+    for weight in silo.weights:
+        parameter = weight.parameter
+        if parameter not in groups or parameter.grad is None or not supports_group(engine, groups[parameter]):
+            return False
+        start_state(parameter, groups[parameter], state)
+        if not supports_tensors(weight.data, parameter.grad, *(state[parameter][name] for name in MOMENTS)):
+            return False
+    return True
+
+
+def start_state(parameter: nn.Parameter, group: Mapping[str, Any], state: State) -> None:
+    """Give a parameter the state that torch's AdamW begins with, in float32, if it has none yet."""
+    if "step" not in state[parameter]:
+        device = parameter.device if group.get("fused") else "cpu"
+        state[parameter]["step"] = torch.zeros((), dtype=torch.float32, device=device)
+        for name in MOMENTS:
+            state[parameter][name] = torch.zeros_like(
+                parameter, dtype=torch.float32, memory_format=torch.preserve_format
+            )
+
+
+def step(
+    groups: Groups,
+    state: State,
+    constraint: Constraint,
+    silos: list[Silo],
+    values: Callable[[SparseWeight], Tensor],
+) -> list[SiloStep]:
+    """Step some silos, all of them supported.
+
+    Args:
+        groups: the parameter group of each parameter.
+        state: the state of each, which is updated.
+        constraint: the constraint.
+        silos: some of its silos. Their live weights are written; what is noted of them is the caller's to write.
+        values: the float32 values (k,) of a weight's current subset.
+
+    Raises:
+        FloatingPointError: if an update is NaN or infinite. The live weights are then as before, the state is not.
+    """
+    weights = [weight for silo in silos for weight in silo.weights]
+    counters = [state[weight.parameter]["step"] for weight in weights]
+    torch._foreach_add_(counters, 1)
+    # On the host the counters cost nothing to read; where an optimizer keeps them on the device, one wait reads them all.
+    one_place = len({counter.device for counter in counters}) == 1
+    counts = iter(torch.stack(counters).tolist() if one_place else [float(counter) for counter in counters])
+    batch = []
+    for silo in silos:
+        batch.append(
+            [_tensor(w, groups[w.parameter], state[w.parameter], next(counts), values(w)) for w in silo.weights]
+        )
+    try:
+        return adamw_step(batch, [silo.budget for silo in silos], constraint.distance)
+    except NonFiniteStepError as error:
+        raise constraint.non_finite(silos[error.silo], error.position) from error
+
+
+def _tensor(
+    weight: SparseWeight, group: Mapping[str, Any], state: Mapping[str, Any], count: float, values: Tensor
+) -> AdamWTensor:
+    scalars = adamw_scalars(group["lr"], group["betas"], group["eps"], group["weight_decay"], count)
+    gradient = weight.parameter.grad
+    assert gradient is not None
+    first, second = (state[name] for name in MOMENTS)
+    return AdamWTensor(weight.data, gradient, first, second, scalars, weight.indices, weight.seeds, values)
