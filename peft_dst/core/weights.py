@@ -23,13 +23,15 @@ class Undoable(Protocol):
 
 def gather(tensor: Tensor, indices: Tensor) -> Tensor:
     """Entries of a tensor of any shape and layout at flat positions, shape (k,)."""
-    return tensor.view(-1)[indices] if tensor.is_contiguous() else tensor[torch.unravel_index(indices, tensor.shape)]
+    if tensor.is_contiguous():
+        return tensor.view(-1).index_select(0, indices)
+    return tensor[torch.unravel_index(indices, tensor.shape)]
 
 
 def scatter(tensor: Tensor, indices: Tensor, values: Tensor) -> None:
     """Write values (k,) at flat positions (k,) of a tensor of any shape and layout."""
     if tensor.is_contiguous():
-        tensor.view(-1)[indices] = values
+        tensor.view(-1).index_copy_(0, indices, values)
     else:
         tensor[torch.unravel_index(indices, tensor.shape)] = values
 
