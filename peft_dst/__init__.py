@@ -10,6 +10,7 @@ register()
 
 from .config import DSTConfig  # noqa: E402
 from .model import DSTModel  # noqa: E402
+from .static import fix_subset, start_from  # noqa: E402
 from .training import DSTCallback, DSTOptimizer, create_dst_optimizer, parameter_groups  # noqa: E402
 
 
@@ -20,6 +21,8 @@ __all__ = [
     "DSTModel",
     "DSTOptimizer",
     "create_dst_optimizer",
+    "fix_subset",
     "parameter_groups",
     "register",
+    "start_from",
 ]

@@ -19,6 +19,7 @@ ORDER = [
     "layer",
     "targets",
     "exchange",
+    "static",
     "model",
     "card",
     "training",

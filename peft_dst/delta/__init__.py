@@ -29,3 +29,7 @@ __all__ = [
     "stamp",
     "summarize",
 ]
+
+
+def read_records(folder):
+    raise ValueError

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..core import Constraint, Silo, SparseWeight, Subset, concerned, gather, scatter
+from ..core import Constraint, FixedStep, Silo, SparseWeight, Subset, concerned, gather, scatter
 from . import fused
 from .released import gradient
 
@@ -43,9 +43,11 @@ class SiloBySilo:
     def complete(self) -> None:
         """Step every silo that has not been yet, and the parameters under no constraint; none, if one fails."""
         try:
+            fixed = FixedStep(self.optimizer.param_groups)
             for constraint, silos in self.concerned:
                 self.silos(constraint, [silo for silo in silos if id(silo) not in self.stepped])
             self._step_rest()
+            fixed.end()
         except BaseException:
             self.undo()
             raise
@@ -78,7 +80,7 @@ class SiloBySilo:
         before = self._remember(silo)
         for weight in silo.weights:
             weight.revert()
-        silo.take(constraint.select(silo, working), working, before)
+        silo.take(constraint.select(silo, working, before), working, before)
         for weight, copy in zip(silo.weights, working, strict=True):
             if weight.data.dtype in HALF:
                 self.optimizer.state[weight.parameter][VALUES] = gather(copy, weight.indices)
