@@ -107,8 +107,8 @@ class DSTConfig(PeftConfig):
     churn_stop: int | float | None = field(
         default=None,
         metadata={
-            "help": "Last step at which the subset is chosen, or the same as a fraction of training (0 < f < 1); it is kept "
-            "from then on."
+            "help": "Last step at which the subset is chosen, or the same as a fraction of training (0 < f < 1); it is "
+            "kept from then on."
         },
     )
     threshold: Literal["exact", "iterative"] = field(
@@ -249,7 +249,7 @@ class DSTConfig(PeftConfig):
         stop = self.churn_stop
         if stop is not None and not ((type(stop) is int and stop >= 1) or (isinstance(stop, float) and 0 < stop < 1)):
             raise ValueError(
-                f"churn_stop must be a positive number of steps or a fraction of training, 0 < churn_stop < 1; got {stop!r}."
+                f"churn_stop must be a positive number of steps or a fraction of training (0 < f < 1), got {stop!r}."
             )
         if self.selection != "dynamic" and (self.churn_interval != 1 or stop is not None):
             raise ValueError(

@@ -120,9 +120,8 @@ class Constraint:
         Args:
             empty: whether nothing is in it: nothing has moved yet (as under a learning rate of 0 at first).
         """
-        if empty:
-            return True
-        return not (self.begun and self.steps == 0) and self.schedule.chooses(self.steps + 1, self.total_steps)
+        scheduled = self.schedule.chooses(self.steps + 1, self.total_steps)
+        return empty or (scheduled and not (self.begun and self.steps == 0))
 
     def complete(self, param_groups: Iterable[dict[str, Any]]) -> None:
         """Count a step that has come to its end, and leave what is to be recalled in the optimizer's groups."""

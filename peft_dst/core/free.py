@@ -11,14 +11,19 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from .constraint import Constraint, check_steppable
 from .weights import SparseWeight, gather, scatter
+
+
+# Where an optimizer's state of a parameter keeps the float32 values of a half-precision weight's subset.
+VALUES = "dst_values"
 
 
 def free_values(values: Tensor) -> nn.Parameter:
@@ -69,7 +74,7 @@ def collect(weight: SparseWeight) -> None:
 
 
 @torch.no_grad()
-def _before_step(weights: Sequence[SparseWeight]) -> None:
+def _before_step(weights: Sequence[SparseWeight], state: Mapping[Any, dict[str, Any]]) -> None:
     """Make the values ready for a step of an optimizer over them.
 
     The live weights may have changed since the last one (an adapter loaded again); where they are no longer the rounding of
@@ -81,6 +86,8 @@ def _before_step(weights: Sequence[SparseWeight]) -> None:
         watch(weight)
         assert weight.free is not None
         live, values = weight.values(), weight.free.data
+        if (exact := state.get(weight.free, {}).get(VALUES)) is not None and exact.shape == values.shape:
+            values.copy_(exact)
         values.copy_(torch.where(values.to(live.dtype) == live, values, live.to(values.dtype)))
 
 
@@ -107,8 +114,10 @@ def _after_step(weights: Sequence[SparseWeight]) -> SparseWeight | None:
 class FixedStep:
     """An optimizer's step over the values of fixed subsets.
 
+    The exact values of bfloat16 and float16 weights also go into the optimizer's state (`VALUES`), to be resumed with it.
+
     Args:
-        param_groups: the optimizer's.
+        optimizer: the optimizer.
 
     Raises:
         RuntimeError: if a subset was not given yet, its values are not the optimizer's though its weights are, or a weight
@@ -116,8 +125,9 @@ class FixedStep:
         NotImplementedError: if a weight is sharded.
     """
 
-    def __init__(self, param_groups: Iterable[Mapping[str, Any]]):
-        parameters = {id(parameter) for group in param_groups for parameter in group["params"]}
+    def __init__(self, optimizer: Optimizer):
+        self.state = optimizer.state
+        parameters = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         self.constraints: list[tuple[Constraint, list[SparseWeight]]] = []
         for constraint in [c for c in Constraint.live if c.fixed]:
             own = [w for w in constraint.weights if w.free is not None and w.adapters == (constraint.adapter,)]
@@ -127,7 +137,7 @@ class FixedStep:
             for weight in mine:
                 check_steppable(weight, weight.parameter.grad)
             if mine := [weight for weight in mine if not weight.disabled]:
-                _before_step(mine)
+                _before_step(mine, self.state)
                 self.constraints.append((constraint, mine))
 
     def end(self) -> None:
@@ -142,6 +152,10 @@ class FixedStep:
                 silo = next(silo for silo in constraint.silos if culprit in silo.weights)
                 raise constraint.non_finite(silo, silo.weights.index(culprit))
             constraint.steps += 1
+            for weight in weights:
+                values = weight.free
+                if weight.data.element_size() == 2 and values is not None and values.grad is not None:
+                    self.state[values][VALUES] = values.detach().clone()
 
 
 def _check_not_forgotten(constraint: Constraint, own: list[SparseWeight], parameters: set[int]) -> None:

@@ -46,7 +46,7 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
     _undo(_under_way.pop(optimizer, []))
     if optimizer in _exempt:
         return
-    _fixed[optimizer] = FixedStep(optimizer.param_groups)
+    _fixed[optimizer] = FixedStep(optimizer)
     steps: list[tuple[Constraint, StepInProgress]] = []
     try:
         for constraint, silos in concerned(optimizer.param_groups):

@@ -29,7 +29,3 @@ __all__ = [
     "stamp",
     "summarize",
 ]
-
-
-def read_records(folder):
-    raise ValueError

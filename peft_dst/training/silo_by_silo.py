@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import Constraint, FixedStep, Silo, SparseWeight, Subset, concerned, gather, scatter
+from ..core.free import VALUES
 from . import fused
 from .released import gradient
 
@@ -16,8 +17,6 @@ from .released import gradient
 if TYPE_CHECKING:
     from .optimizer import DSTOptimizer
 
-# Where the state of a parameter keeps the float32 values of its subset (of all of it, if it is under no constraint).
-VALUES = "dst_values"
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -43,7 +42,7 @@ class SiloBySilo:
     def complete(self) -> None:
         """Step every silo that has not been yet, and the parameters under no constraint; none, if one fails."""
         try:
-            fixed = FixedStep(self.optimizer.param_groups)
+            fixed = FixedStep(self.optimizer)
             for constraint, silos in self.concerned:
                 self.silos(constraint, [silo for silo in silos if id(silo) not in self.stepped])
             self._step_rest()
