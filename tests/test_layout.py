@@ -15,6 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "peft_dst"
 ORDER = [
     "core",
     "delta",
+    "subsets",
     "config",
     "layer",
     "targets",
@@ -26,7 +27,11 @@ ORDER = [
     "registration",
     "__init__",
 ]
-MAY_IMPORT = {"core": {"torch"}, "delta": {"torch", "safetensors"}}
+MAY_IMPORT = {
+    "core": {"torch"},
+    "delta": {"torch", "safetensors"},
+    "subsets": {"torch", "numpy", "safetensors", "tqdm"},
+}
 
 
 def room(path: Path) -> str:
