@@ -21,7 +21,9 @@ ORDER = [
     "exchange",
     "model",
     "card",
+    "extraction",
     "training",
+    "analysis",
     "registration",
     "__init__",
 ]
