@@ -23,7 +23,9 @@ ORDER = [
     "static",
     "model",
     "card",
+    "extraction",
     "training",
+    "analysis",
     "registration",
     "__init__",
 ]
