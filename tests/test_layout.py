@@ -21,6 +21,7 @@ ORDER = [
     "exchange",
     "model",
     "card",
+    "baselines",
     "training",
     "registration",
     "__init__",
