@@ -24,6 +24,7 @@ ORDER = [
     "model",
     "card",
     "extraction",
+    "baselines",
     "training",
     "analysis",
     "registration",
