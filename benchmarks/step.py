@@ -3,7 +3,8 @@
     OMP_NUM_THREADS=1 python -m benchmarks.step --json benchmarks/results/step.json
 
 MiniLM-L6 with 32 x 32 random tokens, and a random model of GPT-2 small's size with 4 x 128; float32, fused AdamW. In each
-round full fine-tuning, DST through the optimizer hook and through DSTOptimizer, and a static subset take one step each; the ratios are
+round full fine-tuning, DST through the optimizer hook and through DSTOptimizer, and a static subset take one step each;
+the ratios are
 medians over rounds. The time within `optimizer.step()` is given too: there the difference lies, and in the whole step
 the noise of the forward and backward passes may hide it.
 """

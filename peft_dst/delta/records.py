@@ -89,7 +89,7 @@ def check_record(name: str, tensor: Tensor, record: Record) -> None:
         )
     if not indices.numel():
         return
-    wrong = (indices < 0) | (indices >= numel)
+    wrong = (indices < 0) | (indices.long() >= numel)
     if wrong.any():
         at = int(wrong.nonzero()[0])
         raise DeltaError(

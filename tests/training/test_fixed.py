@@ -65,7 +65,7 @@ def test_equals_a_dense_optimizer_with_filtered_gradients(kind, architecture, bu
         for key in wanted:
             # torch's vectorised loops round differently at a tensor's end, and a subset has other ends: last bits, which
             # Adam divides by small numbers.
-            rtol, atol = (1e-5, 1e-6) if kind.startswith("adam") else (1e-6, 1e-8)
+            rtol, atol = (1e-5, 1e-6) if kind.startswith("adam") else (1e-5, 1e-7)
             torch.testing.assert_close(now[key], wanted[key], rtol=rtol, atol=atol)
             outside = torch.ones(now[key].numel(), dtype=torch.bool)
             outside[positions[key]] = False
@@ -282,14 +282,17 @@ def test_random_subsets_follow_their_seed(build):
 
 @pytest.mark.parametrize("siloing", ["module_and_layer", "module", "none", "parameter"])
 def test_magnitude_takes_the_largest_of_each_silo(siloing, build):
-    model = fixed(build, selection="magnitude", siloing=siloing)
-    seed = weights(build("bert"))
+    base = build("bert")
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    seed = weights(base)
+    model = get_peft_model(base, DSTConfig(epsilon=0.02, selection="magnitude", siloing=siloing))
     for silo in model.constraint().silos:
         values = torch.cat([seed[w.name].flatten().abs() for w in silo.weights])
         kept = torch.cat([seed[w.name].flatten()[w.indices].abs() for w in silo.weights])
-        # Biases start at zero, which no score chooses.
-        assert kept.numel() == min(silo.budget, int((values > 0).sum()))
-        assert torch.equal(kept.sort().values, values.sort().values[values.numel() - kept.numel() :])
+        assert kept.numel() == silo.budget
+        assert torch.equal(kept.sort().values, values.sort().values[values.numel() - silo.budget :])
 
 
 def test_scores_choose_the_subset(build):
