@@ -36,7 +36,7 @@ def test_selection(tmp_path):
 def test_step(tmp_path):
     found = run(step, tmp_path / "step.json", "--toy", "--gpt2-rounds", 2, "--epsilons", 0.01)
     (row,) = found["rows"]
-    names = ["full", "hook", "DSTOptimizer"]
+    names = ["full", "hook", "DSTOptimizer", "static"]
     assert row.keys() == {"case", "epsilon", *names}
     assert all(row[name].keys() == TIMES | {"optimizer_ms"} for name in names)
 
