@@ -154,7 +154,7 @@ def test_padding_changes_rounding_only(build, name):
 
 @pytest.mark.parametrize("size", [2, 4, 12])
 def test_how_per_batch_differs(build, size):
-    """A square of a mean is no more than the mean of the squares, and about the n-th part; of n alike examples it is equal."""
+    """A square of a mean is at most a mean of the squares, and about the n-th part; of n alike examples they are equal."""
     model = build("bert")
     exact = score_parameters(model, bert_batches(), progress=False)
     rough = score_parameters(model, bert_batches(size), definition="per_batch", progress=False)
