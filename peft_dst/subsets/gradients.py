@@ -44,8 +44,9 @@ def score_parameters(
     "per_example" is Eq. 2 (Sung, Nair and Raffel 2021): F̃ = 1/N Σ_i (∇ log p(y_i | x_i))², exact for any size of batch,
     since every example is differentiated by itself. "per_batch" squares the gradient of each batch's mean loss instead,
     Σ_b n_b g_b² / N for batches of n_b: one backward pass a batch. Where the examples' gradients have the mean μ and the
-    variance σ², the first estimates μ² + σ² and the second μ² + σ² / n: σ² dominates, so the second is about the
-    n-th part of the first, and weighs μ n times as much in the ranking (figures: docs/selections.md).
+    variance σ², the first estimates μ² + σ² and the second μ² + σ² / n. It is never larger, and where σ² dominates about
+    the n-th part. On MiniLM and TREC their sums have the ratio .26 for n = 4 and .07 for 16, their correlation is .996
+    and .947, and at ε = 1e-3 the subsets share 98 % and 94 % (docs/selections.md).
 
     The model is in evaluation mode meanwhile (no dropout), which for transformers' models also means no gradient
     checkpointing. What the loss is decides what an example is: a language model's usual loss is the mean over its

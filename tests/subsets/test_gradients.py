@@ -152,6 +152,22 @@ def test_padding_changes_rounding_only(build, name):
     assert_close(score_parameters(model, cut, progress=False), score_parameters(model, padded, progress=False), 2e-6)
 
 
+@pytest.mark.parametrize("size", [2, 4, 12])
+def test_how_per_batch_differs(build, size):
+    """A square of a mean is at most a mean of the squares, and about the n-th part; of n alike examples they are equal."""
+    model = build("bert")
+    exact = score_parameters(model, bert_batches(), progress=False)
+    rough = score_parameters(model, bert_batches(size), definition="per_batch", progress=False)
+    for name, score in rough.items():
+        assert (score <= exact[name] * (1 + 1e-5) + 1e-20).all(), name
+    ratio = sum(score.sum() for score in rough.values()) / sum(score.sum() for score in exact.values())
+    # Measured: .50, .20 and .03; random labels leave no mean to speak of.
+    assert 0.3 / size < ratio < 1.5 / size
+    alike = [{k: v[:1].expand(size, *v.shape[1:]) for k, v in b.items()} for b in bert_batches(1)[:3]]
+    one = score_parameters(model, alike, progress=False)
+    assert_close(score_parameters(model, alike, definition="per_batch", progress=False), one, 1e-5)
+
+
 def test_deterministic_whatever_the_random_state(build):
     model = build("bert")
     for module in model.modules():
