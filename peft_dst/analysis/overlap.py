@@ -199,16 +199,17 @@ def _parameter_sizes(model: nn.Module) -> dict[str, int]:
 
 def _agree(names: Iterable[str], models: list[dict[str, int]], given: Mapping[str, int]) -> dict[str, int]:
     """The sizes of some parameters, on which all models must agree, and with what was given of some."""
-    agreed = {}
+    agreed: dict[str, int] = {}
     for name in names:
-        found = [sizes.get(name) for sizes in models] + [given[name]] * (name in given)
+        found = [sizes.get(name) for sizes in models] + ([given[name]] if name in given else [])
         if len(set(found)) > 1 or None in found:
             sizes = ", ".join("none" if size is None else f"{size:,}" for size in found)
             raise ValueError(
                 f"{name!r} has a subset, but numbers of components that do not agree ({sizes}): the subsets, or `sizes`, "
                 "belong to different bases and cannot be compared."
             )
-        agreed |= {name: size for size in found if size is not None}
+        if found and found[0] is not None:
+            agreed[name] = found[0]
     return agreed
 
 

@@ -24,8 +24,6 @@ CONFIG_NAME = "adapter_config.json"
 _RECORD_KEY = re.compile(
     r"base_model\.model\.(?P<host>(?:.*\.)?)_sparse\.dst_(?P<part>indices|values)\.(?P<parameter>[^.]+)"
 )
-# The largest tensor there may be. Without the base a position can be checked against no other.
-_LARGEST = 2**62
 
 
 def stamp(directory: str | os.PathLike[str], fields: Mapping[str, Any]) -> None:
@@ -105,9 +103,15 @@ def read_records(folder: str | os.PathLike[str]) -> dict[str, Record]:
         if parts.keys() != {"indices", "values"}:
             raise DeltaError(f"{name!r} has only {', '.join(parts)} in {path}. It is damaged; save it again.")
         records[name] = Record(parts["indices"], parts["values"])
-        check_record(name, torch.empty(1, dtype=parts["values"].dtype, device="meta").expand(_LARGEST), records[name])
+        # Without the base every position that its dtype may hold is a good one.
+        largest = torch.empty(1, dtype=parts["values"].dtype, device="meta").expand(_largest(parts["indices"].dtype))
+        check_record(name, largest, records[name])
         check_entries(name, summaries[name], records[name])
     return records
+
+
+def _largest(dtype: torch.dtype) -> int:
+    return torch.iinfo(dtype).max if dtype in (torch.int32, torch.int64) else 0
 
 
 def _read_summaries(path: Path) -> dict[str, Summary]:

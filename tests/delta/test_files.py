@@ -1,0 +1,126 @@
+"""Reading a saved adapter's records without its base, and files that are not what they say."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from peft_dst import DSTConfig
+from peft_dst.delta import DeltaError, read_records
+from peft_dst.layer import markers
+from tests.models import bert
+
+
+KEY = "base_model.model.bert.pooler.dense._sparse.dst_{}.weight"
+
+
+def test_records_are_those_of_the_model(saved):
+    folder, _, model = saved(modules_to_save=["classifier"])
+    expected = {
+        marker.weights[parameter].name: record
+        for _, marker in markers(model)
+        for parameter, record in marker.records("default").items()
+        if len(record.indices)
+    }
+    found = read_records(folder)
+    assert found.keys() == expected.keys()
+    for name, record in found.items():
+        assert all(torch.equal(one, other) for one, other in zip(record, expected[name], strict=True))
+
+
+def test_a_parameter_of_the_model_itself(tmp_path):
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.ones(8))
+            self.inner = torch.nn.Linear(8, 1)
+
+        def forward(self, x):
+            return self.inner(self.scale * x).sum() + (self.scale * x).sum() * 100
+
+    model = get_peft_model(Net(), DSTConfig(num_free_parameters=2, siloing="none"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(torch.arange(8.0)).backward()
+    optimizer.step()
+    model.save_pretrained(tmp_path)
+    assert read_records(tmp_path)["scale"].indices.tolist() == [6, 7]
+
+
+def test_an_untrained_adapter_has_none(build, tmp_path):
+    get_peft_model(build("bert"), DSTConfig(epsilon=0.02)).save_pretrained(tmp_path)
+    assert read_records(tmp_path) == {}
+
+
+def test_no_adapter(tmp_path, saved):
+    with pytest.raises(DeltaError, match="cannot be read"):
+        read_records(tmp_path / "nowhere")
+    get_peft_model(bert(), LoraConfig(target_modules=["query"])).save_pretrained(tmp_path / "lora")
+    with pytest.raises(DeltaError, match="type 'LORA', not 'DST'"):
+        read_records(tmp_path / "lora")
+    folder, _, _ = saved()
+    (folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(DeltaError, match=r"no adapter_model.safetensors.*saved again"):
+        read_records(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "cannot be read"),
+        ("[" * 100_000, "cannot be read"),
+        ("[1]", "type None"),
+        ('{"peft_type": "DST", "format_version": 7}', "format version 7"),
+        ('{"peft_type": "DST", "format_version": 1, "records": [1]}', "malformed `records`"),
+        ('{"peft_type": "DST", "format_version": 1, "records": {"a": [1]}}', "malformed entry for 'a'"),
+    ],
+)
+def test_damaged_configs(text, message, saved):
+    folder, _, _ = saved()
+    (folder / "adapter_config.json").write_text(text)
+    with pytest.raises(DeltaError, match=message):
+        read_records(folder)
+
+
+def _edit(change):
+    return lambda tensors, config: tensors.update(change(tensors))
+
+
+DAMAGES = {
+    "unsorted": (_edit(lambda t: {KEY.format("indices"): t[KEY.format("indices")].flip(0)}), "not strictly ascending"),
+    "negative": (_edit(lambda t: {KEY.format("indices"): t[KEY.format("indices")] - 10_000}), "outside a tensor"),
+    "dtype": (_edit(lambda t: {KEY.format("indices"): t[KEY.format("indices")].float()}), "expected int32"),
+    "lengths": (_edit(lambda t: {KEY.format("values"): t[KEY.format("values")][1:]}), "two vectors of one length"),
+    "infinite": (_edit(lambda t: {KEY.format("values"): t[KEY.format("values")] / 0}), "not finite"),
+    "moved": (_edit(lambda t: {KEY.format("indices"): t[KEY.format("indices")] + 1}), "not those that adapter_config"),
+    "half": (lambda tensors, config: tensors.pop(KEY.format("values")), "has only indices"),
+    "more": (lambda tensors, config: config["records"].popitem(), "model.safetensors of .* but none in adapter_config"),
+    "less": (
+        lambda tensors, config: [tensors.pop(KEY.format(part)) for part in ("values", "indices")],
+        "'bert.pooler.dense.weight' has entries in adapter_config.json .* but none in adapter_model",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_tensors(damage, saved):
+    folder, _, _ = saved()
+    change, message = DAMAGES[damage]
+    tensors = {name: tensor.clone() for name, tensor in load_file(folder / "adapter_model.safetensors").items()}
+    config = json.loads((folder / "adapter_config.json").read_text())
+    change(tensors, config)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(DeltaError, match=message):
+        read_records(folder)
+
+
+def test_a_damaged_file(saved):
+    folder, _, _ = saved()
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(DeltaError, match="cannot be read"):
+        read_records(folder)
