@@ -192,6 +192,13 @@ FORMULAS = {
         f"2*n*d + {_CHOICE}",
         "full fine-tuning, and a copy of the tuned weights while the optimizer steps",
     ),
+    "static subset, AdamW": Formula(
+        "n*d + k*(d + d + 16 + 8)",
+        f"A + {_LOSS}",
+        f"t*d + {_TIED}",
+        "4*k",
+        "weights; of the subset positions, seed, value, gradient and moments; one gradient at a time",
+    ),
     "DSTOptimizer(AdamW)": Formula(
         f"n*d + 8*n + {_NOTES} + {_HALF}",
         f"A + {_LOSS}",

@@ -71,6 +71,11 @@ def dst(model: nn.Module) -> nn.Module:
     return peft.get_peft_model(model, peft_dst.DSTConfig(epsilon=EPSILON, task_type="CAUSAL_LM"))
 
 
+def static(model: nn.Module) -> nn.Module:
+    config = peft_dst.DSTConfig(epsilon=EPSILON, selection="random", task_type="CAUSAL_LM")
+    return peft.get_peft_model(model, config)
+
+
 def lora(model: nn.Module) -> nn.Module:
     return peft.get_peft_model(model, peft.LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM"))
 
@@ -96,6 +101,7 @@ ROWS: dict[str, Row] = {
     "SHiRA, AdamW": (shira, adamw),
     "Super-Tuning, AdamW": (super_tuning, adamw),
     "DST hook, AdamW": (dst, adamw),
+    "static subset, AdamW": (static, adamw),
     "DSTOptimizer(AdamW)": (dst, dst_adamw),
     "DSTOptimizer(Adafactor, release_gradients)": (dst, dst_adafactor),
 }

@@ -3,7 +3,8 @@
     OMP_NUM_THREADS=1 python -m benchmarks.step --json benchmarks/results/step.json
 
 MiniLM-L6 with 32 x 32 random tokens, and a random model of GPT-2 small's size with 4 x 128; float32, fused AdamW. In each
-round full fine-tuning, DST through the optimizer hook and DST through DSTOptimizer take one step each; the ratios are
+round full fine-tuning, DST through the optimizer hook and through DSTOptimizer, and a static subset take one step each;
+the ratios are
 medians over rounds. The time within `optimizer.step()` is given too: there the difference lies, and in the whole step
 the noise of the forward and backward passes may hide it.
 """
@@ -49,11 +50,13 @@ def steppers(make: Callable[[], nn.Module], batch: common.Batch, epsilon: float)
     head = {"modules_to_save": ["pooler", "classifier"]} if "labels" in batch and batch["labels"].dim() == 1 else {}
     task = "SEQ_CLS" if head else "CAUSAL_LM"
     config = peft_dst.DSTConfig(epsilon=epsilon, task_type=task, **head)
+    fixed = peft_dst.DSTConfig(epsilon=epsilon, selection="random", task_type=task, **head)
     optimizer = partial(peft_dst.DSTOptimizer, optimizer_cls=torch.optim.AdamW)
     return {
         "full": Stepper(make(), torch.optim.AdamW, batch),
         "hook": Stepper(get_peft_model(make(), config), torch.optim.AdamW, batch),
         "DSTOptimizer": Stepper(get_peft_model(make(), config), optimizer, batch),
+        "static": Stepper(get_peft_model(make(), fixed), torch.optim.AdamW, batch),
     }
 
 
@@ -87,7 +90,7 @@ def main(arguments: list[str] | None = None) -> None:
                 gc.collect()
                 progress.update()
     for row in rows:
-        ratios = ", ".join(f"{name} {row[name]['ratio']:.3f}" for name in ("hook", "DSTOptimizer") if name in row)
+        ratios = ", ".join(f"{name} {row[name]['ratio']:.3f}" for name in ("hook", "DSTOptimizer", "static") if name in row)
         print(f"{row['case']}, epsilon {row['epsilon']:g}: {ratios} x full fine-tuning ({row['full']['ms']:.0f} ms)")
     record.write(rows=rows)
 

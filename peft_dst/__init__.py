@@ -8,8 +8,12 @@ from .registration import register
 
 register()
 
+from .analysis import overlap  # noqa: E402
 from .config import DSTConfig  # noqa: E402
+from .extraction import extract  # noqa: E402
 from .model import DSTModel  # noqa: E402
+from .static import fix_subset, start_from  # noqa: E402
+from .subsets import change_scores, combined_scores, load_scores, save_scores, score_parameters  # noqa: E402
 from .training import DSTCallback, DSTOptimizer, create_dst_optimizer, parameter_groups  # noqa: E402
 
 
@@ -19,7 +23,16 @@ __all__ = [
     "DSTConfig",
     "DSTModel",
     "DSTOptimizer",
+    "change_scores",
+    "combined_scores",
     "create_dst_optimizer",
+    "extract",
+    "fix_subset",
+    "load_scores",
+    "overlap",
     "parameter_groups",
     "register",
+    "save_scores",
+    "score_parameters",
+    "start_from",
 ]

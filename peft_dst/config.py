@@ -6,18 +6,35 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME, PeftType
 
 from .core.distances import DISTANCES, Distance
 from .core.iterative import FLUCTUATION, ITERATIONS
+from .core.schedule import Schedule
 from .core.silos import SILOINGS, Siloing, compile_silo_patterns
 from .delta import FORMAT_VERSION, WEIGHTS_NAME, stamp
 
 
 DEFAULT_EPSILON = 1e-3
+Selection = Literal[
+    "dynamic",
+    "first_step",
+    "random",
+    "bitfit",
+    "magnitude",
+    "fisher",
+    "fisher_pretraining",
+    "combined",
+    "diff_pruning",
+    "transfer",
+]
+SELECTIONS: tuple[str, ...] = get_args(Selection)
+# These choose their subset before training, and keep it; the last ones from what `fix_subset` is given.
+STATIC = SELECTIONS[2:]
+GIVEN = SELECTIONS[5:]
 # Where a config keeps, from collecting an adapter's tensors to writing them, what it will say of them. It is no field: the
 # config of a model that is only read from describes no file.
 COLLECTED = "_collected_records"
@@ -63,6 +80,35 @@ class DSTConfig(PeftConfig):
         metadata={
             "help": "What ranks a component: |seed * change| ('inverse_relative', the paper's default), |change / seed| "
             "('relative') or |change| ('absolute')."
+        },
+    )
+    distance_normalization: Literal["size", "mean"] | None = field(
+        default=None,
+        metadata={
+            "help": "Divide distances by the number of parameters of their module ('size') or by the mean of its absolute "
+            "seed values ('mean'); an alternative to silos by module and layer, for siloing 'module' or 'none'."
+        },
+    )
+    selection: Selection = field(
+        default="dynamic",
+        metadata={
+            "help": "How the subset is chosen: again at every step ('dynamic'), at the first one ('first_step'), or before "
+            "training: at random, all biases ('bitfit'), the largest weights ('magnitude'), or by what peft_dst.fix_subset "
+            "is given: scores ('fisher', 'fisher_pretraining', 'combined', 'diff_pruning') or the subset of another "
+            "adapter ('transfer'). See docs/selections.md."
+        },
+    )
+    selection_seed: int = field(
+        default=0, metadata={"help": "What selection='random' draws from; the same subset on every platform."}
+    )
+    churn_interval: int = field(
+        default=1, metadata={"help": "Choose the subset anew every so many steps, counted from the first."}
+    )
+    churn_stop: int | float | None = field(
+        default=None,
+        metadata={
+            "help": "Last step at which the subset is chosen, or the same as a fraction of training (0 < f < 1); it is "
+            "kept from then on."
         },
     )
     threshold: Literal["exact", "iterative"] = field(
@@ -141,6 +187,7 @@ class DSTConfig(PeftConfig):
         self._check_budget()
         _check_choice("siloing", self.siloing, SILOINGS)
         _check_choice("distance", self.distance, DISTANCES)
+        self._check_selection()
         self._check_threshold()
         _check_choice("bias", self.bias, ("none",), "To train biases densely put their modules in modules_to_save.")
         compile_silo_patterns(self.silo_pattern)
@@ -170,6 +217,9 @@ class DSTConfig(PeftConfig):
             if type(self.num_free_parameters) is not int or self.num_free_parameters < 1:
                 raise ValueError(f"num_free_parameters must be a positive integer, got {self.num_free_parameters!r}.")
             return
+        if self.epsilon is None and self.selection == "bitfit":
+            # There are as many as there are.
+            return
         if self.epsilon is None:
             self.epsilon = DEFAULT_EPSILON
         if isinstance(self.epsilon, bool) or not isinstance(self.epsilon, int | float) or not 0 < self.epsilon <= 1:
@@ -177,6 +227,50 @@ class DSTConfig(PeftConfig):
                 f"epsilon must be a fraction with 0 < epsilon <= 1, got {self.epsilon!r}. To give an absolute number of "
                 "free parameters use num_free_parameters."
             )
+
+    def _check_selection(self) -> None:
+        _check_choice("selection", self.selection, SELECTIONS)
+        if self.distance_normalization is not None:
+            _check_choice("distance_normalization", self.distance_normalization, ("size", "mean"))
+        if self.selection == "bitfit" and self.epsilon is not None:
+            raise ValueError(
+                f"selection='bitfit' tunes all biases; epsilon={self.epsilon} cannot be kept. Leave epsilon out, or "
+                "choose another selection."
+            )
+        if self.distance_normalization and self.siloing not in ("module", "none"):
+            raise ValueError(
+                f"distance_normalization={self.distance_normalization!r} changes nothing within silos of one module, as "
+                f"with siloing={self.siloing!r}. Set siloing to 'module' or 'none', or leave the normalization out."
+            )
+        if type(self.selection_seed) is not int or not -(2**63) <= self.selection_seed < 2**63:
+            raise ValueError(f"selection_seed must be an integer of at most 64 bits, got {self.selection_seed!r}.")
+        if type(self.churn_interval) is not int or self.churn_interval < 1:
+            raise ValueError(f"churn_interval must be a positive integer, got {self.churn_interval!r}.")
+        stop = self.churn_stop
+        if stop is not None and not ((type(stop) is int and stop >= 1) or (isinstance(stop, float) and 0 < stop < 1)):
+            raise ValueError(
+                f"churn_stop must be a positive number of steps or a fraction of training (0 < f < 1), got {stop!r}."
+            )
+        if self.selection != "dynamic" and (self.churn_interval != 1 or stop is not None):
+            raise ValueError(
+                f"churn_interval={self.churn_interval} and churn_stop={stop} say when selection='dynamic' chooses; "
+                f"selection={self.selection!r} chooses once. Leave them out."
+            )
+        if self.selection in STATIC and (self.threshold != "exact" or self.distance_normalization):
+            raise ValueError(
+                f"selection={self.selection!r} measures no distances while training, so threshold={self.threshold!r} and "
+                f"distance_normalization={self.distance_normalization!r} have no meaning. Leave them out."
+            )
+
+    @property
+    def fixed(self) -> bool:
+        """Whether the subset is chosen before training, and kept."""
+        return self.selection in STATIC
+
+    @property
+    def schedule(self) -> Schedule:
+        """At which steps the subset is chosen."""
+        return Schedule(stop=1) if self.selection == "first_step" else Schedule(self.churn_interval, self.churn_stop)
 
     def _check_threshold(self) -> None:
         _check_choice("threshold", self.threshold, ("exact", "iterative"))

@@ -6,6 +6,7 @@ called `_sparse` of every module that holds tuned parameters:
 
     dst_indices.<adapter>.<parameter>   sorted flat positions, int32 (int64 past 2^31)
     dst_values.<adapter>.<parameter>    the new values there, in the base's dtype
+    dst_free.<adapter>.<parameter>      the same in float32, of fixed subsets while they are trained; in no state dict
 
 While an adapter is written into the live weights they, not its record, are
 up to date; the record is refreshed whenever somebody could see it (`state_dict`) or the adapter leaves the weights.
@@ -26,6 +27,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from .core import SparseWeight
+from .core.free import free_values, watch
 from .core.tiles import bits
 from .delta import DeltaError, Record, check_record, index_dtype
 
@@ -56,6 +58,27 @@ class Entries(nn.Module):
         }
 
 
+class FreeValues(Entries):
+    """What is trained of one adapter whose subset is fixed: a float32 copy of its values.
+
+    The records are what is saved and loaded; these follow the live weights.
+    """
+
+    def _save_to_state_dict(self, *unused: Any) -> None:
+        return
+
+    def _load_from_state_dict(self, *unused: Any) -> None:
+        return
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FreeValues:
+        # They go where the model goes, but keep their precision.
+        for parameter in self.parameters():
+            parameter.data = parameter.data.to(fn(parameter.data[:0]).device)
+            if parameter.grad is not None:
+                parameter.grad = parameter.grad.to(parameter.device)
+        return self
+
+
 class SparseLayer(nn.Module, BaseTunerLayer):
     """Child of a host module; holds the records of all adapters for the host's own parameters.
 
@@ -74,6 +97,11 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         self.name = name
         self.dst_indices = nn.ModuleDict({})
         self.dst_values = nn.ModuleDict({})
+        #: What is trained of the adapters in `fixed`.
+        self.dst_free = nn.ModuleDict({})
+        #: Adapters whose subset was chosen once, and never changes.
+        self.fixed: set[str] = set()
+        self._trainable = False
         self.tuned: dict[str, tuple[str, ...]] = {}
         self.weights: dict[str, SparseWeight] = {}
         self.merged_adapters: list[str] = []
@@ -193,6 +221,49 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         for parameter, weight in self.weights.items():
             weight.adapters = tuple(name for name in wanted if parameter in self.tuned[name])
             weight.disabled = self._disable_adapters
+        if not self._disable_adapters:
+            self._train_fixed()
+
+    def _train_fixed(self) -> None:
+        """Have the values of a fixed subset trained in the place of the weights, where the one active adapter has one."""
+        for parameter, weight in self.weights.items():
+            weight.free = None
+            if len(weight.adapters) != 1 or weight.adapters[0] not in self.fixed:
+                continue
+            # Only what holds free values needs a gradient.
+            trainable = self._trainable and weight.indices.numel() > 0
+            weight.parameter.requires_grad_(trainable)
+            if trainable:
+                weight.free = self._free(weight.adapters[0], parameter, weight)
+                watch(weight)
+        for name, free in self.dst_free.items():
+            free.requires_grad_(self._trainable and name in self._active_adapter)
+
+    def _free(self, adapter: str, parameter: str, weight: SparseWeight) -> nn.Parameter:
+        """What is trained of a weight; the same parameter as long as the subset has its size, for optimizers hold it."""
+        if adapter not in self.dst_free:
+            self.dst_free[adapter] = FreeValues()
+        found = cast(Entries, self.dst_free[adapter])
+        free = found._parameters.get(parameter)
+        if free is None or free.shape != weight.indices.shape:
+            free = free_values(weight.values())
+            found.register_parameter(parameter, free)
+        return free
+
+    def fix(self, adapter: str, positions: Mapping[str, Tensor]) -> None:
+        """Give an adapter the subset that it keeps, at the seed's values.
+
+        Args:
+            adapter: its name.
+            positions: for each parameter that it tunes sorted flat positions, int64 (k,).
+        """
+        self.fixed.add(adapter)
+        for parameter in self.tuned[adapter]:
+            weight = self.weights[parameter]
+            indices = positions[parameter].to(weight.data.device)
+            record = Record(indices.to(index_dtype(weight.data.numel())), weight.seeds_at(indices))
+            self.write_record(adapter, parameter, record)
+        self.sync()
 
     def forget_seed(self, parameters: Sequence[str]) -> None:
         """Dense weights are about to be loaded over these parameters: keep what training made, let go of the seed."""
@@ -223,7 +294,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):
             hook.remove()
         for weight in self.weights.values():
             weight.parameter.requires_grad_(weight.requires_grad_before)
-            weight.adapters, weight.disabled = (), False
+            weight.adapters, weight.disabled, weight.free = (), False, None
         delattr(self.host, MARKER)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLayer:
@@ -247,6 +318,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         self._active_adapter = names
         if not self.merged:
             self._merged_model = False
+        self._trainable = not inference_mode
         for parameter, weight in self.weights.items():
             tuned = any(parameter in self.tuned.get(name, ()) for name in names)
             weight.parameter.requires_grad_(tuned and not inference_mode)
@@ -264,11 +336,15 @@ class SparseLayer(nn.Module, BaseTunerLayer):
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Make the parameters that the named adapters tune trainable or not, if such an adapter is active."""
         names = {adapter_names} if isinstance(adapter_names, str) else set(adapter_names)
+        concerned = names.intersection(self.active_adapters)
         for parameter, weight in self.weights.items():
-            if any(parameter in self.tuned.get(name, ()) for name in names.intersection(self.active_adapters)):
+            if any(parameter in self.tuned.get(name, ()) for name in concerned):
                 weight.parameter.requires_grad_(requires_grad)
                 if requires_grad:
                     weight.watch()
+        if concerned:
+            self._trainable = requires_grad
+            self._train_fixed()
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Declare adapters part of the base weights, where their values already stand or now come to stand.
@@ -311,6 +387,9 @@ class SparseLayer(nn.Module, BaseTunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         self.tuned.pop(adapter_name, None)
         self.awaited.discard(adapter_name)
+        self.fixed.discard(adapter_name)
+        if adapter_name in self.dst_free:
+            del self.dst_free[adapter_name]
         super().delete_adapter(adapter_name)
         self.sync()
 

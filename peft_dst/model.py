@@ -13,9 +13,9 @@ from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from . import exchange
+from . import exchange, static
 from .config import DSTConfig
-from .core import Constraint, Silo, allocate_budgets, partition
+from .core import Constraint, Silo, partition
 from .core.silos import compile_silo_patterns, read_names
 from .delta import DeltaError, Record, Summary
 from .layer import MARKER, SparseLayer, markers
@@ -92,6 +92,15 @@ class DSTModel(BaseTuner):
                     free += parameter.numel()
         return free, everything
 
+    def set_training_steps(self, steps: int, adapter_name: str = "default") -> None:
+        """Say how many optimizer steps the whole training has, for a `churn_stop` that is a fraction of it.
+
+        DSTCallback does this under Trainer.
+        """
+        if type(steps) is not int or steps < 1:
+            raise ValueError(f"steps must be a positive integer, got {steps!r}.")
+        self.constraint(adapter_name).total_steps = steps
+
     # Injection
 
     def inject_adapter(
@@ -107,6 +116,7 @@ class DSTModel(BaseTuner):
         config = _maybe_include_all_linear_layers(config, model)
         targets = find_targets(model, config)
         silos = _silo_sizes(model, config, [target.name for target in targets])
+        budgets = static.budgets(config, silos)
         _check_no_copies(model, config, adapter_name)
         summaries = exchange.read_summaries(config)
         _check_summaries(summaries, silos)
@@ -136,17 +146,15 @@ class DSTModel(BaseTuner):
         self.targeted_module_names = [m.name for m in found.values() if m.name]
 
         weights = {w.name: w for marker in found.values() for w in marker.weights.values()}
-        budgets = allocate_budgets(
-            [sum(sizes.values()) for sizes in silos.values()],
-            epsilon=config.epsilon,
-            num_free_parameters=config.num_free_parameters,
-        )
         constraint = Constraint(
             adapter_name,
             [Silo(s, [weights[n] for n in sizes], k) for (s, sizes), k in zip(silos.items(), budgets, strict=True)],
             config.distance,
-            {n: kind for n, (_, kind) in read_names([*weights], compile_silo_patterns(config.silo_pattern)).items()},
+            read_names([*weights], compile_silo_patterns(config.silo_pattern)),
             config.tracking,
+            config.schedule,
+            config.distance_normalization,
+            config.fixed,
         )
         model.__dict__.setdefault(exchange.CONSTRAINTS, {})[adapter_name] = constraint
         _keep_from_ddp(model)
@@ -154,6 +162,11 @@ class DSTModel(BaseTuner):
             _start_at_random(found, constraint)
         if config.records is not None:
             exchange.settle_before_forward(model)
+            for marker in found.values():
+                if config.fixed and adapter_name in marker.tuned:
+                    marker.fixed.add(adapter_name)
+        elif (positions := static.choose_by_seed(config, constraint)) is not None:
+            static.place(model, constraint, positions)
 
     def _create_and_replace(
         self,
@@ -298,13 +311,7 @@ def _silo_sizes(model: nn.Module, config: DSTConfig, names: list[str]) -> dict[s
             f"target_parameters {config.target_parameters}. Check their names, exclude_modules and layers_to_transform."
         )
     silos = partition(names, config.siloing, compile_silo_patterns(config.silo_pattern))
-    sizes = {silo: {name: model.get_parameter(name).numel() for name in members} for silo, members in silos.items()}
-    allocate_budgets(
-        [sum(members.values()) for members in sizes.values()],
-        epsilon=config.epsilon,
-        num_free_parameters=config.num_free_parameters,
-    )
-    return sizes
+    return {silo: {name: model.get_parameter(name).numel() for name in members} for silo, members in silos.items()}
 
 
 def _check_summaries(summaries: dict[str, Summary], silos: dict[str, dict[str, int]]) -> None:

@@ -15,18 +15,26 @@ PACKAGE = Path(__file__).parent.parent / "peft_dst"
 ORDER = [
     "core",
     "delta",
+    "subsets",
     "config",
     "layer",
     "targets",
     "exchange",
+    "static",
     "model",
     "card",
+    "extraction",
     "baselines",
     "training",
+    "analysis",
     "registration",
     "__init__",
 ]
-MAY_IMPORT = {"core": {"torch"}, "delta": {"torch", "safetensors"}}
+MAY_IMPORT = {
+    "core": {"torch"},
+    "delta": {"torch", "safetensors"},
+    "subsets": {"torch", "numpy", "safetensors", "tqdm"},
+}
 
 
 def room(path: Path) -> str:

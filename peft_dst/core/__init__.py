@@ -12,7 +12,9 @@ kernel is wanted.
 * `weights`    live weights that differ from their seed in a few known places
 * `subset`     silos with their budgets, and what is free in them now
 * `step`       an optimizer's step under way, and how it is ended or undone
+* `schedule`   at which steps the subset is chosen
 * `constraint` one adapter's constraint: what happens around an optimizer step
+* `free`       training a subset that never changes
 * `hook`       the global optimizer hook that calls it, for any `torch.optim` optimizer
 * `reference`  the same step, dense and plain, to test the fast one against
 * `kernels`    AdamW's step and the choice in one on a GPU (with `kernels_triton`, and its plain `kernels_reference`)
@@ -21,7 +23,9 @@ kernel is wanted.
 from .budgets import allocate_budgets
 from .constraint import Constraint, concerned
 from .distances import DISTANCES, distance
+from .free import FixedStep
 from .hook import exempt
+from .schedule import Schedule
 from .selection import Selection, select
 from .silos import SILOINGS, partition
 from .subset import Silo, Subset
@@ -33,7 +37,9 @@ __all__ = [
     "DISTANCES",
     "SILOINGS",
     "Constraint",
+    "FixedStep",
     "NonFiniteDistanceError",
+    "Schedule",
     "Selection",
     "Silo",
     "SparseWeight",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -11,16 +11,19 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from .iterative import select_iteratively
+from .schedule import EVERY_STEP, Schedule
 from .selection import Selection, select
 from .step import StepInProgress
-from .subset import Silo
+from .subset import Silo, Subset
 from .tiles import NonFiniteDistanceError
-from .weights import SparseWeight
+from .weights import SparseWeight, gather
 
 
 # Where an optimizer's first parameter group concerned keeps tracked thresholds: adapter → silo → threshold. They are state
 # of training, like the moments beside them, and so saved and resumed with these.
 THRESHOLDS = "dst_thresholds"
+# Likewise the number of steps, where the subset is not chosen at each: adapter → steps.
+STEPS = "dst_steps"
 
 
 class Constraint:
@@ -35,8 +38,17 @@ class Constraint:
         adapter: name of the adapter whose values the subset's are.
         silos: the partition of the tuned parameters with its budgets.
         distance: name of the distance to the seed.
-        kinds: kind of module of each weight, by its name; for figures only.
+        modules: layer and kind of module of each weight, by its name.
         tracking: the (m, r) of Alg. 2, to track thresholds and keep the budgets approximately; None keeps them exactly.
+        schedule: at which steps the subset is chosen.
+        normalization: what distances are divided by (Appendix B of the paper): the number of components of the weight's
+            module ("size"), the mean of its absolute seed values ("mean"; 1 where that is zero), or nothing (None).
+        fixed: whether the subset is given and never changes. Its values are then trained as parameters of their own
+            (`free`), and the weights themselves are not.
+
+    Attributes:
+        begun: whether the subset was given before the first step, which then keeps it.
+        total_steps: number of steps of the whole training, where it is known.
     """
 
     #: Every constraint that somebody holds, copies and unpickled ones included: the optimizer hook looks them up here.
@@ -47,15 +59,23 @@ class Constraint:
         adapter: str,
         silos: list[Silo],
         distance: str,
-        kinds: Mapping[str, str],
+        modules: Mapping[str, tuple[str, str]],
         tracking: tuple[int, float] | None = None,
+        schedule: Schedule = EVERY_STEP,
+        normalization: str | None = None,
+        fixed: bool = False,
     ):
         self.adapter = adapter
         self.tracking = tracking
         self.silos = silos
-        self.kinds = dict(kinds)
+        self.modules = dict(modules)
         self.distance = distance
+        self.schedule = schedule
+        self.normalization = normalization
+        self.fixed = fixed
         self.steps = 0
+        self.begun = False
+        self.total_steps: int | None = None
         self.live.add(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -85,23 +105,37 @@ class Constraint:
         self.live.discard(self)
 
     def recall(self, param_groups: Iterable[Mapping[str, Any]]) -> None:
-        """Take up the tracked thresholds that an optimizer's groups hold, which come with its saved state."""
-        if self.tracking:
-            for thresholds in (
-                group[THRESHOLDS].get(self.adapter, {}) for group in param_groups if THRESHOLDS in group
-            ):
+        """Take up what an optimizer's groups hold of this constraint, which comes with its saved state."""
+        for group in param_groups:
+            if self.tracking:
+                thresholds = group.get(THRESHOLDS, {}).get(self.adapter, {})
                 for silo in self.silos:
                     silo.tracked = thresholds.get(silo.name, silo.tracked)
+            if not self.schedule.every_step:
+                self.steps = group.get(STEPS, {}).get(self.adapter, self.steps)
+
+    def chooses(self, empty: bool) -> bool:
+        """Whether a silo's subset is chosen anew at the step now to be made.
+
+        Args:
+            empty: whether nothing is in it: nothing has moved yet (as under a learning rate of 0 at first).
+        """
+        scheduled = self.schedule.chooses(self.steps + 1, self.total_steps)
+        return empty or (scheduled and not (self.begun and self.steps == 0))
 
     def complete(self, param_groups: Iterable[dict[str, Any]]) -> None:
-        """Count a step that has come to its end, and leave its thresholds in the groups of the optimizer that made it."""
+        """Count a step that has come to its end, and leave what is to be recalled in the optimizer's groups."""
         self.steps += 1
+        if not self.tracking and self.schedule.every_step:
+            return
+        own = {id(weight.parameter) for weight in self.weights}
+        group = next(g for g in param_groups if any(id(parameter) in own for parameter in g["params"]))
         if self.tracking:
             for silo in self.silos:
                 silo.tracked = float(silo.threshold)
-            own = {id(weight.parameter) for weight in self.weights}
-            group = next(g for g in param_groups if any(id(parameter) in own for parameter in g["params"]))
             group.setdefault(THRESHOLDS, {})[self.adapter] = {silo.name: silo.tracked for silo in self.silos}
+        if not self.schedule.every_step:
+            group.setdefault(STEPS, {})[self.adapter] = self.steps
 
     def before_step(self, silos: list[Silo]) -> StepInProgress:
         """Lend the optimizer working copies of the given silos' weights, for it to write Θ̂ into."""
@@ -121,29 +155,53 @@ class Constraint:
                 were before the step. The optimizer's state is not ours to restore.
         """
         updates = step.take_back()
-        selections = [self.select(silo, [updates[weight] for weight in silo.weights]) for silo in step.silos]
+        before = {silo: [step.before[weight] for weight in silo.weights] for silo in step.silos}
+        selections = [
+            self.select(silo, [updates[weight] for weight in silo.weights], before[silo]) for silo in step.silos
+        ]
         for silo, selection in zip(step.silos, selections, strict=True):
-            before = [step.before[weight] for weight in silo.weights]
-            silo.take(selection, [updates[weight] for weight in silo.weights], before)
+            silo.take(selection, [updates[weight] for weight in silo.weights], before[silo])
         step.end(updates)
 
-    def select(self, silo: Silo, updates: list[Tensor]) -> Selection:
+    def select(self, silo: Silo, updates: list[Tensor], before: Sequence[Subset]) -> Selection:
         """The subset of a silo whose live weights are the seed now.
 
         Args:
             silo: the silo.
             updates: Θ̂ of its weights, in their shapes; float32 for bfloat16 and float16 weights is welcome.
+            before: its subset before the step.
 
         Raises:
             FloatingPointError: if an update is NaN or infinite.
         """
         try:
+            # Where nothing competes, all that moved is kept, whenever it moved.
+            if silo.budget < silo.size and not self.chooses(not any(subset.indices.numel() for subset in before)):
+                return _keep(silo, updates, before)
             seeds, flat = [weight.flat() for weight in silo.weights], [updated.reshape(-1) for updated in updates]
+            divisors = self._divisors(silo)
             if self.tracking:
-                return select_iteratively(seeds, flat, silo.budget, self.distance, silo.tracked, *self.tracking)
-            return select(seeds, flat, silo.budget, self.distance)
+                m, r = self.tracking
+                return select_iteratively(seeds, flat, silo.budget, self.distance, silo.tracked, m, r, divisors)
+            return select(seeds, flat, silo.budget, self.distance, divisors)
         except NonFiniteDistanceError as error:
             raise self.non_finite(silo, error.position) from error
+
+    def _divisors(self, silo: Silo) -> list[float] | None:
+        """What the distances of each weight are divided by. The live weights are the seed now."""
+        if self.normalization is None:
+            return None
+        if silo.divisors is None:
+            members: dict[tuple[str, str], list[Tensor]] = {}
+            for weight in silo.weights:
+                members.setdefault(self.modules[weight.name], []).append(weight.data)
+            found = {}
+            for module, tensors in members.items():
+                size = sum(tensor.numel() for tensor in tensors)
+                total = sum(float(tensor.abs().sum(dtype=torch.float64)) for tensor in tensors)
+                found[module] = float(size) if self.normalization == "size" else total / size or 1.0
+            silo.divisors = [found[self.modules[weight.name]] for weight in silo.weights]
+        return silo.divisors
 
     def non_finite(self, silo: Silo, position: int) -> FloatingPointError:
         """What to say of a distance that is NaN or infinite, in the weight at a position of a silo."""
@@ -161,15 +219,23 @@ class Constraint:
         )
 
 
+def _keep(silo: Silo, updates: list[Tensor], before: Sequence[Subset]) -> Selection:
+    """The subset from before, unless an update in it is not finite."""
+    for i, (updated, subset) in enumerate(zip(updates, before, strict=True)):
+        if not torch.isfinite(gather(updated, subset.indices)).all():
+            raise NonFiniteDistanceError(i)
+    return Selection([subset.indices for subset in before], silo.threshold)
+
+
 def concerned(param_groups: Iterable[Mapping[str, Any]]) -> list[tuple[Constraint, list[Silo]]]:
-    """The live constraints, with those of their silos that a step of an optimizer with these groups would change.
+    """The live constraints that choose their subset, with those of their silos that a step with these groups would change.
 
     Raises:
         RuntimeError: if a weight is in no state to be stepped: its adapter is disabled, or not the only active one.
         NotImplementedError: if a weight is sharded.
     """
     parameters = {id(parameter) for group in param_groups for parameter in group["params"]}
-    found = [(constraint, _to_step(constraint, parameters)) for constraint in list(Constraint.live)]
+    found = [(c, _to_step(c, parameters)) for c in list(Constraint.live) if not c.fixed]
     return [(constraint, silos) for constraint, silos in found if silos]
 
 
@@ -179,20 +245,30 @@ def _to_step(constraint: Constraint, parameters: set[int]) -> list[Silo]:
         for weight in silo.weights:
             if constraint.adapter not in weight.adapters and not weight.disabled:
                 return []
-            if weight.disabled and weight.parameter.grad is not None:
-                raise RuntimeError(
-                    f"an optimizer is stepping {weight.name!r} while its adapter is disabled: the step would change the "
-                    "seed itself. Leave `disable_adapter()` (or enable the adapters) before optimizer.step()."
-                )
-            if len(weight.adapters) > 1:
-                raise RuntimeError(
-                    f"an optimizer is stepping {weight.name!r} while the adapters {', '.join(weight.adapters)} are all "
-                    "active: a change could not be attributed to one of them. Activate the one to train, with "
-                    "set_adapter(name)."
-                )
-            if isinstance(weight.data, DTensor):
-                raise NotImplementedError(
-                    f"{weight.name!r} is sharded (DTensor), and selection across shards is not supported yet. Train "
-                    "with data parallelism (DDP) or on one device."
-                )
+            check_steppable(weight, weight.parameter.grad)
     return [silo for silo in silos if not any(weight.disabled for weight in silo.weights)]
+
+
+def check_steppable(weight: SparseWeight, gradient: Tensor | None) -> None:
+    """Check that an optimizer may step a weight.
+
+    Raises:
+        RuntimeError: if its adapter is disabled, or not the only active one.
+        NotImplementedError: if it is sharded.
+    """
+    if weight.disabled and gradient is not None:
+        raise RuntimeError(
+            f"an optimizer is stepping {weight.name!r} while its adapter is disabled: the step would change the "
+            "seed itself. Leave `disable_adapter()` (or enable the adapters) before optimizer.step()."
+        )
+    if len(weight.adapters) > 1:
+        raise RuntimeError(
+            f"an optimizer is stepping {weight.name!r} while the adapters {', '.join(weight.adapters)} are all "
+            "active: a change could not be attributed to one of them. Activate the one to train, with "
+            "set_adapter(name)."
+        )
+    if isinstance(weight.data, DTensor):
+        raise NotImplementedError(
+            f"{weight.name!r} is sharded (DTensor), and selection across shards is not supported yet. Train "
+            "with data parallelism (DDP) or on one device."
+        )

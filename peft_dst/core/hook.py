@@ -15,12 +15,14 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from .constraint import Constraint, concerned
+from .free import FixedStep
 from .step import StepInProgress
 
 
 # Steps under way, by optimizer. An optimizer that calls another one's step (Lookahead) has the constraint enforced after
 # both; a step that raised leaves its entry, which the next one undoes.
 _under_way: weakref.WeakKeyDictionary[Optimizer, list[tuple[Constraint, StepInProgress]]] = weakref.WeakKeyDictionary()
+_fixed: weakref.WeakKeyDictionary[Optimizer, FixedStep] = weakref.WeakKeyDictionary()
 # Optimizers that keep the constraint by themselves.
 _exempt: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 _installed = False
@@ -44,6 +46,7 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
     _undo(_under_way.pop(optimizer, []))
     if optimizer in _exempt:
         return
+    _fixed[optimizer] = FixedStep(optimizer)
     steps: list[tuple[Constraint, StepInProgress]] = []
     try:
         for constraint, silos in concerned(optimizer.param_groups):
@@ -58,7 +61,10 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
 
 def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     steps = _under_way.pop(optimizer, [])
+    fixed = _fixed.pop(optimizer, None)
     try:
+        if fixed is not None:
+            fixed.end()
         for constraint, step in steps:
             constraint.after_step(step)
             constraint.complete(optimizer.param_groups)

@@ -71,6 +71,7 @@ def select_iteratively(
     previous: float | None,
     iterations: int = ITERATIONS,
     fluctuation: float = FLUCTUATION,
+    divisors: Sequence[float] | None = None,
 ) -> Selection:
     """Choose the components of one silo that keep their update, by Alg. 2: those whose distance is above q (Eq. 6, 7).
 
@@ -89,6 +90,7 @@ def select_iteratively(
         previous: q', the threshold that the silo's last selection returned; None at the first step.
         iterations: m.
         fluctuation: r.
+        divisors: for each tensor a number that its distances are divided by; None for none.
 
     Returns:
         The subset, and q in the distance's dtype. After an exact choice, q is the smallest kept distance.
@@ -98,8 +100,8 @@ def select_iteratively(
     """
     n = sum(seed.numel() for seed in seeds)
     if previous is None or not 0 < previous < math.inf or not 0 < budget < n:
-        return select(seeds, updates, budget, kind)
-    silo = Tiles(seeds, updates, kind)
+        return select(seeds, updates, budget, kind, divisors)
+    silo = Tiles(seeds, updates, kind, divisors)
     counts = _Counts(silo)
     threshold = refine_threshold(previous, counts.count, budget, iterations, fluctuation)
     return Selection(counts.above(threshold), torch.tensor(threshold, dtype=silo.dtype, device=silo.device))

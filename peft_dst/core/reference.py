@@ -20,6 +20,7 @@ def reference_step(
     silos: Mapping[str, Sequence[str]],
     budgets: Mapping[str, int],
     kind: str,
+    divisors: Mapping[str, float] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Project fully updated parameters onto the constraint (Eq. 7).
 
@@ -29,6 +30,7 @@ def reference_step(
         silos: silo → names of its tensors; ties go to the earlier tensor, then the lower flat index.
         budgets: silo → number of components that may differ.
         kind: the distance.
+        divisors: name → what its distances are divided by.
 
     Returns:
         (parameters, subset): the projected parameters, and for every name the sorted flat indices kept (int64).
@@ -40,6 +42,8 @@ def reference_step(
         theta0 = torch.cat([seed[name].flatten() for name in names])
         theta_hat = torch.cat([updated[name].flatten() for name in names])
         delta = torch.cat([distance(kind, seed[name].flatten(), updated[name].flatten()) for name in names])
+        if divisors is not None:
+            delta /= torch.cat([torch.full((n,), divisors[m]) for m, n in zip(names, sizes, strict=True)])
         if budgets[silo] >= sum(sizes):
             # No competition: whatever moved may stay.
             keep = (

@@ -45,7 +45,13 @@ class Selection:
     threshold: Tensor
 
 
-def select(seeds: Sequence[Tensor], updates: Sequence[Tensor], budget: int, kind: str) -> Selection:
+def select(
+    seeds: Sequence[Tensor],
+    updates: Sequence[Tensor],
+    budget: int,
+    kind: str,
+    divisors: Sequence[float] | None = None,
+) -> Selection:
     """Choose the components of one silo that keep their update.
 
     Kept are the `budget` largest distances that are not zero; a tie at the threshold goes to the lower (tensor, flat
@@ -57,11 +63,12 @@ def select(seeds: Sequence[Tensor], updates: Sequence[Tensor], budget: int, kind
         updates: Θ̂, likewise; its dtypes may be wider (float32 for bfloat16 seeds).
         budget: k, 0 <= k <= the number of components.
         kind: name of the distance.
+        divisors: for each tensor a number that its distances are divided by; None for none.
 
     Raises:
         NonFiniteDistanceError: if any distance is NaN or infinite.
     """
-    silo = Tiles(seeds, updates, kind)
+    silo = Tiles(seeds, updates, kind, divisors)
     if budget == 0 or budget >= silo.size:
         silo.check_finite([delta.amax() for _, _, delta in silo.tiles()])
         everything = [_moved(*pair) if budget else pair[0].new_empty(0, dtype=torch.int64) for pair in silo.pairs]
@@ -126,10 +133,10 @@ def _sample(silo: Tiles) -> Tensor:
     while stride > 1 and math.gcd(stride, 30) > 1:
         stride += 1
     found, before = [], 0
-    for seed, updated in silo.pairs:
+    for i, (seed, updated) in enumerate(silo.pairs):
         start = -before % stride
         if start < seed.numel():
-            found.append(silo.distance(seed[start::stride], updated[start::stride]))
+            found.append(silo.distance(i, seed[start::stride], updated[start::stride]))
         before += seed.numel()
     return torch.cat(found).sort(descending=True).values
 

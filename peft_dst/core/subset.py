@@ -39,6 +39,7 @@ class Silo:
         budget: number of free components.
         threshold: smallest kept distance of the last selection, 0-d tensor.
         previous: the subset before the last selection, one index tensor a weight.
+        divisors: what the distances of each weight are divided by, once it is known.
         tracked: threshold of the last step, where that is where the next one starts from (Alg. 2).
     """
 
@@ -47,6 +48,7 @@ class Silo:
     budget: int
     threshold: Tensor = field(default_factory=lambda: torch.zeros(()))
     previous: list[Tensor] = field(default_factory=list)
+    divisors: list[float] | None = None
     tracked: float | None = None
 
     @property

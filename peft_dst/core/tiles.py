@@ -51,11 +51,15 @@ class Tiles:
         seeds: Θ0 of the silo's tensors, each flat, e.g. [(262144,), (512,)] float32.
         updates: Θ̂, likewise; its dtypes may be wider.
         kind: name of the distance.
+        divisors: for each tensor a number that its distances are divided by; None for none.
     """
 
-    def __init__(self, seeds: Sequence[Tensor], updates: Sequence[Tensor], kind: str):
+    def __init__(
+        self, seeds: Sequence[Tensor], updates: Sequence[Tensor], kind: str, divisors: Sequence[float] | None = None
+    ):
         self.pairs = list(zip(seeds, updates, strict=True))
         self.kind = kind
+        self.divisors = divisors
         self.size = sum(seed.numel() for seed in seeds)
         self.dtype = distance_dtype(*seeds, *updates)
         self.uniform = all(distance_dtype(*pair) == self.dtype for pair in self.pairs)
@@ -70,14 +74,13 @@ class Tiles:
             start = 0
             for seed, updated in zip(*(tensor.split(TILE) for tensor in pair), strict=True):
                 n = seed.numel()
-                yield i, start, self.distance(seed, updated, out=scratch if n == scratch.numel() else scratch[:n])
+                yield i, start, self.distance(i, seed, updated, out=scratch if n == scratch.numel() else scratch[:n])
                 start += n
 
-    def distance(self, seed: Tensor, updated: Tensor, out: Tensor | None = None) -> Tensor:
-        """Distances of some components, in the silo's dtype; in silos of one dtype written to `out`."""
-        if self.uniform:
-            return distance(self.kind, seed, updated, out=out)
-        return distance(self.kind, seed, updated).to(self.dtype)
+    def distance(self, i: int, seed: Tensor, updated: Tensor, out: Tensor | None = None) -> Tensor:
+        """Distances of some components of a tensor, in the silo's dtype; in silos of one dtype written to `out`."""
+        delta = distance(self.kind, seed, updated, out=out if self.uniform else None).to(self.dtype)
+        return delta if self.divisors is None else delta.div_(self.divisors[i])
 
     def check_finite(self, maxima: Sequence[Tensor]) -> None:
         """Check the maxima of all distances, in whatever parts; NaN and infinity survive a maximum."""
@@ -138,9 +141,9 @@ class Tiles:
         for some in (rows[:-1] if tail else rows).split(TILE // block):
             if some.numel():
                 parts = [t[: whole * block].view(whole, block).index_select(0, some).view(-1) for t in (seed, updated)]
-                yield i, self.distance(*parts), some * block
+                yield i, self.distance(i, *parts), some * block
         if tail:
-            yield i, self.distance(seed[-rest:], updated[-rest:]), rows[-1:] * block
+            yield i, self.distance(i, seed[-rest:], updated[-rest:]), rows[-1:] * block
 
     def find_in_blocks(self, blocks: Tensor, block: int, bound: float) -> tuple[list[Tensor], list[Tensor]]:
         """The distances above a bound in some blocks, and their flat positions, (m_i,) for each tensor."""

@@ -51,6 +51,7 @@ class SparseWeight:
         seeds: the seed's values there, (k,) in the parameter's dtype.
         adapters: names of the adapters whose values stand in the live weight.
         disabled: whether the seed shows although an adapter is active.
+        free: where the subset is fixed and trained, the parameter that holds its exact values, (k,) in float32 or wider.
         stepped: whether an optimizer step has changed the weight since this was last set to False.
     """
 
@@ -61,6 +62,9 @@ class SparseWeight:
         self.adapters: tuple[str, ...] = ()
         self.disabled = False
         self.stepped = False
+        self.free: nn.Parameter | None = None
+        #: The parameter whose gradients are gathered for `free`.
+        self.watched_parameter: nn.Parameter | None = None
         self.requires_grad_before = self.parameter.requires_grad
         self._watched = False
         self._checksum: tuple[torch.dtype, torch.Size, int] | None = None
@@ -71,7 +75,8 @@ class SparseWeight:
 
     def __getstate__(self) -> dict[str, object]:
         self.recover()
-        return self.__dict__.copy()
+        # Copies of a parameter come without its hooks.
+        return {**self.__dict__, "watched_parameter": None}
 
     @property
     def parameter(self) -> nn.Parameter:

@@ -3,12 +3,13 @@
 Imports torch, safetensors and the standard library only.
 """
 
-from .files import WEIGHTS_NAME, read_metadata, stamp
+from .files import WEIGHTS_NAME, read_metadata, read_records, stamp
 from .records import (
     FORMAT_VERSION,
     DeltaError,
     Record,
     Summary,
+    check_entries,
     check_record,
     check_seed,
     index_dtype,
@@ -22,10 +23,12 @@ __all__ = [
     "DeltaError",
     "Record",
     "Summary",
+    "check_entries",
     "check_record",
     "check_seed",
     "index_dtype",
     "read_metadata",
+    "read_records",
     "stamp",
     "summarize",
 ]

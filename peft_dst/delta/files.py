@@ -1,21 +1,31 @@
-"""The adapter's safetensors file: the metadata that makes it readable without its adapter_config.json."""
+"""The adapter's files: the metadata that makes its tensors readable by themselves, and reading records without a model."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from .records import FORMAT_VERSION
+from .records import FORMAT_VERSION, DeltaError, Record, Summary, check_entries, check_record
 
 
 WEIGHTS_NAME = "adapter_model.safetensors"
+CONFIG_NAME = "adapter_config.json"
+# As records are called in a PEFT model's state dict, without the adapter's name.
+_RECORD_KEY = re.compile(
+    r"base_model\.model\.(?P<host>(?:.*\.)?)_sparse\.dst_(?P<part>indices|values)\.(?P<parameter>[^.]+)"
+)
+# The largest tensor there may be. Without the base a position can be checked against no other.
+_LARGEST = 2**62
 
 
 def stamp(directory: str | os.PathLike[str], fields: Mapping[str, Any]) -> None:
@@ -49,3 +59,71 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
     return {key.removeprefix("dst_"): json.loads(value) for key, value in metadata.items() if key.startswith("dst_")}
+
+
+def read_records(folder: str | os.PathLike[str]) -> dict[str, Record]:
+    """Read a saved adapter's records without its base model.
+
+    Everything is checked that can be without it: the form of each record, that positions ascend, that values are finite,
+    and that the tensors are those that adapter_config.json describes. Whether positions lie within the base's tensors, and
+    the base is the right one, only loading can tell. Dense copies (modules_to_save) are not read.
+
+    Args:
+        folder: holds adapter_config.json and adapter_model.safetensors.
+
+    Returns:
+        Parameter's name in the base model → its record, for those that have entries.
+
+    Raises:
+        DeltaError: if the folder holds no DST adapter, or a damaged one.
+    """
+    folder = Path(folder)
+    summaries = _read_summaries(folder / CONFIG_NAME)
+    path = folder / WEIGHTS_NAME
+    if not path.is_file():
+        raise DeltaError(
+            f"{folder} holds no {WEIGHTS_NAME}. An adapter that was saved otherwise (safe_serialization=False) can be "
+            "loaded with PEFT and saved again."
+        )
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise DeltaError(f"{path} cannot be read ({error}). It is damaged; save or download it again.") from error
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        if match := _RECORD_KEY.fullmatch(key):
+            found.setdefault(match["host"] + match["parameter"], {})[match["part"]] = tensor
+    if found.keys() != summaries.keys():
+        name = min(found.keys() ^ summaries.keys())
+        one, other = (WEIGHTS_NAME, CONFIG_NAME) if name in found else (CONFIG_NAME, WEIGHTS_NAME)
+        raise DeltaError(
+            f"{name!r} has entries in {one} of {folder} but none in {other}. The two files come from different saves; copy "
+            "or download both again."
+        )
+    records = {}
+    for name, parts in found.items():
+        if parts.keys() != {"indices", "values"}:
+            raise DeltaError(f"{name!r} has only {', '.join(parts)} in {path}. It is damaged; save it again.")
+        records[name] = Record(parts["indices"], parts["values"])
+        check_record(name, torch.empty(1, dtype=parts["values"].dtype, device="meta").expand(_LARGEST), records[name])
+        check_entries(name, summaries[name], records[name])
+    return records
+
+
+def _read_summaries(path: Path) -> dict[str, Summary]:
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise DeltaError(f"{path} cannot be read ({error}). Give the folder of a saved adapter.") from error
+    if not isinstance(config, dict) or config.get("peft_type") != "DST":
+        kind = config.get("peft_type") if isinstance(config, dict) else None
+        raise DeltaError(f"{path} describes an adapter of type {kind!r}, not 'DST'. Only DST adapters hold records.")
+    if config.get("format_version") != FORMAT_VERSION:
+        raise DeltaError(
+            f"{path} has format version {config.get('format_version')!r}; this peft_dst reads version {FORMAT_VERSION}. "
+            "Install a peft_dst that writes that version, or save the adapter again with this one."
+        )
+    records = config.get("records") or {}
+    if not isinstance(records, dict):
+        raise DeltaError(f"{path} has malformed `records`: {records!r:.80}. The file was damaged or edited.")
+    return {name: Summary.parse(name, raw) for name, raw in records.items()}

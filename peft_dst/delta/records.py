@@ -89,7 +89,7 @@ def check_record(name: str, tensor: Tensor, record: Record) -> None:
         )
     if not indices.numel():
         return
-    wrong = (indices < 0) | (indices >= numel)
+    wrong = (indices < 0) | (indices.long() >= numel)
     if wrong.any():
         at = int(wrong.nonzero()[0])
         raise DeltaError(
@@ -136,6 +136,19 @@ def summarize(record: Record, seeds: Tensor) -> Summary:
     )
 
 
+def check_entries(name: str, summary: Summary, record: Record) -> None:
+    """Check that a record is the one that was summarised.
+
+    Raises:
+        DeltaError: if it is not.
+    """
+    if record.indices.numel() != summary.entries or _crc(record.indices.to(torch.int64)) != summary.digest:
+        raise DeltaError(
+            f"{name!r}: the entries in adapter_model.safetensors are not those that adapter_config.json describes. The "
+            "two files come from different saves; copy or download both again."
+        )
+
+
 def check_seed(name: str, summary: Summary, record: Record, seeds: Tensor) -> None:
     """Check that a base has the values that an adapter was trained from.
 
@@ -151,11 +164,7 @@ def check_seed(name: str, summary: Summary, record: Record, seeds: Tensor) -> No
     Raises:
         DeltaError: if the entries are not those summarised, or the base has other values there.
     """
-    if record.indices.numel() != summary.entries or _crc(record.indices.to(torch.int64)) != summary.digest:
-        raise DeltaError(
-            f"{name!r}: the entries in adapter_model.safetensors are not those that adapter_config.json describes. The "
-            "two files come from different saves; copy or download both again."
-        )
+    check_entries(name, summary, record)
     for dtype in _coarser(seeds.dtype):
         if saved := summary.seed.get(_PRECISIONS[dtype]):
             if saved != _crc(seeds.to(dtype)):

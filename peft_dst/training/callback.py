@@ -38,7 +38,7 @@ def subset_metrics(constraint: Constraint) -> dict[str, float]:
         "dst/threshold": statistics.median(thresholds) if thresholds else 0.0,
     }
     for weight in constraint.weights:
-        key = f"dst/share/{constraint.kinds[weight.name]}"
+        key = f"dst/share/{constraint.modules[weight.name][1]}"
         metrics[key] = metrics.get(key, 0.0) + weight.indices.numel() / max(free, 1)
     return metrics
 
@@ -73,6 +73,8 @@ class DSTCallback(TrainerCallback):
             )
             return
         assert model is not None
+        for constraint in constraints:
+            constraint.total_steps = state.max_steps
         # Trainer hands over Accelerate's wrapper.
         optimizer = getattr(optimizer, "optimizer", optimizer)
         _check_release(args, optimizer)
@@ -152,7 +154,7 @@ def training_advice(model: nn.Module, constraint: Constraint, optimizer: Optimiz
             "which components are selected. Set weight_decay=0, or make the optimizer with "
             "peft_dst.create_dst_optimizer, which keeps decay to the dense parameters."
         )
-    half = [w for w in constraint.weights if w.data.dtype in (torch.bfloat16, torch.float16)]
+    half = [w for w in constraint.weights if w.data.dtype in (torch.bfloat16, torch.float16) and w.free is None]
     if half and not isinstance(optimizer, DSTOptimizer):
         advice.append(
             f"{len(half)} tensors under the constraint are {half[0].data.dtype}, e.g. {half[0].name!r}: an update smaller "

@@ -37,7 +37,9 @@ def supports(engine: Optimizer, groups: Groups, state: State, constraint: Constr
         constraint: the constraint.
         silo: one of its silos.
     """
-    if constraint.tracking or silo.budget >= silo.size:
+    if constraint.tracking or constraint.normalization or silo.budget >= silo.size:
+        return False
+    if not constraint.chooses(not silo.free()):
         return False
     for weight in silo.weights:
         parameter = weight.parameter

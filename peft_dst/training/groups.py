@@ -31,8 +31,13 @@ def parameter_groups(model: nn.Module, *, lr: float, head_lr: float, weight_deca
     Raises:
         ValueError: if the model has no trainable parameter under a constraint.
     """
-    constrained = {id(w.parameter) for _, marker in markers(model) for w in marker.weights.values()}
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    weights = [weight for _, marker in markers(model) for weight in marker.weights.values()]
+    # Of a fixed subset the values are trained, and its weights get gradients that are gathered for these.
+    constrained = {id(weight.parameter if weight.free is None else weight.free) for weight in weights}
+    gathered = {id(weight.parameter) for weight in weights if weight.free is not None}
+    trainable = [
+        parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in gathered
+    ]
     subset = [parameter for parameter in trainable if id(parameter) in constrained]
     dense = [parameter for parameter in trainable if id(parameter) not in constrained]
     if not subset:

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..core import exempt
+from ..core.free import VALUES
 from .release import Release
-from .silo_by_silo import HALF, VALUES, SiloBySilo, working_dtype
+from .silo_by_silo import HALF, SiloBySilo, working_dtype
 
 
 class DSTOptimizer(Optimizer):

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..core import Constraint, Silo, SparseWeight, Subset, concerned, gather, scatter
+from ..core import Constraint, FixedStep, Silo, SparseWeight, Subset, concerned, gather, scatter
+from ..core.free import VALUES
 from . import fused
 from .released import gradient
 
@@ -16,8 +17,6 @@ from .released import gradient
 if TYPE_CHECKING:
     from .optimizer import DSTOptimizer
 
-# Where the state of a parameter keeps the float32 values of its subset (of all of it, if it is under no constraint).
-VALUES = "dst_values"
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -43,9 +42,11 @@ class SiloBySilo:
     def complete(self) -> None:
         """Step every silo that has not been yet, and the parameters under no constraint; none, if one fails."""
         try:
+            fixed = FixedStep(self.optimizer)
             for constraint, silos in self.concerned:
                 self.silos(constraint, [silo for silo in silos if id(silo) not in self.stepped])
             self._step_rest()
+            fixed.end()
         except BaseException:
             self.undo()
             raise
@@ -78,7 +79,7 @@ class SiloBySilo:
         before = self._remember(silo)
         for weight in silo.weights:
             weight.revert()
-        silo.take(constraint.select(silo, working), working, before)
+        silo.take(constraint.select(silo, working, before), working, before)
         for weight, copy in zip(silo.weights, working, strict=True):
             if weight.data.dtype in HALF:
                 self.optimizer.state[weight.parameter][VALUES] = gather(copy, weight.indices)

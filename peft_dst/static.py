@@ -1,0 +1,265 @@
+"""Subsets that are given: by a static selection (second paper), or by another adapter.
+
+A static selection needs the seed only (random, bitfit, magnitude), and is then made when the adapter is added; or scores
+from data, which `fix_subset` takes, as it takes the subset of another adapter.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from . import exchange
+from .config import GIVEN, DSTConfig
+from .core import Constraint, SparseWeight, allocate_budgets
+from .delta import Record, index_dtype, read_records
+from .layer import SparseLayer, markers
+from .subsets import choose, is_bias, load_scores, magnitude_scores, random_scores
+
+
+#: Name of a parameter of the base model → its scores (floating, of its shape) or the positions in it (int64, sorted).
+Source = Mapping[str, Tensor]
+
+
+def budgets(config: DSTConfig, silos: Mapping[str, Mapping[str, int]]) -> list[int]:
+    """The budget of each silo.
+
+    Args:
+        config: of the adapter.
+        silos: silo → its parameters' names → their sizes.
+
+    Raises:
+        ValueError: if they would all be zero.
+    """
+    if config.selection == "bitfit":
+        found = [sum(n for name, n in sizes.items() if is_bias(name)) for sizes in silos.values()]
+        if not any(found):
+            raise ValueError(
+                "selection='bitfit' tunes biases, and none of the tuned parameters is one. Choose another selection, e.g. "
+                "'random', or widen target_modules."
+            )
+        return found
+    sizes = [sum(members.values()) for members in silos.values()]
+    return allocate_budgets(sizes, epsilon=config.epsilon, num_free_parameters=config.num_free_parameters)
+
+
+def choose_by_seed(config: DSTConfig, constraint: Constraint) -> dict[str, Tensor] | None:
+    """The subset of a selection that needs nothing but the seed; None for the others.
+
+    Returns:
+        For each parameter of the constraint the positions, int64 (k,), sorted.
+    """
+    if config.selection not in ("random", "bitfit", "magnitude"):
+        return None
+    if config.selection == "bitfit":
+        return {
+            weight.name: torch.arange(weight.data.numel() if is_bias(weight.name) else 0)
+            for weight in constraint.weights
+        }
+    return _choose(_SeedScores(config, constraint), constraint)
+
+
+class _SeedScores(Mapping[str, Tensor]):
+    """Scores made when they are asked for, a tensor at a time."""
+
+    def __init__(self, config: DSTConfig, constraint: Constraint):
+        self.config = config
+        self.weights = {weight.name: weight for weight in constraint.weights}
+
+    def __getitem__(self, name: str) -> Tensor:
+        weight = self.weights[name]
+        if self.config.selection == "random":
+            return random_scores(name, weight.data.shape, self.config.selection_seed)
+        return magnitude_scores(_seed(weight))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weights)
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+
+def _seed(weight: SparseWeight) -> Tensor:
+    """The seed of a weight, whatever is applied now."""
+    indices = torch.arange(weight.data.numel(), device=weight.data.device)
+    return weight.seeds_at(indices).view(weight.data.shape) if weight.indices.numel() else weight.data
+
+
+def _choose(scores: Mapping[str, Tensor], constraint: Constraint) -> dict[str, Tensor]:
+    silos = {silo.name: [weight.name for weight in silo.weights] for silo in constraint.silos}
+    return choose(scores, silos, {silo.name: silo.budget for silo in constraint.silos})
+
+
+def place(model: nn.Module, constraint: Constraint, positions: Mapping[str, Tensor], fixed: bool = True) -> None:
+    """Give an adapter a subset at the seed's values, which it keeps (`fixed`) or starts from."""
+    for _, marker in markers(model):
+        if constraint.adapter in marker.tuned:
+            own = {p: positions[marker.weights[p].name] for p in marker.tuned[constraint.adapter]}
+            if fixed:
+                marker.fix(constraint.adapter, own)
+            else:
+                _start(marker, constraint.adapter, own)
+
+
+def _start(marker: SparseLayer, adapter: str, positions: Mapping[str, Tensor]) -> None:
+    for parameter, at in positions.items():
+        weight = marker.weights[parameter]
+        indices = at.to(weight.data.device)
+        record = Record(indices.to(index_dtype(weight.data.numel())), weight.seeds_at(indices))
+        marker.write_record(adapter, parameter, record)
+    marker.sync()
+
+
+def fix_subset(
+    model: nn.Module, source: Source | str | os.PathLike[str], adapter_name: str = "default"
+) -> dict[str, Tensor]:
+    """Choose the subset of an adapter with a static selection, which is then all that is trained. Call it once, before
+    the optimizer is made.
+
+    Args:
+        model: a model with such an adapter, as `get_peft_model` leaves it.
+        source: scores, of which the largest are chosen within each silo: a mapping from names of the base model's
+            parameters to tensors of their shapes, or a file of them, as `score_parameters` returns and writes them. For
+            selection="transfer" the folder of another adapter, or a mapping to sorted positions, int64 (k,): the budget is
+            then theirs.
+        adapter_name: the adapter.
+
+    Returns:
+        The positions chosen in each parameter, int64 (k,), sorted.
+
+    Raises:
+        ValueError: if the adapter's selection takes no source, or has trained values already, or the source does not fit
+            the model; nothing has been changed by then.
+    """
+    constraint, config = _adapter(model, adapter_name)
+    if config.selection not in GIVEN:
+        raise ValueError(
+            f"the adapter {adapter_name!r} has selection={config.selection!r}, which takes no subset from outside. Use one "
+            f"of {', '.join(map(repr, GIVEN))} in its DSTConfig; for a dynamic run that starts from a subset, see "
+            "peft_dst.start_from."
+        )
+    _check_untrained(constraint)
+    given = load_source(source)
+    if config.selection == "transfer":
+        positions = _positions(given, constraint)
+        for silo in constraint.silos:
+            silo.budget = sum(positions[weight.name].numel() for weight in silo.weights)
+        config.epsilon, config.num_free_parameters = None, constraint.budget
+    else:
+        if any(not tensor.is_floating_point() for tensor in given.values()):
+            raise ValueError(
+                f"selection={config.selection!r} chooses by scores, but the source holds positions. Give scores "
+                "(peft_dst.score_parameters), or set selection='transfer' to take over a subset as it is."
+            )
+        positions = _choose(given, constraint)
+    place(model, constraint, positions)
+    return positions
+
+
+def start_from(
+    model: nn.Module,
+    source: Source | str | os.PathLike[str],
+    adapter_name: str = "default",
+    *,
+    values: bool = False,
+) -> None:
+    """Start a dynamic run from the subset of another adapter instead of none. Its first step keeps that subset.
+
+    Args:
+        model: a model with an adapter of selection "dynamic", as `get_peft_model` leaves it.
+        source: the folder of an adapter of the same base, or (without `values`) a mapping from names of parameters to
+            sorted positions, int64 (k,).
+        adapter_name: the adapter to train.
+        values: take over the values as well, so that their distances count from the first step on.
+
+    Raises:
+        ValueError: if the adapter is not dynamic, has trained values already, or the subset does not fit the model or
+            exceeds a budget; nothing has been changed by then.
+    """
+    constraint, config = _adapter(model, adapter_name)
+    if config.fixed:
+        raise ValueError(
+            f"the adapter {adapter_name!r} has selection={config.selection!r}, which never leaves its subset. Use "
+            "fix_subset, or selection='dynamic'."
+        )
+    _check_untrained(constraint)
+    records = read_records(source) if isinstance(source, str | os.PathLike) else None
+    if values and records is None:
+        raise ValueError("values=True takes over an adapter's values: give its folder, not only positions.")
+    given = load_source(source)
+    positions = _positions(given, constraint)
+    for silo in constraint.silos:
+        count = sum(positions[weight.name].numel() for weight in silo.weights)
+        if count > silo.budget:
+            raise ValueError(
+                f"the subset has {count:,} components in the silo {silo.name!r}, whose budget is {silo.budget:,}. Raise "
+                "epsilon or num_free_parameters, or use the siloing that the subset was made with."
+            )
+    place(model, constraint, positions, fixed=False)
+    if values and records is not None:
+        for _, marker in markers(model):
+            for parameter in marker.tuned.get(adapter_name, ()):
+                if (record := records.get(marker.weights[parameter].name)) is not None:
+                    data = marker.weights[parameter].data
+                    own = Record(record.indices.to(data.device), record.values.to(data))
+                    marker.write_record(adapter_name, parameter, own)
+            marker.sync()
+    constraint.begun = True
+
+
+def load_source(source: Source | str | os.PathLike[str]) -> Source:
+    """Scores or positions, from a file of scores or the folder of an adapter if they are not given themselves."""
+    if isinstance(source, Mapping):
+        return source
+    path = Path(source)
+    if path.is_dir():
+        return {name: record.indices.long() for name, record in read_records(path).items()}
+    return load_scores(path)
+
+
+def _adapter(model: nn.Module, adapter_name: str) -> tuple[Constraint, DSTConfig]:
+    found = exchange.constraints(model)
+    if adapter_name not in found:
+        raise ValueError(
+            f"the model has no DST adapter {adapter_name!r}; there are {', '.join(found) or 'none'}. Add one with "
+            "get_peft_model(model, DSTConfig(...))."
+        )
+    configs = getattr(model, "peft_config", {})
+    return found[adapter_name], configs[adapter_name]
+
+
+def _check_untrained(constraint: Constraint) -> None:
+    for weight in constraint.weights:
+        if weight.indices.numel() and not torch.equal(weight.values(), weight.seeds):
+            raise ValueError(
+                f"the adapter {constraint.adapter!r} has trained values already (in {weight.name!r}), which another subset "
+                "would lose. Add a new adapter for it: model.add_adapter(name, config)."
+            )
+
+
+def _positions(given: Source, constraint: Constraint) -> dict[str, Tensor]:
+    """Positions for every parameter of a constraint, checked to be its own."""
+    weights = {weight.name: weight for weight in constraint.weights}
+    for name, tensor in given.items():
+        if tensor.is_floating_point() or tensor.dim() != 1:
+            raise ValueError(
+                f"the source holds {tensor.dtype} of shape {tuple(tensor.shape)} for {name!r}; a subset is given by sorted "
+                "positions, int64 (k,), or by the folder of an adapter."
+            )
+        if name not in weights:
+            raise ValueError(
+                f"the subset has components in {name!r}, which the model does not have or this adapter does not tune. Use "
+                "the base and the target_modules that it was made with."
+            )
+        size = weights[name].data.numel()
+        if tensor.numel() and (int(tensor.min()) < 0 or int(tensor.max()) >= size or bool((tensor.diff() <= 0).any())):
+            raise ValueError(
+                f"the positions in {name!r} must ascend and lie within its {size:,} components. The subset was made for "
+                "a base of another shape, or is damaged."
+            )
+    empty = torch.empty(0, dtype=torch.int64)
+    return {name: given[name].long() if name in given else empty for name in weights}

@@ -1,0 +1,391 @@
+"""Static subsets: only they are trained, by parameters of their own, as a dense optimizer under a filter would."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import Trainer, TrainerCallback
+
+from peft_dst import DSTConfig, DSTOptimizer, create_dst_optimizer, fix_subset, parameter_groups, start_from
+from tests.models import BUILDERS, assert_same, logits, loss, weights
+from tests.training.test_trainer import Rows, arguments
+
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.0, foreach=False),
+    "adam_foreach": lambda p: torch.optim.Adam(p, lr=1e-2, foreach=True),
+    "silo_by_silo": lambda p: DSTOptimizer(p, torch.optim.SGD, lr=0.1, momentum=0.9),
+}
+
+
+def fixed(build, name="bert", **options):
+    return get_peft_model(build(name), DSTConfig(**{"epsilon": 0.02, "selection": "random", **options}))
+
+
+def trained(model):
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def subset(model):
+    return {weight.name: weight.indices.clone() for weight in model.constraint().weights}
+
+
+def filtered(build, name, positions, make, steps):
+    """Weights after every step of a dense optimizer whose gradients are zero outside the subset."""
+    model = build(name)
+    optimizer = make(list(model.parameters()))
+    for step in range(steps):
+        loss(model, name, step).backward()
+        for key, parameter in model.named_parameters():
+            inside = torch.zeros(parameter.numel(), dtype=torch.bool)
+            inside[positions[key]] = True
+            if parameter.grad is not None:
+                parameter.grad.mul_(inside.view(parameter.shape))
+        optimizer.step()
+        optimizer.zero_grad()
+        yield weights(model)
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_equals_a_dense_optimizer_with_filtered_gradients(kind, architecture, build):
+    make = OPTIMIZERS[kind]
+    model = fixed(build, architecture)
+    positions = subset(model)
+    optimizer = make(trained(model))
+    dense = OPTIMIZERS["sgd"] if kind == "silo_by_silo" else make
+    for step, wanted in enumerate(filtered(build, architecture, positions, dense, 4)):
+        loss(model, architecture, step).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        now = weights(model.get_base_model())
+        for key in wanted:
+            # torch's vectorised loops round differently at a tensor's end, and a subset has other ends: last bits, which
+            # Adam divides by small numbers.
+            rtol, atol = (1e-5, 1e-6) if kind.startswith("adam") else (1e-5, 1e-7)
+            torch.testing.assert_close(now[key], wanted[key], rtol=rtol, atol=atol)
+            outside = torch.ones(now[key].numel(), dtype=torch.bool)
+            outside[positions[key]] = False
+            assert torch.equal(now[key].flatten()[outside], wanted[key].flatten()[outside])
+        assert_same(subset(model), positions)
+
+
+def test_the_optimizer_sees_the_subset_only(build):
+    model = fixed(build)
+    budget = model.constraint().budget
+    optimizer = torch.optim.AdamW(trained(model))
+    for step in range(2):
+        loss(model, "bert", step).backward()
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        assert sum(gradient.numel() for gradient in gradients) == budget
+        optimizer.step()
+    state = [t for entries in optimizer.state.values() for t in entries.values() if t.dim()]
+    assert sum(tensor.numel() for tensor in state) == 2 * budget
+    assert model.get_nb_trainable_parameters() == (budget, sum(p.numel() for p in build("bert").parameters()))
+
+
+def test_weights_without_free_values_get_no_gradient(build):
+    model = get_peft_model(build("bert"), DSTConfig(selection="bitfit"))
+    for weight in model.constraint().weights:
+        assert weight.parameter.requires_grad == weight.name.endswith("bias")
+    assert model.constraint().budget == sum(p.numel() for n, p in build("bert").named_parameters() if "bias" in n)
+
+
+def test_accumulation_and_clipping_act_on_the_subset(build):
+    model, other = fixed(build), fixed(build)
+    one, two = torch.optim.SGD(trained(model), lr=0.1), torch.optim.SGD(trained(other), lr=0.1)
+    for step in range(3):
+        (loss(model, "bert", step) / 3).backward()
+    norm = torch.nn.utils.clip_grad_norm_(trained(model), 0.01)
+    one.step()
+    sum(loss(other, "bert", step) / 3 for step in range(3)).backward()
+    dense = build("bert")
+    sum(loss(dense, "bert", step) / 3 for step in range(3)).backward()
+    positions = subset(model)
+    gathered = [p.grad.flatten()[positions[n]] for n, p in dense.named_parameters() if p.grad is not None]
+    torch.testing.assert_close(norm, torch.cat(gathered).norm(), rtol=1e-5, atol=0)
+    torch.nn.utils.clip_grad_norm_(trained(other), 0.01)
+    two.step()
+    for key, value in weights(model.get_base_model()).items():
+        torch.testing.assert_close(weights(other.get_base_model())[key], value, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("make", [torch.optim.AdamW, DSTOptimizer], ids=["hook", "silo_by_silo"])
+def test_interrupted_and_resumed_equals_uninterrupted(make, dtype, build, tmp_path):
+    def run(folder, resume=None, stop=None):
+        class Stop(TrainerCallback):
+            def on_step_end(self, args, state, control, **kwargs):
+                control.should_training_stop = state.global_step == stop
+
+        torch.manual_seed(3)
+        model = get_peft_model(
+            build("bert").to(dtype), DSTConfig(epsilon=0.02, selection="random", modules_to_save=["classifier"])
+        )
+        args = arguments(folder, save_strategy="steps", save_steps=5, warmup_steps=3, max_grad_norm=1.0)
+        optimizer = create_dst_optimizer(model, make, lr=1e-2, head_lr=1e-3)
+        trainer = Trainer(model, args, train_dataset=Rows("bert"), callbacks=[Stop()], optimizers=(optimizer, None))
+        trainer.train(resume_from_checkpoint=resume)
+        return model
+
+    whole = run(tmp_path / "whole")
+    run(tmp_path / "parts", stop=5)
+    resumed = run(tmp_path / "parts", resume=str(tmp_path / "parts" / "checkpoint-5"))
+    assert_same(dict(resumed.state_dict()), dict(whole.state_dict()))
+    assert all(w.free is not None for w in resumed.constraint().weights if w.indices.numel())
+
+
+def test_bfloat16_weights_train_with_float32_values(build):
+    """Updates far below a bfloat16 weight's last bit add up."""
+    model = get_peft_model(build("bert").bfloat16(), DSTConfig(epsilon=0.02, selection="random"))
+    optimizer = torch.optim.SGD(trained(model), lr=1.0)
+    start = {weight: weight.free.detach().clone() for weight in model.constraint().weights if weight.free is not None}
+    for _ in range(64):
+        for weight in start:
+            weight.parameter.grad = torch.full_like(weight.parameter, -(2.0**-16))
+        optimizer.step()
+        optimizer.zero_grad()
+    for weight, values in start.items():
+        assert torch.equal(weight.free.detach(), values + 64 * 2.0**-16)
+        assert torch.equal(weight.values(), weight.free.detach().bfloat16())
+
+
+def test_trainer_with_its_own_optimizer(build, tmp_path):
+    model = fixed(build, modules_to_save=["classifier"])
+    seed, positions = weights(build("bert")), subset(model)
+    Trainer(model, arguments(tmp_path), train_dataset=Rows("bert")).train()
+    moved = 0
+    for weight in model.constraint().weights:
+        changed = (weight.data != seed[weight.name]).flatten().nonzero().flatten()
+        assert torch.isin(changed, positions[weight.name]).all()
+        moved += changed.numel()
+    assert moved > 0.5 * model.constraint().budget
+
+
+def test_saved_loaded_and_trained_further(build, tmp_path):
+    model = fixed(build)
+    optimizer = torch.optim.AdamW(trained(model), lr=1e-2)
+    loss(model, "bert").backward()
+    optimizer.step()
+    model.save_pretrained(tmp_path)
+    before, positions = logits(model, "bert"), subset(model)
+    frozen = PeftModel.from_pretrained(build("bert"), tmp_path)
+    assert torch.equal(logits(frozen, "bert"), before)
+    assert not trained(frozen)
+    again = PeftModel.from_pretrained(build("bert"), tmp_path, is_trainable=True)
+    optimizer = torch.optim.AdamW(trained(again), lr=1e-2)
+    loss(again, "bert", 1).backward()
+    optimizer.step()
+    assert_same(subset(again), positions)
+    assert not torch.equal(logits(again, "bert"), before)
+
+
+def test_switching_disabling_and_deleting(build):
+    model = fixed(build)
+    seed = weights(build("bert"))
+    model.add_adapter("other", DSTConfig(epsilon=0.01, selection="magnitude"))
+    results = {}
+    for name in ("default", "other", "default"):
+        model.set_adapter(name)
+        optimizer = torch.optim.AdamW(trained(model), lr=1e-2)
+        for step in range(2):
+            loss(model, "bert", step).backward()
+            with model.disable_adapter():
+                assert_same(weights(model.get_base_model()), seed)
+            optimizer.step()
+            optimizer.zero_grad()
+        results[name] = logits(model, "bert")
+    model.set_adapter("other")
+    assert torch.equal(logits(model, "bert"), results["other"])
+    model.delete_adapter("default")
+    assert torch.equal(logits(model, "bert"), results["other"])
+    model.unload()
+    assert_same(weights(model.get_base_model()), seed)
+
+
+def test_a_deep_copy_trains_as_the_original(build):
+    model = fixed(build)
+    twin = copy.deepcopy(model)
+    for each in (model, twin):
+        optimizer = torch.optim.AdamW(trained(each), lr=1e-2)
+        for step in range(3):
+            loss(each, "bert", step).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert_same(weights(twin.get_base_model()), weights(model.get_base_model()))
+
+
+def test_values_keep_their_precision_when_the_model_is_cast(build):
+    model = fixed(build)
+    model.bfloat16()
+    assert {w.free.dtype for w in model.constraint().weights if w.free is not None} == {torch.float32}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_non_finite_values_are_refused_and_nothing_changes(value, build):
+    model = fixed(build)
+    optimizer = torch.optim.SGD(trained(model), lr=0.1)
+    loss(model, "bert").backward()
+    optimizer.step()
+    before = weights(model.get_base_model())
+    optimizer.param_groups[0]["params"][-1].grad = None
+    culprit = next(w for w in model.constraint().weights if w.free is not None)
+    culprit.free.grad.fill_(value)
+    with pytest.raises(FloatingPointError, match=culprit.name.replace(".", r"\.")):
+        optimizer.step()
+    assert_same(weights(model.get_base_model()), before)
+    assert torch.equal(culprit.free.detach(), culprit.values())
+
+
+def test_an_optimizer_without_the_values_is_refused(build):
+    model = fixed(build)
+    optimizer = torch.optim.SGD([w.parameter for w in model.constraint().weights], lr=0.1)
+    loss(model, "bert").backward()
+    with pytest.raises(RuntimeError, match="not the values of its fixed subset"):
+        optimizer.step()
+
+
+def test_a_subset_that_was_not_chosen_is_asked_for(build):
+    model = get_peft_model(build("bert"), DSTConfig(epsilon=0.02, selection="fisher"))
+    optimizer = torch.optim.SGD(trained(model), lr=0.1)
+    loss(model, "bert").backward()
+    with pytest.raises(RuntimeError, match="fix_subset"):
+        optimizer.step()
+
+
+def test_data_parallelism_is_refused(build, monkeypatch):
+    model = fixed(build)
+    for name, answer in (("is_available", True), ("is_initialized", True), ("get_world_size", 2)):
+        monkeypatch.setattr(torch.distributed, name, lambda answer=answer: answer)
+    with pytest.raises(NotImplementedError, match="data parallelism"):
+        loss(model, "bert").backward()
+
+
+def test_parameter_groups_hold_the_values(build):
+    model = fixed(build, modules_to_save=["classifier"])
+    subset_group, dense_group = parameter_groups(model, lr=1e-2, head_lr=1e-3)
+    assert sum(p.numel() for p in subset_group["params"]) == model.constraint().budget
+    assert sum(p.numel() for p in dense_group["params"]) == 3 * 16 + 3
+
+
+# Where subsets come from
+
+
+def test_random_subsets_follow_their_seed(build):
+    one, same, other = (subset(fixed(build, selection_seed=seed)) for seed in (0, 0, 1))
+    assert_same(one, same)
+    assert any(not torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize("siloing", ["module_and_layer", "module", "none", "parameter"])
+def test_magnitude_takes_the_largest_of_each_silo(siloing, build):
+    base = build("bert")
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    seed = weights(base)
+    model = get_peft_model(base, DSTConfig(epsilon=0.02, selection="magnitude", siloing=siloing))
+    for silo in model.constraint().silos:
+        values = torch.cat([seed[w.name].flatten().abs() for w in silo.weights])
+        kept = torch.cat([seed[w.name].flatten()[w.indices].abs() for w in silo.weights])
+        assert kept.numel() == silo.budget
+        assert torch.equal(kept.sort().values, values.sort().values[values.numel() - silo.budget :])
+
+
+def test_scores_choose_the_subset(build):
+    model = get_peft_model(build("bert"), DSTConfig(num_free_parameters=3, selection="fisher", siloing="none"))
+    scores = {name: torch.zeros_like(parameter) for name, parameter in build("bert").named_parameters()}
+    scores["bert.pooler.dense.bias"][5] = 2.0
+    scores["bert.encoder.layer.1.output.dense.weight"][3, 4] = 1.0
+    scores["classifier.bias"][1] = 0.5
+    scores["classifier.bias"][0] = 0.25
+    positions = fix_subset(model, scores)
+    assert {name: at.tolist() for name, at in positions.items() if at.numel()} == {
+        "bert.pooler.dense.bias": [5],
+        "bert.encoder.layer.1.output.dense.weight": [3 * 32 + 4],
+        "classifier.bias": [1],
+    }
+    assert [tuple(p.shape) for p in trained(model) if p.dim() == 1 and p.numel() == 1] == [(1,)] * 3
+
+
+def test_the_subset_of_another_adapter(build, tmp_path):
+    dynamic = get_peft_model(build("bert"), DSTConfig(epsilon=0.02))
+    optimizer = torch.optim.AdamW(trained(dynamic), lr=1e-2)
+    loss(dynamic, "bert").backward()
+    optimizer.step()
+    dynamic.save_pretrained(tmp_path / "a")
+    model = get_peft_model(build("bert"), DSTConfig(selection="transfer"))
+    fix_subset(model, tmp_path / "a")
+    assert_same(subset(model), subset(dynamic))
+    assert model.peft_config["default"].num_free_parameters == model.constraint().budget
+    assert_same(weights(model.get_base_model()), weights(build("bert")))
+    optimizer = torch.optim.AdamW(trained(model), lr=1e-2)
+    loss(model, "bert", 1).backward()
+    optimizer.step()
+    model.save_pretrained(tmp_path / "b")
+    again = PeftModel.from_pretrained(build("bert"), tmp_path / "b")
+    assert torch.equal(logits(again, "bert"), logits(model, "bert"))
+
+
+@pytest.mark.parametrize("values", [False, True])
+def test_a_dynamic_run_started_from_a_subset(values, build, tmp_path):
+    first = get_peft_model(build("bert"), DSTConfig(epsilon=0.02))
+    optimizer = torch.optim.AdamW(trained(first), lr=1e-2)
+    loss(first, "bert").backward()
+    optimizer.step()
+    first.save_pretrained(tmp_path / "a")
+    model = get_peft_model(build("bert"), DSTConfig(epsilon=0.02))
+    start_from(model, tmp_path / "a", values=values)
+    assert_same(subset(model), subset(first))
+    wanted = first.get_base_model() if values else build("bert")
+    assert_same(weights(model.get_base_model()), weights(wanted))
+    optimizer = torch.optim.AdamW(trained(model), lr=1e-2)
+    kept = []
+    for step in range(1, 4):
+        loss(model, "bert", step).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        kept.append(all(torch.equal(subset(model)[key], at) for key, at in subset(first).items()))
+    assert kept[0]
+    assert not all(kept)
+
+
+def test_refusals_of_sources(build, tmp_path):
+    model = get_peft_model(build("bert"), DSTConfig(epsilon=0.02))
+    ones = {name: torch.ones_like(parameter) for name, parameter in build("bert").named_parameters()}
+    with pytest.raises(ValueError, match="takes no subset from outside"):
+        fix_subset(model, ones)
+    with pytest.raises(ValueError, match="no DST adapter 'other'"):
+        fix_subset(model, ones, "other")
+    with pytest.raises(ValueError, match="whose budget is"):
+        start_from(model, {"classifier.weight": torch.arange(48)})
+    with pytest.raises(ValueError, match="give its folder"):
+        start_from(model, {"classifier.weight": torch.arange(1)}, values=True)
+    with pytest.raises(ValueError, match="must ascend"):
+        start_from(model, {"classifier.weight": torch.tensor([47, 46])})
+    with pytest.raises(ValueError, match="must ascend"):
+        start_from(model, {"classifier.weight": torch.tensor([48])})
+    with pytest.raises(ValueError, match="does not have"):
+        start_from(model, {"decoder.weight": torch.tensor([1])})
+    with pytest.raises(ValueError, match="sorted positions"):
+        start_from(model, ones)
+    static = fixed(build, selection="transfer")
+    with pytest.raises(ValueError, match="never leaves its subset"):
+        start_from(static, {"classifier.weight": torch.arange(1)})
+    scored = fixed(build, selection="fisher")
+    with pytest.raises(ValueError, match="chooses by scores"):
+        fix_subset(scored, {"classifier.weight": torch.arange(1)})
+    fix_subset(scored, ones)
+    optimizer = torch.optim.SGD(trained(scored), lr=0.1)
+    loss(scored, "bert").backward()
+    optimizer.step()
+    with pytest.raises(ValueError, match="trained values already"):
+        fix_subset(scored, ones)
+
+
+def test_bitfit_needs_biases(build):
+    with pytest.raises(ValueError, match="none of the tuned parameters is one"):
+        get_peft_model(BUILDERS["llama"](), DSTConfig(selection="bitfit"))

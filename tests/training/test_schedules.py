@@ -1,0 +1,174 @@
+"""Churn less often than at every step, and normalised distances: equal to a dense reference, and resumed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import get_peft_model
+from transformers import Trainer, TrainerCallback
+
+from peft_dst import DSTCallback, DSTConfig, DSTOptimizer
+from peft_dst.core.reference import reference_step
+from peft_dst.core.silos import read_names
+from tests.models import assert_same, loss, weights
+from tests.training.test_trainer import Rows, arguments
+
+
+def adamw(parameters):
+    return torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.0, fused=True)
+
+
+def dense(build, name, constraint, chosen, steps, divisors=None):
+    """Weights after every step of the plain method, in which the subset is chosen at some steps and kept at others."""
+    model = build(name)
+    optimizer, seed = adamw(model.parameters()), weights(model)
+    silos = {silo.name: [w.name for w in silo.weights] for silo in constraint.silos}
+    budgets = {silo.name: silo.budget for silo in constraint.silos}
+    for step in range(1, steps + 1):
+        loss(model, name, step).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        updated = weights(model)
+        if step in chosen:
+            updated, subset = reference_step(seed, updated, silos, budgets, constraint.distance, divisors)
+        else:
+            for key, at in subset.items():
+                kept = seed[key].flatten().clone()
+                kept[at] = updated[key].flatten()[at]
+                updated[key] = kept.view(seed[key].shape)
+        with torch.no_grad():
+            for key, value in updated.items():
+                model.get_parameter(key).copy_(value)
+        yield weights(model)
+
+
+@pytest.mark.parametrize("make", [adamw, lambda p: DSTOptimizer(p, lr=1e-2, weight_decay=0.0, fused=True)])
+@pytest.mark.parametrize(
+    ("options", "chosen"),
+    [
+        ({"churn_interval": 2}, {1, 3, 5}),
+        ({"churn_stop": 2}, {1, 2}),
+        ({"churn_stop": 0.5, "churn_interval": 2}, {1, 3}),
+        ({"selection": "first_step"}, {1}),
+    ],
+)
+def test_equals_the_dense_reference(options, chosen, make, build):
+    for name in ("bert", "gpt2"):
+        model = get_peft_model(build(name), DSTConfig(epsilon=0.02, **options))
+        if isinstance(options.get("churn_stop"), float):
+            model.set_training_steps(6)
+        optimizer = make([p for p in model.parameters() if p.requires_grad])
+        for step, wanted in enumerate(dense(build, name, model.constraint(), chosen, 6), 1):
+            loss(model, name, step).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            assert_same(weights(model.get_base_model()), wanted)
+            churn = sum(silo.churn() for silo in model.constraint().silos)
+            assert (churn > 0) == (step in chosen)
+
+
+def test_a_first_step_without_a_change_is_not_the_first_choice(build):
+    """Under a warm-up the first learning rate is 0; a subset chosen from nothing would stay empty."""
+    model = get_peft_model(build("bert"), DSTConfig(epsilon=0.02, selection="first_step"))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    for lr in (0.0, 0.1, 0.1):
+        optimizer.param_groups[0]["lr"] = lr
+        loss(model, "bert").backward()
+        optimizer.step()
+        assert sum(silo.free() for silo in model.constraint().silos) == (model.constraint().budget if lr else 0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_non_finite_updates_of_a_kept_subset(value, build):
+    model = get_peft_model(build("bert"), DSTConfig(epsilon=0.02, selection="first_step"))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    loss(model, "bert").backward()
+    optimizer.step()
+    before = weights(model.get_base_model())
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.grad.fill_(value)
+    with pytest.raises(FloatingPointError, match="NaN or infinite"):
+        optimizer.step()
+    assert_same(weights(model.get_base_model()), before)
+
+
+@pytest.mark.parametrize("kind", ["size", "mean"])
+@pytest.mark.parametrize("siloing", ["module", "none"])
+@pytest.mark.parametrize("epsilon", [0.003, 0.2])
+def test_normalised_distances_equal_the_dense_reference(epsilon, siloing, kind, build):
+    for name in ("bert", "t5"):
+        config = DSTConfig(epsilon=epsilon, siloing=siloing, distance_normalization=kind)
+        model = get_peft_model(build(name), config)
+        seed = weights(build(name))
+        modules = read_names(list(seed))
+        members = {module: [n for n in seed if modules[n] == module] for module in modules.values()}
+
+        def divisor(key, seed=seed, modules=modules, members=members):
+            values = torch.cat([seed[n].flatten().double() for n in members[modules[key]]])
+            return float(values.numel() if kind == "size" else values.abs().mean())
+
+        divisors = {key: divisor(key) for key in seed}
+        optimizer = adamw([p for p in model.parameters() if p.requires_grad])
+        for step, wanted in enumerate(dense(build, name, model.constraint(), range(99), 3, divisors), 1):
+            loss(model, name, step).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            assert_same(weights(model.get_base_model()), wanted)
+
+
+def test_normalisation_by_hand():
+    """Two modules, of 2 and 4 components, moved as far: divided by their sizes the smaller one wins."""
+
+    class Two(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = torch.nn.Linear(2, 1, bias=False)
+            self.mlp = torch.nn.Linear(4, 1, bias=False)
+
+    def moved(**options):
+        base = Two()
+        torch.nn.init.constant_(base.attention.weight, 1.0)
+        torch.nn.init.constant_(base.mlp.weight, 4.0)
+        options |= {"num_free_parameters": 2, "siloing": "none", "distance": "absolute"}
+        model = get_peft_model(base, DSTConfig(**options))
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+        base.attention.weight.grad, base.mlp.weight.grad = torch.full((1, 2), 1.0), torch.full((1, 4), 1.5)
+        optimizer.step()
+        return [weight.indices.tolist() for silo in model.constraint().silos for weight in silo.weights]
+
+    assert moved() == [[], [0, 1]]
+    # 1 / 2 against 1.5 / 4, and 1 / 1 against 1.5 / 4.
+    assert moved(distance_normalization="size") == [[0, 1], []]
+    assert moved(distance_normalization="mean") == [[0, 1], []]
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(build, tmp_path):
+    def run(folder, resume=None, stop=None):
+        class Stop(TrainerCallback):
+            def on_step_end(self, args, state, control, **kwargs):
+                control.should_training_stop = state.global_step == stop
+
+        torch.manual_seed(3)
+        model = get_peft_model(build("bert"), DSTConfig(epsilon=0.02, churn_interval=3, churn_stop=0.9))
+        args = arguments(folder, save_strategy="steps", save_steps=5)
+        trainer = Trainer(model, args, train_dataset=Rows("bert"), callbacks=[Stop(), DSTCallback()])
+        trainer.train(resume_from_checkpoint=resume)
+        return model
+
+    whole = run(tmp_path / "whole")
+    run(tmp_path / "parts", stop=5)
+    resumed = run(tmp_path / "parts", resume=str(tmp_path / "parts" / "checkpoint-5"))
+    assert resumed.constraint().steps == whole.constraint().steps == 12
+    assert_same(dict(resumed.state_dict()), dict(whole.state_dict()))
+
+
+def test_a_fraction_without_a_total_is_refused_before_anything_changes(build):
+    model = get_peft_model(build("bert"), DSTConfig(epsilon=0.02, churn_stop=0.5))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    before = weights(model.get_base_model())
+    loss(model, "bert").backward()
+    with pytest.raises(RuntimeError, match="set_training_steps"):
+        optimizer.step()
+    assert_same(weights(model.get_base_model()), before)
+    assert not any(silo.free() for silo in model.constraint().silos)
