@@ -33,7 +33,7 @@ from datasets import disable_progress_bars
 from peft import PeftModel, get_peft_model
 from quickstart import BUNDLED, MINILM, load_task
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -119,11 +119,14 @@ class Lab:
     parts: dict[str, list[dict]]
     cache: dict[tuple, object] = field(default_factory=dict)
 
-    def once(self, key: tuple, make):
-        """The value of `make()`; only the last of a kind is kept."""
+    def once(self, key: tuple, make, keep: int = 1):
+        """The value of `make()`; of those whose key begins alike, only the last few are kept."""
         if key not in self.cache:
-            self.cache = {k: v for k, v in self.cache.items() if k[0] != key[0]}
-            self.cache[key] = make()
+            value = make()
+            alike = [other for other in self.cache if other[0] == key[0]]
+            for other in alike[: len(alike) + 1 - keep]:
+                del self.cache[other]
+            self.cache[key] = value
         return self.cache[key]
 
 
@@ -148,10 +151,17 @@ def fit(model: nn.Module, optimizer, rows, collate, epochs: int, size: int, pena
             model(**batch).loss.backward()
             if penalty:
                 penalty.add_gradient()
-            nn.utils.clip_grad_norm_(parameters, 5.0)
+            clip(parameters, 5.0)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
+
+
+def clip(parameters: list[nn.Parameter], maximum: float) -> None:
+    """As `clip_grad_norm_`, which multiplies all gradients by 1 where there is nothing to clip."""
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if norm > maximum:
+        nn.utils.clip_grads_with_norm_(parameters, maximum, norm)
 
 
 @torch.no_grad()
@@ -193,7 +203,7 @@ def start(lab: Lab, run: Run, head_epochs: int | None = None) -> nn.Module:
             model.requires_grad_(True)
             return {name: tensor.clone() for name, tensor in model.state_dict().items() if in_head(name)}
 
-        model.load_state_dict(lab.once(("head", run.seed, run.split, epochs), train_head), strict=False)
+        model.load_state_dict(lab.once(("head", run.seed, run.split, epochs), train_head, keep=100), strict=False)
     # The order of the examples is the same for every method.
     set_seed(run.seed)
     return model
@@ -206,10 +216,11 @@ def collator(lab: Lab) -> DataCollatorWithPadding:
 def config_for(lab: Lab, run: Run) -> DSTConfig:
     selection = SELECTIONS[run.kind]
     options = {} if selection == "dynamic" else {"selection": selection, "selection_seed": run.seed}
+    if selection != "bitfit":
+        # The biases are as many as they are.
+        options["epsilon"] = lab.args.epsilon
     siloing = lab.args.siloing or ("module_and_layer" if selection in ("dynamic", "first_step") else "none")
-    return DSTConfig(
-        epsilon=lab.args.epsilon, siloing=siloing, task_type="SEQ_CLS", modules_to_save=list(HEAD), **options
-    )
+    return DSTConfig(siloing=siloing, task_type="SEQ_CLS", modules_to_save=list(HEAD), **options)
 
 
 def fine_tuned(lab: Lab, run: Run, kind: str | None = None, lr: float | None = None) -> nn.Module:
@@ -251,17 +262,22 @@ def with_adapter(lab: Lab, run: Run, budget: int) -> tuple[nn.Module, int]:
 
 def with_subset(lab: Lab, run: Run) -> tuple[nn.Module, int]:
     """One of the selections."""
-    # A score's name is that of a parameter of the base model; the head is no part of the competition.
     scores = scores_for(lab, run)
     model = get_peft_model(start(lab, run), config_for(lab, run))
     if scores is not None:
-        peft_dst.fix_subset(model, {name: score for name, score in scores.items() if not in_head(name)})
+        peft_dst.fix_subset(model, scores)
     optimizer = create_dst_optimizer(model, lr=run.lr, head_lr=lab.args.head_lr, fused=True)
     train(lab, run, model, optimizer)
     return model, model.constraint().budget
 
 
+def encoder(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters that compete: all but the head's."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters() if not in_head(name)}
+
+
 def scores_for(lab: Lab, run: Run) -> dict[str, Tensor] | None:
+    """What ranks the components, for selections that are made from scores."""
     if run.kind == "fisher":
         return fisher(lab, run)
     if run.kind == "fisher_pretraining":
@@ -269,39 +285,41 @@ def scores_for(lab: Lab, run: Run) -> dict[str, Tensor] | None:
     if run.kind == "combined":
         return peft_dst.combined_scores(fisher(lab, run), fisher_pretraining(lab))
     if run.kind == "pruning_retrained":
-        seed, tuned = start(lab, run).state_dict(), penalised(lab, run).state_dict()
-        return peft_dst.change_scores(seed, tuned)
+        return peft_dst.change_scores(encoder(start(lab, run)), encoder(penalised(lab, run)))
     return None
 
 
 def fisher(lab: Lab, run: Run) -> dict[str, Tensor]:
-    """Squared gradients of the task's loss, with a head that was trained first: that of --head-epochs, or of one epoch."""
+    """Squared gradients of the task's loss, under a head trained before: that of --head-epochs, or else of one epoch."""
 
     def score() -> dict[str, Tensor]:
         model = start(lab, run, lab.args.head_epochs or 1)
         rows = lab.parts[run.split + "/train"][: lab.args.score_size]
-        return score_on(model, rows, collator(lab))
+        return score_on(lab, model, list(encoder(model)), rows, collator(lab), f"fisher_{run.split}_seed{run.seed}")
 
     return lab.once(("fisher", run.seed, run.split), score)
 
 
 def fisher_pretraining(lab: Lab) -> dict[str, Tensor]:
-    """The same of masked-language modelling, on plain text."""
+    """The same of masked-language modelling on plain text, under a head as fresh as the checkpoint leaves it."""
 
     def score() -> dict[str, Tensor]:
-        model = fresh(lab, Run("fisher_pretraining", 0.0, 0, "held_out"), AutoModelForMaskedLM)
+        run = Run("fisher_pretraining", 0.0, lab.args.choice_seed, "held_out")
+        model, names = fresh(lab, run, AutoModelForMaskedLM), list(encoder(fresh(lab, run)))
         encoded = lab.tokenizer(plain_text(lab.args), truncation=True, max_length=128)
         rows = [{"input_ids": ids} for ids in encoded["input_ids"]]
-        scores = score_on(model, rows, DataCollatorForLanguageModeling(lab.tokenizer))
-        known = dict(fresh(lab, Run("fisher_pretraining", 0.0, 0, "held_out")).named_parameters())
-        return {name: score for name, score in scores.items() if name in known}
+        set_seed(lab.args.choice_seed)  # decides which tokens are masked
+        return score_on(lab, model, names, rows, DataCollatorForLanguageModeling(lab.tokenizer), "fisher_pretraining")
 
     return lab.once(("fisher_pretraining",), score)
 
 
-def score_on(model: nn.Module, rows: list[dict], collate) -> dict[str, Tensor]:
+def score_on(lab: Lab, model: nn.Module, names: list[str], rows: list[dict], collate, file: str) -> dict[str, Tensor]:
+    """Fisher information, computed once for all processes and restarts."""
     loader = torch.utils.data.DataLoader(rows, batch_size=1, collate_fn=collate)
-    return peft_dst.score_parameters(model, loader)
+    with claimed(lab.args.output / ".work" / f"{file}.lock", wait=True):
+        cache = lab.args.output / ".work" / f"{file}.safetensors"
+        return peft_dst.score_parameters(model, loader, names=names, cache=cache, progress=False)
 
 
 def plain_text(args: argparse.Namespace) -> list[str]:
@@ -321,7 +339,7 @@ def plain_text(args: argparse.Namespace) -> list[str]:
 
 def penalised(lab: Lab, run: Run) -> nn.Module:
     """The model that pruning prunes: fully tuned with an l1 penalty, at the rate that was best for `pruning`."""
-    lr = run.lr if run.kind == "pruning" else best_rate(lab, run.method.replace("pruning_retrained", "pruning"))
+    lr = run.lr if run.kind == "pruning" else best_rate(lab.args, needed(run.method), results(lab.args.output))
     key = ("penalised", run.seed, run.split, run.coefficient, lr)
     return lab.once(key, lambda: fine_tuned(lab, run, "l1", lr))
 
@@ -337,15 +355,15 @@ def pruned(lab: Lab, run: Run) -> tuple[nn.Module, int]:
         modules_to_save=list(HEAD),
     )
     with tempfile.TemporaryDirectory() as folder:
-        peft_dst.extract(base, tuned, folder, config)
+        peft_dst.extract(base, tuned, folder, config, progress=False)
         model = PeftModel.from_pretrained(start(lab, run), folder)
-    return model, round(lab.args.epsilon * sum(p.numel() for n, p in base.named_parameters() if not in_head(n)))
+    return model, round(lab.args.epsilon * sum(tensor.numel() for tensor in encoder(base).values()))
 
 
 def perform(lab: Lab, run: Run) -> dict:
     """Train and evaluate; what came of it."""
     begin = time.perf_counter()
-    seed = {name: p.detach().clone() for name, p in start(lab, run).named_parameters() if not in_head(name)}
+    seed = encoder(start(lab, run))
     size = sum(tensor.numel() for tensor in seed.values())
     if run.kind in ("full", "l1", "l2", "head_only"):
         model, free = fine_tuned(lab, run), 0 if run.kind == "head_only" else size
@@ -389,54 +407,71 @@ def results(folder: Path) -> list[dict]:
     return [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
 
 
-def best_rate(lab: Lab, method: str) -> float:
-    """The learning rate with the best accuracy on the held-out part; the lower of two equally good ones."""
-    grid = lab.args.grids[method]
-    if len(grid) == 1:
-        return grid[0]
-    chosen = [row for row in results(lab.args.output) if (row["method"], row["split"]) == (method, "held_out")]
-    if {row["lr"] for row in chosen} < set(grid):
-        raise SystemExit(f"{method} must be among the methods, and its learning rate chosen, before it can be built on")
-    return min(chosen, key=lambda row: (-row["accuracy"], row["lr"]))["lr"]
+def grid(args: argparse.Namespace, method: str, rows: list[dict]) -> list[float]:
+    """The learning rates to try: those given, and more where the best one so far is the lowest or the highest."""
+    rates = sorted(args.grids[method])
+    found = {row["lr"]: row["accuracy"] for row in rows if (row["method"], row["split"]) == (method, "held_out")}
+    for _ in range(args.widen if len(rates) > 1 else 0):
+        if not found.keys() >= set(rates):
+            break
+        best = best_of(rates, found)
+        if best not in (rates[0], rates[-1]):
+            break
+        rates = sorted([*rates, neighbour(best, -1 if best == rates[0] else 1)])
+    return rates
 
 
-def plan(args: argparse.Namespace, done: set[str]) -> tuple[list[Run], list[str]]:
-    """The runs that can be started now, and the methods of which others must be finished first."""
-    rows = {row["method"]: [] for row in results(args.output)}
-    for row in results(args.output):
-        rows[row["method"]].append(row)
-    ready, waiting = [], []
+def best_of(rates: list[float], found: dict[float, float]) -> float:
+    """The most accurate; the lower of two that are equally so."""
+    return max(sorted(rates), key=found.__getitem__)
+
+
+def neighbour(lr: float, direction: int) -> float:
+    """The next learning rate up or down, on the grid 1, 2, 5, 10 and so on."""
+    steps = [float(f"{digit}e{power}") for power in range(-9, 4) for digit in (1, 2, 5)]
+    return next(x for x in steps[::direction] if direction * (x - lr) > 1e-3 * lr)
+
+
+def best_rate(args: argparse.Namespace, method: str, rows: list[dict]) -> float | None:
+    """The learning rate that did best on the held-out part; None while runs are missing."""
+    rates = grid(args, method, rows)
+    found = {row["lr"]: row["accuracy"] for row in rows if (row["method"], row["split"]) == (method, "held_out")}
+    if len(rates) == 1:
+        return rates[0]
+    return best_of(rates, found) if found.keys() >= set(rates) else None
+
+
+def plan(args: argparse.Namespace) -> tuple[list[Run], int]:
+    """The runs that can be started now; and how many more are known to follow."""
+    rows = results(args.output)
+    done = {Run(row["method"], row["lr"], row["seed"], row["split"]) for row in rows}
+    ready, later = [], 0
     for method in args.methods:
-        grid = args.grids[method]
-        first = [Run(method, lr, args.choice_seed, "held_out") for lr in grid] if len(grid) > 1 else []
-        needs = method.replace("pruning_retrained", "pruning")
-        if needs != method and not all(name in done for name in choice_names(args, needs)):
-            waiting.append(method)
-            continue
-        missing = [run for run in first if run.name not in done]
-        ready += missing
-        if missing:
-            waiting.append(method)
-            continue
-        lr = grid[0]
-        if first:
-            held = [row for row in rows[method] if row["split"] == "held_out" and row["lr"] in grid]
-            lr = min(held, key=lambda row: (-row["accuracy"], row["lr"]))["lr"]
-        ready += [run for seed in args.seeds if (run := Run(method, lr, seed, "test")).name not in done]
-    return ready, waiting
+        lr = best_rate(args, method, rows)
+        if lr is not None:
+            runs = [Run(method, lr, seed, "test") for seed in args.seeds]
+        else:
+            runs = [Run(method, rate, args.choice_seed, "held_out") for rate in grid(args, method, rows)]
+            later += len(args.seeds)
+        runs = [run for run in runs if run not in done]
+        if best_rate(args, needed(method), rows) is None and needed(method) != method:
+            later += len(runs)
+        else:
+            ready += runs
+    return ready, later
 
 
-def choice_names(args: argparse.Namespace, method: str) -> list[str]:
-    grid = args.grids[method]
-    return [Run(method, lr, args.choice_seed, "held_out").name for lr in grid] if len(grid) > 1 else []
+def needed(method: str) -> str:
+    """The method whose learning rate this one takes over, if not its own."""
+    return method.replace("pruning_retrained", "pruning")
 
 
 @contextmanager
-def claimed(path: Path) -> Iterator[bool]:
-    """Whether this process may do the work of a file; the claim ends with the process, however it ends."""
+def claimed(path: Path, wait: bool = False) -> Iterator[bool]:
+    """Whether this process may do the work that a lock file stands for; a claim ends with its process, whatever happens."""
     with path.open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             yield False
             return
@@ -446,23 +481,16 @@ def claimed(path: Path) -> Iterator[bool]:
 def work(lab: Lab, progress: Progress) -> None:
     """Do all runs that are not done, sharing them with other processes."""
     args = lab.args
-    locks = args.output / ".locks"
-    locks.mkdir(parents=True, exist_ok=True)
-    task = progress.add_task("", total=sum(len(g) * (len(g) > 1) + len(args.seeds) for g in args.methods_grids()))
+    task = progress.add_task("")
     while True:
-        done = {file.stem for file in args.output.glob("*.json")}
-        ready, waiting = plan(args, done)
-        progress.update(task, completed=progress.tasks[task].total - len(ready) - remaining(args, waiting, ready))
-        if not ready and not waiting:
+        ready, later = plan(args)
+        done = len(list(args.output.glob("*.json")))
+        progress.update(task, completed=done, total=done + len(ready) + later)
+        if not ready and not later:
             return
-        if not any(attempt(lab, run, locks, progress, task) for run in mine_first(ready, args.shard)):
+        if not any(attempt(lab, run, progress, task) for run in mine_first(ready, args.shard)):
+            progress.update(task, description="waiting for other processes")
             time.sleep(2)
-
-
-def remaining(args: argparse.Namespace, waiting: list[str], ready: list[Run]) -> int:
-    """Runs of the methods that wait, beside those that are ready."""
-    started = {run.method for run in ready}
-    return sum(len(args.seeds) + (0 if m in started else len(choice_names(args, m))) for m in waiting)
 
 
 def mine_first(runs: list[Run], shard: tuple[int, int]) -> list[Run]:
@@ -470,17 +498,16 @@ def mine_first(runs: list[Run], shard: tuple[int, int]) -> list[Run]:
     return runs[index::count] + [run for i, run in enumerate(runs) if i % count != index]
 
 
-def attempt(lab: Lab, run: Run, locks: Path, progress: Progress, task) -> bool:
+def attempt(lab: Lab, run: Run, progress: Progress, task: TaskID) -> bool:
     """Do one run, unless another process is at it or has done it."""
-    file = lab.args.output / f"{run.name}.json"
-    with claimed(locks / run.name) as free:
+    file, temporary = lab.args.output / f"{run.name}.json", lab.args.output / ".work" / run.name
+    with claimed(temporary.with_name(f"{run.name}.lock")) as free:
         if not free or file.exists():
             return False
         progress.update(task, description=run.name)
         record = perform(lab, run)
-        partial_file = locks / f"{run.name}.part"
-        partial_file.write_text(json.dumps(record, indent=1) + "\n")
-        partial_file.replace(file)
+        temporary.write_text(json.dumps(record, indent=1) + "\n")
+        temporary.replace(file)
     progress.console.print(f"{run.name}: {record['accuracy']:.3f} ({record['seconds']:.0f} s)")
     return True
 
@@ -500,7 +527,7 @@ def table(rows: list[dict]) -> str:
         deviation = f"{statistics.stdev(scores):.4f}" if len(scores) > 1 else ""
         rates = {row["lr"] for row in rows if row["method"] == method and row["split"] == "held_out"}
         lr = runs[0]["lr"]
-        # The best rate may lie beyond the grid (the second paper then widens it).
+        # A better one may lie beyond what was tried.
         edge = " (edge)" if rates and lr in (min(rates), max(rates)) else ""
         lines.append(
             f"| {method} | {runs[0]['free_parameters']:,} | {lr:g}{edge} | {statistics.mean(scores):.4f} | {deviation} | "
@@ -549,6 +576,13 @@ def arguments() -> argparse.Namespace:
         metavar="NAME=LR,LR",
         help="learning rates of a method; one alone is not chosen",
     )
+    add(
+        "--widen",
+        type=int,
+        default=3,
+        metavar="N",
+        help="try so many more where the best is the lowest or highest (default: 3)",
+    )
     add("--model", default=MINILM, help="pretrained encoder: folder or hub id (default: MiniLM-L6)")
     add("--siloing", help="for all selections (default: module_and_layer for dynamic and first_step, else none)")
     add("--head-lr", type=float, default=1e-3, help="learning rate of pooler and classifier (default: 1e-3)")
@@ -564,6 +598,7 @@ def arguments() -> argparse.Namespace:
     add("--score-size", type=int, default=1000, help="examples that fisher looks at (default: 1000)")
     add("--text", help="plain text for fisher_pretraining (default: $PEFT_DST_DATA/wikitext2)")
     add("--text-size", type=int, default=1000, help="paragraphs of it (default: 1000)")
+    add("--threads", type=int, help="of this process (default: its share of the cores)")
     add("--shard", default="0/1", metavar="I/N", help="begin with every N-th run from I, then help with the others")
     add("--table", action="store_true", help="only print the table of what is in --output")
     return check(parser.parse_args())
@@ -578,14 +613,13 @@ def check(args: argparse.Namespace) -> argparse.Namespace:
             raise SystemExit(f"--methods has no {method!r}; known are {', '.join(METHODS)}, and l1:0.1 for {PENALISED}")
     given = dict(item.split("=") for item in args.grid)
     args.grids = {}
-    for method in {*args.methods, *(m.replace("pruning_retrained", "pruning") for m in args.methods)}:
+    for method in dict.fromkeys([*args.methods, *map(needed, args.methods)]):
         kind = method.partition(":")[0]
         text = given.get(method, given.get(kind))
         args.grids[method] = tuple(float(lr) for lr in text.split(",")) if text else GRIDS.get(kind, SUBSET)
         if method not in args.methods and len(args.grids[method]) > 1:
             args.methods.append(method)
     args.shard = tuple(int(part) for part in args.shard.split("/"))
-    args.methods_grids = lambda: [args.grids[method] for method in args.methods]
     return args
 
 
@@ -603,8 +637,10 @@ def main() -> None:
     args = arguments()
     console = Console(width=max(100, Console().width))
     if not args.table:
-        args.output.mkdir(parents=True, exist_ok=True)
+        (args.output / ".work").mkdir(parents=True, exist_ok=True)
         refuse_other_options(args)
+        # Processes that share the cores by chance are many times slower than those that share them by number.
+        torch.set_num_threads(args.threads or max(1, torch.get_num_threads() // args.shard[1]))
         disable_progress_bars()
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
