@@ -90,7 +90,9 @@ def main(arguments: list[str] | None = None) -> None:
                 gc.collect()
                 progress.update()
     for row in rows:
-        ratios = ", ".join(f"{name} {row[name]['ratio']:.3f}" for name in ("hook", "DSTOptimizer", "static") if name in row)
+        ratios = ", ".join(
+            f"{name} {row[name]['ratio']:.3f}" for name in ("hook", "DSTOptimizer", "static") if name in row
+        )
         print(f"{row['case']}, epsilon {row['epsilon']:g}: {ratios} x full fine-tuning ({row['full']['ms']:.0f} ms)")
     record.write(rows=rows)
 

@@ -91,7 +91,8 @@ def _seed(weight: SparseWeight) -> Tensor:
 
 def _choose(scores: Mapping[str, Tensor], constraint: Constraint) -> dict[str, Tensor]:
     silos = {silo.name: [weight.name for weight in silo.weights] for silo in constraint.silos}
-    return choose(scores, silos, {silo.name: silo.budget for silo in constraint.silos})
+    shapes = {weight.name: weight.data.shape for weight in constraint.weights}
+    return choose(scores, silos, {silo.name: silo.budget for silo in constraint.silos}, shapes=shapes)
 
 
 def place(model: nn.Module, constraint: Constraint, positions: Mapping[str, Tensor], fixed: bool = True) -> None:

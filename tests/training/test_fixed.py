@@ -378,6 +378,8 @@ def test_refusals_of_sources(build, tmp_path):
     scored = fixed(build, selection="fisher")
     with pytest.raises(ValueError, match="chooses by scores"):
         fix_subset(scored, {"classifier.weight": torch.arange(1)})
+    with pytest.raises(ValueError, match=r"classifier\.bias"):
+        fix_subset(scored, {**ones, "classifier.bias": torch.ones(4)})
     fix_subset(scored, ones)
     optimizer = torch.optim.SGD(trained(scored), lr=0.1)
     loss(scored, "bert").backward()
