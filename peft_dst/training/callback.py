@@ -141,6 +141,9 @@ def training_advice(model: nn.Module, constraint: Constraint, optimizer: Optimiz
         constraint: the constraint of its active adapter.
         optimizer: the optimizer, if it exists yet.
     """
+    if constraint.fixed:
+        # Its values are ordinary parameters, of which an optimizer may make what it likes.
+        return []
     advice = []
     constrained = {id(weight.parameter) for weight in constraint.weights}
     decays = {
@@ -154,7 +157,7 @@ def training_advice(model: nn.Module, constraint: Constraint, optimizer: Optimiz
             "which components are selected. Set weight_decay=0, or make the optimizer with "
             "peft_dst.create_dst_optimizer, which keeps decay to the dense parameters."
         )
-    half = [w for w in constraint.weights if w.data.dtype in (torch.bfloat16, torch.float16) and w.free is None]
+    half = [w for w in constraint.weights if w.data.dtype in (torch.bfloat16, torch.float16)]
     if half and not isinstance(optimizer, DSTOptimizer):
         advice.append(
             f"{len(half)} tensors under the constraint are {half[0].data.dtype}, e.g. {half[0].name!r}: an update smaller "

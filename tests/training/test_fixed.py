@@ -9,7 +9,16 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import Trainer, TrainerCallback
 
-from peft_dst import DSTConfig, DSTOptimizer, create_dst_optimizer, fix_subset, parameter_groups, start_from
+from peft_dst import (
+    DSTCallback,
+    DSTConfig,
+    DSTOptimizer,
+    create_dst_optimizer,
+    fix_subset,
+    parameter_groups,
+    start_from,
+)
+from peft_dst.training.callback import training_advice
 from tests.models import BUILDERS, assert_same, logits, loss, weights
 from tests.training.test_trainer import Rows, arguments
 
@@ -391,3 +400,15 @@ def test_refusals_of_sources(build, tmp_path):
 def test_bitfit_needs_biases(build):
     with pytest.raises(ValueError, match="none of the tuned parameters is one"):
         get_peft_model(BUILDERS["llama"](), DSTConfig(selection="bitfit"))
+
+
+def test_the_callback_has_no_advice(build, tmp_path):
+    """Weight decay, dropout and half precision are ordinary where only the subset is trained."""
+    model = fixed(build)
+    optimizer = torch.optim.AdamW(trained(model), weight_decay=0.1)
+    assert training_advice(model, model.constraint(), optimizer) == []
+    trainer = Trainer(model, arguments(tmp_path), train_dataset=Rows("bert"), callbacks=[DSTCallback()])
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "dst/free_parameters" in entry]
+    assert {entry["dst/free_parameters"] for entry in logged} == {float(model.constraint().budget)}
+    assert {entry["dst/churn"] for entry in logged} == {0.0}
