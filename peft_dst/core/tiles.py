@@ -64,6 +64,11 @@ class Tiles:
         self.dtype = distance_dtype(*seeds, *updates)
         self.uniform = all(distance_dtype(*pair) == self.dtype for pair in self.pairs)
         self.device = updates[0].device
+        # Narrow operands are widened in place. Memory fetched and freed for each tile would end up in pieces between what
+        # is kept of the tiles: on the CPU as much as 8 bytes a component of the silo.
+        narrow = any(tensor.dtype != self.dtype for pair in self.pairs for tensor in pair)
+        length = min(TILE, self.size) if narrow else 0
+        self._wide = [torch.empty(length, dtype=self.dtype, device=self.device) for _ in range(2)]
 
     def tiles(self) -> Iterator[tuple[int, int, Tensor]]:
         """(tensor, first flat position, its distances) of every tile in order; the next one overwrites the last."""
@@ -79,6 +84,9 @@ class Tiles:
 
     def distance(self, i: int, seed: Tensor, updated: Tensor, out: Tensor | None = None) -> Tensor:
         """Distances of some components of a tensor, in the silo's dtype; in silos of one dtype written to `out`."""
+        n = seed.numel()
+        if self.uniform and not seed.dtype == updated.dtype == self.dtype and n <= self._wide[0].numel():
+            seed, updated = (wide[:n].copy_(part) for wide, part in zip(self._wide, (seed, updated), strict=True))
         delta = distance(self.kind, seed, updated, out=out if self.uniform else None).to(self.dtype)
         return delta if self.divisors is None else delta.div_(self.divisors[i])
 
