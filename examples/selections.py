@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import fcntl
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -82,7 +83,19 @@ SELECTIONS = {
 METHODS = ["full", "l1", "l2", "head_only", "lora", "prompt", *SELECTIONS, "pruning"]
 PENALISED = ("l1", "l2", "pruning", "pruning_retrained")
 # What two runs must have in common to stand in one table.
-COMMON = ("model", "epsilon", "epochs", "batch_size", "train_size", "held_out", "head_lr", "head_epochs", "siloing")
+COMMON = (
+    "model",
+    "epsilon",
+    "epochs",
+    "batch_size",
+    "train_size",
+    "held_out",
+    "head_lr",
+    "head_epochs",
+    "siloing",
+    "score_size",
+    "text_size",
+)
 
 
 @dataclass(frozen=True)
@@ -322,19 +335,18 @@ def score_on(lab: Lab, model: nn.Module, names: list[str], rows: list[dict], col
         return peft_dst.score_parameters(model, loader, names=names, cache=cache, progress=False)
 
 
+def text_file(args: argparse.Namespace) -> Path | None:
+    file = Path(args.text or Path(os.environ.get("PEFT_DST_DATA", "")) / "wikitext2" / "validation.jsonl")
+    return file if file.is_file() else None
+
+
 def plain_text(args: argparse.Namespace) -> list[str]:
-    folder = (
-        Path(args.text) if args.text else Path(os.environ.get("PEFT_DST_DATA", "")) / "wikitext2" / "validation.jsonl"
-    )
-    if not folder.is_file():
-        raise SystemExit(
-            "fisher_pretraining and combined need plain text: --text FILE, a paragraph a line (.txt or .jsonl)"
-        )
-    lines = folder.read_text().splitlines()
-    if folder.suffix == ".jsonl":
+    """The first paragraphs of the text that are long enough to mask something in."""
+    file = text_file(args)
+    lines = file.read_text().splitlines()
+    if file.suffix == ".jsonl":
         lines = [json.loads(line)["text"] for line in lines]
-    paragraphs = [line.strip() for line in lines if len(line) > 200]
-    return paragraphs[: args.text_size]
+    return [line.strip() for line in lines if len(line) > 200][: args.text_size]
 
 
 def penalised(lab: Lab, run: Run) -> nn.Module:
@@ -381,6 +393,7 @@ def perform(lab: Lab, run: Run) -> dict:
         "seed": run.seed,
         "split": run.split,
         "accuracy": accuracy(model, lab.parts[run.split], collator(lab)),
+        "train_accuracy": accuracy(model, lab.parts[run.split + "/train"][:500], collator(lab)),
         "free_parameters": free,
         "changed_parameters": changed,
         "seconds": round(time.perf_counter() - begin, 1),
@@ -512,17 +525,22 @@ def attempt(lab: Lab, run: Run, progress: Progress, task: TaskID) -> bool:
     return True
 
 
+def mean(rows: list[dict], name: str) -> float:
+    """Of a figure that older files may not have (NaN)."""
+    return statistics.mean(row.get(name, math.nan) for row in rows)
+
+
 def table(rows: list[dict]) -> str:
     """Markdown: mean and standard deviation over seeds, methods in the order of their accuracy."""
     lines = [
-        "| method | free parameters | learning rate | accuracy | standard deviation | seeds | seconds |",
-        "|---|---|---|---|---|---|---|",
+        "| method | free parameters | learning rate | accuracy | standard deviation | train | seeds | seconds |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     groups: dict[str, list[dict]] = {}
     for row in rows:
         if row["split"] == "test":
             groups.setdefault(row["method"], []).append(row)
-    for method, runs in sorted(groups.items(), key=lambda item: -statistics.mean(r["accuracy"] for r in item[1])):
+    for method, runs in sorted(groups.items(), key=lambda item: -mean(item[1], "accuracy")):
         scores = [run["accuracy"] for run in runs]
         deviation = f"{statistics.stdev(scores):.4f}" if len(scores) > 1 else ""
         rates = {row["lr"] for row in rows if row["method"] == method and row["split"] == "held_out"}
@@ -530,8 +548,8 @@ def table(rows: list[dict]) -> str:
         # A better one may lie beyond what was tried.
         edge = " (edge)" if rates and lr in (min(rates), max(rates)) else ""
         lines.append(
-            f"| {method} | {runs[0]['free_parameters']:,} | {lr:g}{edge} | {statistics.mean(scores):.4f} | {deviation} | "
-            f"{len(runs)} | {statistics.mean(run['seconds'] for run in runs):.0f} |"
+            f"| {method} | {runs[0]['free_parameters']:,} | {lr:g}{edge} | {mean(runs, 'accuracy'):.4f} | {deviation} | "
+            f"{mean(runs, 'train_accuracy'):.4f} | {len(runs)} | {mean(runs, 'seconds'):.0f} |"
         )
     return "\n".join(lines)
 
@@ -554,6 +572,20 @@ def load(args: argparse.Namespace) -> Lab:
     return Lab(args, tokenizer, task.labels, parts)
 
 
+def check_prompt(lab: Lab) -> None:
+    """Whether there is room for the prompt before the texts."""
+    room = getattr(AutoConfig.from_pretrained(lab.args.model), "max_position_embeddings", math.inf)
+    if "prompt" in lab.args.methods:
+        model = fresh(lab, Run("prompt", 0.0, 0, "test"))
+        budget = round(lab.args.epsilon * sum(tensor.numel() for tensor in encoder(model).values()))
+        tokens = prompt_tuning_config_for_budget(model, budget, task_type="SEQ_CLS")[0].num_virtual_tokens
+        longest = max(len(row["input_ids"]) for rows in lab.parts.values() for row in rows)
+        if tokens + longest > room:
+            raise SystemExit(
+                f"{tokens} tokens of prompt and {longest} of text exceed {room}: leave prompt out of --methods"
+            )
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -562,9 +594,8 @@ def arguments() -> argparse.Namespace:
     add(
         "--methods",
         nargs="+",
-        default=METHODS,
         metavar="NAME",
-        help=f"of {', '.join(METHODS)}; l1:0.1 sets a coefficient",
+        help=f"of {', '.join(METHODS)}; l1:0.1 sets a coefficient (default: all there is data for)",
     )
     add("--epsilon", type=float, default=1e-3, help="budget as a fraction of the encoder (default: 1e-3)")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
@@ -607,10 +638,16 @@ def arguments() -> argparse.Namespace:
 def check(args: argparse.Namespace) -> argparse.Namespace:
     trec = Path(os.environ.get("PEFT_DST_DATA", "")) / "trec"
     args.data = args.data or str(trec if (trec / "train.jsonl").is_file() else BUNDLED / "question_types")
+    unread = ("fisher_pretraining", "combined") if text_file(args) is None else ()
+    args.methods = args.methods or [method for method in METHODS if method not in unread]
     for method in args.methods:
         kind, _, coefficient = method.partition(":")
         if kind not in METHODS or (coefficient and kind not in PENALISED):
             raise SystemExit(f"--methods has no {method!r}; known are {', '.join(METHODS)}, and l1:0.1 for {PENALISED}")
+        if kind in unread:
+            raise SystemExit(
+                f"{kind} needs plain text: --text FILE, a paragraph a line (.txt), or a text an object (.jsonl)"
+            )
     given = dict(item.split("=") for item in args.grid)
     args.grids = {}
     for method in dict.fromkeys([*args.methods, *map(needed, args.methods)]):
@@ -627,9 +664,9 @@ def refuse_other_options(args: argparse.Namespace) -> None:
     """One folder is one experiment."""
     now = common_options(args)
     for row in results(args.output):
-        other = [name for name in now if row["options"].get(name) != now[name]]
+        other = [name for name, value in row["options"].items() if name in now and value != now[name]]
         if other:
-            was, new = row["options"].get(other[0]), now[other[0]]
+            was, new = row["options"][other[0]], now[other[0]]
             raise SystemExit(f"{args.output} holds runs with {other[0]} = {was!r}, not {new!r}; give another --output")
 
 
@@ -647,7 +684,9 @@ def main() -> None:
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
         columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
         with Progress(*columns, console=console) as progress:
-            work(load(args), progress)
+            lab = load(args)
+            check_prompt(lab)
+            work(lab, progress)
     print(table(results(args.output)))
 
 

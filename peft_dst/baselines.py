@@ -219,7 +219,8 @@ class SeedPenalty:
         """Add the penalty's gradient to every .grad, as `(loss + penalty()).backward()` would, but without a graph.
 
         Call it after the backward pass and before clipping, once a step: besides the seed it needs memory for one
-        tensor at a time. A component at its seed has the l1 gradient 0.
+        tensor at a time. A component at its seed has the l1 gradient 0; one beside it is thrown across by a step that
+        is too long, so l1 brings few components back exactly.
         """
         for parameter, seed in self._pairs:
             change = parameter.float() - seed.float()
