@@ -11,7 +11,7 @@ register()
 from .analysis import overlap  # noqa: E402
 from .config import DSTConfig  # noqa: E402
 from .extraction import extract  # noqa: E402
-from .model import DSTModel  # noqa: E402
+from .model import DSTModel, set_training_steps  # noqa: E402
 from .static import fix_subset, start_from  # noqa: E402
 from .subsets import change_scores, combined_scores, load_scores, save_scores, score_parameters  # noqa: E402
 from .training import DSTCallback, DSTOptimizer, create_dst_optimizer, parameter_groups  # noqa: E402
@@ -34,5 +34,6 @@ __all__ = [
     "register",
     "save_scores",
     "score_parameters",
+    "set_training_steps",
     "start_from",
 ]

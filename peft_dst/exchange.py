@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .config import COLLECTED
 from .core import Constraint, SparseWeight
+from .core.free import watch
 from .delta import DeltaError, Record, Summary, check_record, check_seed, index_dtype, summarize
 from .layer import MARKER, markers
 
@@ -107,6 +108,8 @@ def check_and_name(
             "parameters. It was saved with another epsilon; load it under a name of its own, with its own config."
         )
     config.records = None
+    # What is loaded was trained already.
+    constraint.begun = False
     return named
 
 
@@ -204,6 +207,19 @@ def settle_before_forward(model: nn.Module) -> None:
     look = functools.partial(_look, model)
     handles = [module.register_forward_pre_hook(look) for module in model.modules()]
     model.__dict__.setdefault(_HANDLES, []).extend(handles)
+
+
+def watch_before_forward(model: nn.Module) -> None:
+    """Gather the gradients of fixed subsets also in copies of the model, and where its parameters were replaced."""
+    if not any(hook is _watch for hook in model._forward_pre_hooks.values()):
+        model.register_forward_pre_hook(_watch)
+
+
+def _watch(model: nn.Module, *unused: Any) -> None:
+    for constraint in model.__dict__.get(CONSTRAINTS, {}).values():
+        for weight in constraint.weights if constraint.fixed else ():
+            if weight.free is not None:
+                watch(weight)
 
 
 def forget_to_settle(model: nn.Module) -> None:

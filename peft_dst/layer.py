@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -27,7 +28,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from .core import SparseWeight
-from .core.free import free_values, watch
+from .core.free import free_dtype, free_values, watch
 from .core.tiles import bits
 from .delta import DeltaError, Record, check_record, index_dtype
 
@@ -101,7 +102,11 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         self.dst_free = nn.ModuleDict({})
         #: Adapters whose subset was chosen once, and never changes.
         self.fixed: set[str] = set()
-        self._trainable = False
+        #: Adapters that are to have one, from when it is chosen or loaded.
+        self.static: set[str] = set()
+        self._positions: dict[tuple[str, str], Tensor] = {}
+        #: Whether the active adapters are to be trained, as far as a fixed subset decides what that needs.
+        self.is_trainable = False
         self.tuned: dict[str, tuple[str, ...]] = {}
         self.weights: dict[str, SparseWeight] = {}
         self.merged_adapters: list[str] = []
@@ -160,6 +165,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):
     def accept(self, adapter: str) -> None:
         """Take in an awaited adapter's records: they have been checked, and may be written into the weights."""
         self.awaited.discard(adapter)
+        self.fixed |= self.static & {adapter}
         self._stale = True
         self.sync()
 
@@ -227,27 +233,35 @@ class SparseLayer(nn.Module, BaseTunerLayer):
     def _train_fixed(self) -> None:
         """Have the values of a fixed subset trained in the place of the weights, where the one active adapter has one."""
         for parameter, weight in self.weights.items():
-            weight.free = None
+            before, weight.free = weight.free, None
             if len(weight.adapters) != 1 or weight.adapters[0] not in self.fixed:
                 continue
             # Only what holds free values needs a gradient.
-            trainable = self._trainable and weight.indices.numel() > 0
+            trainable = self.is_trainable and weight.indices.numel() > 0
             weight.parameter.requires_grad_(trainable)
             if trainable:
-                weight.free = self._free(weight.adapters[0], parameter, weight)
+                weight.free, weight.free_at = self._free(weight.adapters[0], parameter, weight), weight.indices
                 watch(weight)
+            if weight.free is not before:
+                # A gradient from before belongs to something else.
+                weight.parameter.grad = None
         for name, free in self.dst_free.items():
-            free.requires_grad_(self._trainable and name in self._active_adapter)
+            free.requires_grad_(self.is_trainable and name in self._active_adapter)
 
     def _free(self, adapter: str, parameter: str, weight: SparseWeight) -> nn.Parameter:
-        """What is trained of a weight; the same parameter as long as the subset has its size, for optimizers hold it."""
+        """What is trained of a weight; the same parameter as long as it is the same subset, for optimizers hold it."""
         if adapter not in self.dst_free:
             self.dst_free[adapter] = FreeValues()
         found = cast(Entries, self.dst_free[adapter])
         free = found._parameters.get(parameter)
-        if free is None or free.shape != weight.indices.shape:
+        same = torch.equal(self._positions.get((adapter, parameter), weight.indices), weight.indices)
+        if free is None or not same or free.shape != weight.indices.shape or free.dtype != free_dtype(weight.data):
+            if free is not None:
+                weight.superseded.append(weakref.ref(free))
             free = free_values(weight.values())
             found.register_parameter(parameter, free)
+        self._positions[adapter, parameter] = weight.indices
+        weight.frees[adapter] = free
         return free
 
     def fix(self, adapter: str, positions: Mapping[str, Tensor]) -> None:
@@ -295,6 +309,8 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         for weight in self.weights.values():
             weight.parameter.requires_grad_(weight.requires_grad_before)
             weight.adapters, weight.disabled, weight.free = (), False, None
+            if weight.watched is not None:
+                weight.watched[1].remove()
         delattr(self.host, MARKER)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLayer:
@@ -318,7 +334,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         self._active_adapter = names
         if not self.merged:
             self._merged_model = False
-        self._trainable = not inference_mode
+        self.is_trainable = not inference_mode
         for parameter, weight in self.weights.items():
             tuned = any(parameter in self.tuned.get(name, ()) for name in names)
             weight.parameter.requires_grad_(tuned and not inference_mode)
@@ -343,7 +359,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):
                 if requires_grad:
                     weight.watch()
         if concerned:
-            self._trainable = requires_grad
+            self.is_trainable = requires_grad
             self._train_fixed()
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -388,6 +404,10 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         self.tuned.pop(adapter_name, None)
         self.awaited.discard(adapter_name)
         self.fixed.discard(adapter_name)
+        self.static.discard(adapter_name)
+        for parameter, weight in self.weights.items():
+            weight.frees.pop(adapter_name, None)
+            self._positions.pop((adapter_name, parameter), None)
         if adapter_name in self.dst_free:
             del self.dst_free[adapter_name]
         super().delete_adapter(adapter_name)
@@ -434,6 +454,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):
                         continue
                     self._store(adapter, parameter, indices.to(data.device, copy=True), values.to(data, copy=True))
                     self.awaited.discard(adapter)
+                    self.fixed |= self.static & {adapter}
                     self._stale = True
         overwritten = [self.weights[parameter] for parameter in self._overwritten]
         for weight in overwritten:

@@ -28,6 +28,21 @@ def active_constraints(model: nn.Module) -> list[Constraint]:
     return [c for c in found if any(c.adapter in weight.adapters for weight in c.weights)]
 
 
+def set_training_steps(model: nn.Module, steps: int) -> None:
+    """Say how many optimizer steps the whole training has, for a `churn_stop` that is a fraction of it.
+
+    DSTCallback does this under Trainer.
+
+    Args:
+        model: a model with DST adapters, of which all are told.
+        steps: the number.
+    """
+    if type(steps) is not int or steps < 1:
+        raise ValueError(f"steps must be a positive integer, got {steps!r}.")
+    for constraint in exchange.constraints(model).values():
+        constraint.total_steps = steps
+
+
 class DSTModel(BaseTuner):
     """Creates a Dynamic Subset Tuning model from a pretrained one; `get_peft_model` makes it.
 
@@ -82,7 +97,8 @@ class DSTModel(BaseTuner):
             for silo in constraint.silos:
                 constrained.update(id(w.parameter) for w in silo.weights)
                 if active and any(w.parameter.requires_grad for w in silo.weights):
-                    free += silo.budget
+                    chosen = [w.free.numel() for w in silo.weights if w.free is not None]
+                    free += sum(chosen) if chosen else silo.budget
         records = {id(p) for _, marker in markers(self.model) for p in marker.parameters()}
         everything = 0
         for parameter in self.model.parameters():
@@ -91,15 +107,6 @@ class DSTModel(BaseTuner):
                 if parameter.requires_grad and id(parameter) not in constrained:
                     free += parameter.numel()
         return free, everything
-
-    def set_training_steps(self, steps: int, adapter_name: str = "default") -> None:
-        """Say how many optimizer steps the whole training has, for a `churn_stop` that is a fraction of it.
-
-        DSTCallback does this under Trainer.
-        """
-        if type(steps) is not int or steps < 1:
-            raise ValueError(f"steps must be a positive integer, got {steps!r}.")
-        self.constraint(adapter_name).total_steps = steps
 
     # Injection
 
@@ -131,7 +138,12 @@ class DSTModel(BaseTuner):
         if state_dict is not None:
             # PEFT finds the hosts in a state dict by cutting its keys at the prefix; the marker is not a host.
             state_dict = {key.replace(f".{MARKER}.", "."): value for key, value in state_dict.items()}
+        # PEFT freezes what is active while it adds a frozen adapter, and thaws the parameters afterwards.
+        trainable = {marker: marker.is_trainable for _, marker in markers(model)}
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        for marker, before in trainable.items():
+            if adapter_name not in marker.active_adapters:
+                marker.is_trainable = before
         for name in self._placing:
             # PEFT does not visit the model itself, nor the first owner of a parameter that was targeted by another name.
             host = model.get_submodule(name)
@@ -160,11 +172,12 @@ class DSTModel(BaseTuner):
         _keep_from_ddp(model)
         if not config.init_weights:
             _start_at_random(found, constraint)
+        if config.fixed:
+            exchange.watch_before_forward(model)
+            for marker in found.values():
+                marker.static |= {adapter_name} & marker.tuned.keys()
         if config.records is not None:
             exchange.settle_before_forward(model)
-            for marker in found.values():
-                if config.fixed and adapter_name in marker.tuned:
-                    marker.fixed.add(adapter_name)
         elif (positions := static.choose_by_seed(config, constraint)) is not None:
             static.place(model, constraint, positions)
 

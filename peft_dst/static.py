@@ -6,17 +6,19 @@ from data, which `fix_subset` takes, as it takes the subset of another adapter.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
+from peft.utils import CONFIG_NAME
 from torch import Tensor, nn
 
 from . import exchange
 from .config import GIVEN, DSTConfig
 from .core import Constraint, SparseWeight, allocate_budgets
-from .delta import Record, index_dtype, read_records
+from .delta import Record, Summary, check_seed, index_dtype, read_records
 from .layer import SparseLayer, markers
 from .subsets import choose, is_bias, load_scores, magnitude_scores, random_scores
 
@@ -143,13 +145,10 @@ def fix_subset(
             f"of {', '.join(map(repr, GIVEN))} in its DSTConfig; for a dynamic run that starts from a subset, see "
             "peft_dst.start_from."
         )
-    _check_untrained(constraint)
+    _check_untrained(model, constraint)
     given = load_source(source)
     if config.selection == "transfer":
         positions = _positions(given, constraint)
-        for silo in constraint.silos:
-            silo.budget = sum(positions[weight.name].numel() for weight in silo.weights)
-        config.epsilon, config.num_free_parameters = None, constraint.budget
     else:
         if any(not tensor.is_floating_point() for tensor in given.values()):
             raise ValueError(
@@ -157,6 +156,12 @@ def fix_subset(
                 "(peft_dst.score_parameters), or set selection='transfer' to take over a subset as it is."
             )
         positions = _choose(given, constraint)
+    if not any(at.numel() for at in positions.values()):
+        raise ValueError("the source leaves no free parameter: it is empty, or all of its scores are zero.")
+    if config.selection == "transfer":
+        for silo in constraint.silos:
+            silo.budget = sum(positions[weight.name].numel() for weight in silo.weights)
+        config.epsilon, config.num_free_parameters = None, constraint.budget
     place(model, constraint, positions)
     return positions
 
@@ -187,7 +192,7 @@ def start_from(
             f"the adapter {adapter_name!r} has selection={config.selection!r}, which never leaves its subset. Use "
             "fix_subset, or selection='dynamic'."
         )
-    _check_untrained(constraint)
+    _check_untrained(model, constraint)
     records = read_records(source) if isinstance(source, str | os.PathLike) else None
     if values and records is None:
         raise ValueError("values=True takes over an adapter's values: give its folder, not only positions.")
@@ -200,6 +205,8 @@ def start_from(
                 f"the subset has {count:,} components in the silo {silo.name!r}, whose budget is {silo.budget:,}. Raise "
                 "epsilon or num_free_parameters, or use the siloing that the subset was made with."
             )
+    if values and records is not None and isinstance(source, str | os.PathLike):
+        _check_base(source, records, constraint)
     place(model, constraint, positions, fixed=False)
     if values and records is not None:
         for _, marker in markers(model):
@@ -233,13 +240,30 @@ def _adapter(model: nn.Module, adapter_name: str) -> tuple[Constraint, DSTConfig
     return found[adapter_name], configs[adapter_name]
 
 
-def _check_untrained(constraint: Constraint) -> None:
-    for weight in constraint.weights:
-        if weight.indices.numel() and not torch.equal(weight.values(), weight.seeds):
-            raise ValueError(
-                f"the adapter {constraint.adapter!r} has trained values already (in {weight.name!r}), which another subset "
-                "would lose. Add a new adapter for it: model.add_adapter(name, config)."
-            )
+def _check_untrained(model: nn.Module, constraint: Constraint) -> None:
+    for _, marker in markers(model):
+        records = marker.records(constraint.adapter) if constraint.adapter in marker.tuned else {}
+        for parameter, record in records.items():
+            weight = marker.weights[parameter]
+            if not torch.equal(record.values, weight.seeds_at(record.indices.long())):
+                raise ValueError(
+                    f"the adapter {constraint.adapter!r} has trained values already (in {weight.name!r}), which another "
+                    "subset would lose. Add a new adapter for it: model.add_adapter(name, config)."
+                )
+
+
+def _check_base(folder: str | os.PathLike[str], records: Mapping[str, Record], constraint: Constraint) -> None:
+    """Check that an adapter's values were trained from this base.
+
+    Raises:
+        DeltaError: if not.
+    """
+    raw = json.loads((Path(folder) / CONFIG_NAME).read_text()).get("records") or {}
+    weights = {weight.name: weight for weight in constraint.weights}
+    for name, record in records.items():
+        if name in raw and name in weights:
+            seeds = weights[name].seeds_at(record.indices.long().to(weights[name].data.device))
+            check_seed(name, Summary.parse(name, raw[name]), record, seeds)
 
 
 def _positions(given: Source, constraint: Constraint) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from .distances import RELATIVE_FLOOR
 from .iterative import select_iteratively
 from .schedule import EVERY_STEP, Schedule
 from .selection import Selection, select
@@ -47,7 +48,7 @@ class Constraint:
             (`free`), and the weights themselves are not.
 
     Attributes:
-        begun: whether the subset was given before the first step, which then keeps it.
+        begun: whether the subset was given before training. The first step that moves anything keeps it.
         total_steps: number of steps of the whole training, where it is known.
     """
 
@@ -75,6 +76,7 @@ class Constraint:
         self.fixed = fixed
         self.steps = 0
         self.begun = False
+        self._moved = False
         self.total_steps: int | None = None
         self.live.add(self)
 
@@ -121,11 +123,12 @@ class Constraint:
             empty: whether nothing is in it: nothing has moved yet (as under a learning rate of 0 at first).
         """
         scheduled = self.schedule.chooses(self.steps + 1, self.total_steps)
-        return empty or (scheduled and not (self.begun and self.steps == 0))
+        return empty or (scheduled and not self.begun)
 
     def complete(self, param_groups: Iterable[dict[str, Any]]) -> None:
         """Count a step that has come to its end, and leave what is to be recalled in the optimizer's groups."""
         self.steps += 1
+        self.begun, self._moved = self.begun and not self._moved, False
         if not self.tracking and self.schedule.every_step:
             return
         own = {id(weight.parameter) for weight in self.weights}
@@ -177,7 +180,7 @@ class Constraint:
         try:
             # Where nothing competes, all that moved is kept, whenever it moved.
             if silo.budget < silo.size and not self.chooses(not any(subset.indices.numel() for subset in before)):
-                return _keep(silo, updates, before)
+                return self._keep(silo, updates, before)
             seeds, flat = [weight.flat() for weight in silo.weights], [updated.reshape(-1) for updated in updates]
             divisors = self._divisors(silo)
             if self.tracking:
@@ -191,7 +194,9 @@ class Constraint:
         """What the distances of each weight are divided by. The live weights are the seed now."""
         if self.normalization is None:
             return None
-        if silo.divisors is None:
+        seeds = [weight.generation for weight in silo.weights]
+        if silo.divisors is None or silo.divided != seeds:
+            silo.divided = seeds
             members: dict[tuple[str, str], list[Tensor]] = {}
             for weight in silo.weights:
                 members.setdefault(self.modules[weight.name], []).append(weight.data)
@@ -199,9 +204,19 @@ class Constraint:
             for module, tensors in members.items():
                 size = sum(tensor.numel() for tensor in tensors)
                 total = sum(float(tensor.abs().sum(dtype=torch.float64)) for tensor in tensors)
-                found[module] = float(size) if self.normalization == "size" else total / size or 1.0
+                mean = total / size if total / size > RELATIVE_FLOOR else 1.0
+                found[module] = float(size) if self.normalization == "size" else mean
             silo.divisors = [found[self.modules[weight.name]] for weight in silo.weights]
         return silo.divisors
+
+    def _keep(self, silo: Silo, updates: list[Tensor], before: Sequence[Subset]) -> Selection:
+        """The subset from before, unless an update in it is not finite."""
+        for i, (updated, subset) in enumerate(zip(updates, before, strict=True)):
+            values = gather(updated, subset.indices)
+            if not torch.isfinite(values).all():
+                raise NonFiniteDistanceError(i)
+            self._moved = self._moved or not torch.equal(values.to(subset.values.dtype), subset.values)
+        return Selection([subset.indices for subset in before], silo.threshold)
 
     def non_finite(self, silo: Silo, position: int) -> FloatingPointError:
         """What to say of a distance that is NaN or infinite, in the weight at a position of a silo."""
@@ -217,14 +232,6 @@ class Constraint:
             "the learning rate, clip the gradient norm, or (under fp16) let a GradScaler skip such steps; then "
             "resume from the last checkpoint."
         )
-
-
-def _keep(silo: Silo, updates: list[Tensor], before: Sequence[Subset]) -> Selection:
-    """The subset from before, unless an update in it is not finite."""
-    for i, (updated, subset) in enumerate(zip(updates, before, strict=True)):
-        if not torch.isfinite(gather(updated, subset.indices)).all():
-            raise NonFiniteDistanceError(i)
-    return Selection([subset.indices for subset in before], silo.threshold)
 
 
 def concerned(param_groups: Iterable[Mapping[str, Any]]) -> list[tuple[Constraint, list[Silo]]]:

@@ -2,7 +2,8 @@
 
 The live weights get gradients like any others, because that is how autograd reaches the subset. But each is gathered at
 the subset's positions as soon as it is complete, and freed; so an optimizer sees k values with k gradients, and keeps
-moments of that size. After its step the values are written into the live weights.
+moments of that size. After its step the values are written into the live weights, which themselves are kept out of its
+reach.
 
 Values are float32 (float64 for float64 weights): a bfloat16 weight is the rounding of its value here.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,21 +25,27 @@ from .weights import SparseWeight, gather, scatter
 
 # Where an optimizer's state of a parameter keeps the float32 values of a half-precision weight's subset.
 VALUES = "dst_values"
+# The tensors that this process put there, by `id`: any other was loaded.
+_ours: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
+
+
+def free_dtype(weight: Tensor) -> torch.dtype:
+    """What the values of a weight's fixed subset are trained in."""
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
 def free_values(values: Tensor) -> nn.Parameter:
     """A parameter to train the values (k,) of a fixed subset by."""
-    wide = torch.float64 if values.dtype == torch.float64 else torch.float32
-    return nn.Parameter(values.detach().to(wide, copy=True))
+    with torch.inference_mode(False):
+        return nn.Parameter(values.detach().clone().to(free_dtype(values)))
 
 
 def watch(weight: SparseWeight) -> None:
     """Gather the weight's gradients from now on, whenever one has been accumulated."""
     parameter = weight.parameter
-    if weight.watched_parameter is not parameter and parameter.requires_grad:
-        # The hook lives as long as the parameter; the weight may leave it.
-        parameter.register_post_accumulate_grad_hook(functools.partial(_after_accumulation, weakref.ref(weight)))
-        weight.watched_parameter = parameter
+    if parameter.requires_grad and (weight.watched is None or weight.watched[0] is not parameter):
+        hook = functools.partial(_after_accumulation, weakref.ref(weight))
+        weight.watched = parameter, parameter.register_post_accumulate_grad_hook(hook)
 
 
 def _after_accumulation(found: weakref.ref[SparseWeight], parameter: Tensor) -> None:
@@ -55,7 +62,7 @@ def collect(weight: SparseWeight) -> None:
         NotImplementedError: in data parallelism, where gradients of single processes would be gathered.
     """
     gradient = weight.parameter.grad
-    if weight.free is None or gradient is None or weight.disabled:
+    if weight.free is None or weight.free_at is None or gradient is None:
         return
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if distributed and torch.distributed.get_world_size() > 1:
@@ -65,7 +72,7 @@ def collect(weight: SparseWeight) -> None:
         )
     if gradient.layout != torch.strided:
         gradient = gradient.to_dense()
-    gathered = gather(gradient, weight.indices).to(weight.free.dtype)
+    gathered = gather(gradient, weight.free_at.to(gradient.device)).to(weight.free.dtype)
     if weight.free.grad is None:
         weight.free.grad = gathered
     else:
@@ -73,109 +80,155 @@ def collect(weight: SparseWeight) -> None:
     weight.parameter.grad = None
 
 
-@torch.no_grad()
-def _before_step(weights: Sequence[SparseWeight], state: Mapping[Any, dict[str, Any]]) -> None:
-    """Make the values ready for a step of an optimizer over them.
-
-    The live weights may have changed since the last one (an adapter loaded again); where they are no longer the rounding of
-    the values, these follow.
-    """
-    for weight in weights:
-        # A copy of a model has lost its hook; its gradient is still whole.
-        collect(weight)
-        watch(weight)
-        assert weight.free is not None
-        live, values = weight.values(), weight.free.data
-        if (exact := state.get(weight.free, {}).get(VALUES)) is not None and exact.shape == values.shape:
-            values.copy_(exact)
-        values.copy_(torch.where(values.to(live.dtype) == live, values, live.to(values.dtype)))
-
-
-@torch.no_grad()
-def _after_step(weights: Sequence[SparseWeight]) -> SparseWeight | None:
-    """Write the values into the live weights, if all are finite.
-
-    Returns:
-        The first weight of which they are not; then nothing is written, and the values are those of the live weights.
-    """
-    free = [weight.free.data for weight in weights if weight.free is not None]
-    finite = [torch.isfinite(values).all() for values in free]
-    if finite and not torch.stack(finite).all():
-        for weight, values in zip(weights, free, strict=True):
-            values.copy_(weight.values())
-        return weights[[bool(ok) for ok in finite].index(False)]
-    for weight, values in zip(weights, free, strict=True):
-        data = weight.data
-        scatter(data, weight.indices, values.to(data.dtype))
-        weight.stepped = True
-    return None
-
-
 class FixedStep:
     """An optimizer's step over the values of fixed subsets.
 
-    The exact values of bfloat16 and float16 weights also go into the optimizer's state (`VALUES`), to be resumed with it.
+    From its making to `restore`, the weights that hold such values are not among the optimizer's parameters: whatever it
+    does to parameters without a gradient, it cannot do to the seed. The exact values of bfloat16 and float16 weights also
+    go into the optimizer's state (`VALUES`), to be resumed with it.
 
     Args:
         optimizer: the optimizer.
 
     Raises:
-        RuntimeError: if a subset was not given yet, its values are not the optimizer's though its weights are, or a weight
-            is in no state to be stepped.
-        NotImplementedError: if a weight is sharded.
+        RuntimeError: if a subset was not given yet, its values are not the optimizer's though its weights are, they were
+            replaced since, or a weight is in no state to be stepped.
+        NotImplementedError: if a weight is sharded, or the optimizer evaluates its closure at several points.
     """
 
     def __init__(self, optimizer: Optimizer):
         self.state = optimizer.state
-        parameters = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         self.constraints: list[tuple[Constraint, list[SparseWeight]]] = []
+        self._hidden: list[tuple[dict[str, Any], list[Any]]] = []
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        dense: set[int] = set()
         for constraint in [c for c in Constraint.live if c.fixed]:
-            own = [w for w in constraint.weights if w.free is not None and w.adapters == (constraint.adapter,)]
-            mine = [weight for weight in own if id(weight.free) in parameters]
+            ready = [weight for weight in constraint.weights if _is_ready(constraint, weight, held)]
+            mine = [weight for weight in ready if weight.free is not None and id(weight.free) in held]
             if not mine:
-                _check_not_forgotten(constraint, own, parameters)
-            for weight in mine:
-                check_steppable(weight, weight.parameter.grad)
-            if mine := [weight for weight in mine if not weight.disabled]:
-                _before_step(mine, self.state)
-                self.constraints.append((constraint, mine))
+                _check_not_forgotten(constraint, ready)
+                continue
+            if isinstance(optimizer, torch.optim.LBFGS):
+                raise NotImplementedError(
+                    "LBFGS evaluates its closure while it moves the parameters, and fixed subsets reach the model only "
+                    "after a step. Use another optimizer, or selection='first_step'."
+                )
+            dense.update(id(weight.parameter) for weight in ready)
+            self.constraints.append((constraint, mine))
+            for weight in ready:
+                self._prepare(weight)
+        for group in optimizer.param_groups if dense else []:
+            if any(id(parameter) in dense for parameter in group["params"]):
+                self._hidden.append((group, group["params"]))
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in dense]
 
+    @torch.no_grad()
+    def _prepare(self, weight: SparseWeight) -> None:
+        """Have the values follow the live weight, wherever that is no longer their rounding (an adapter loaded again)."""
+        if weight.free is None:
+            # Nothing of it is in the subset.
+            weight.parameter.grad = None
+            return
+        # A copy of a model has lost its hooks; its gradients are still whole.
+        collect(weight)
+        watch(weight)
+        around = weight.stepping() if weight.stepping is not None else None
+        if around is not None:
+            return
+        weight.stepping = weakref.ref(self)
+        live, values = weight.values(), weight.free.data
+        exact = self.state.get(weight.free, {}).get(VALUES)
+        if exact is not None and exact.shape == values.shape and _ours.get(id(exact)) is not exact:
+            values.copy_(exact)
+        values.copy_(torch.where(values.to(live.dtype) == live, values, live.to(values.dtype)))
+
+    def restore(self) -> None:
+        """Give the optimizer its parameters back."""
+        for group, parameters in self._hidden:
+            group["params"] = parameters
+        self._hidden.clear()
+
+    @torch.no_grad()
     def end(self) -> None:
         """Write what the optimizer made of the values.
 
         Raises:
             FloatingPointError: if a value is NaN or infinite. Live weights and values are then as before the step.
         """
-        for constraint, weights in self.constraints:
-            culprit = _after_step(weights)
-            if culprit is not None:
-                silo = next(silo for silo in constraint.silos if culprit in silo.weights)
-                raise constraint.non_finite(silo, silo.weights.index(culprit))
-            constraint.steps += 1
+        self.restore()
+        weights = [weight for _, weights in self.constraints for weight in weights]
+        rounded = {weight: _rounded(weight) for weight in weights}
+        finite = [torch.isfinite(values).all() for values in rounded.values()]
+        if finite and not torch.stack(finite).all():
             for weight in weights:
-                values = weight.free
-                if weight.data.element_size() == 2 and values is not None and values.grad is not None:
-                    self.state[values][VALUES] = values.detach().clone()
+                assert weight.free is not None
+                weight.free.data.copy_(weight.values())
+            culprit = weights[[bool(ok) for ok in finite].index(False)]
+            constraint = next(constraint for constraint, own in self.constraints if culprit in own)
+            silo = next(silo for silo in constraint.silos if culprit in silo.weights)
+            raise constraint.non_finite(silo, silo.weights.index(culprit))
+        for weight, values in rounded.items():
+            scatter(weight.data, weight.indices, values)
+            weight.stepped = True
+            self._keep_exact(weight)
+        for constraint, _ in self.constraints:
+            constraint.steps += 1
+
+    def _keep_exact(self, weight: SparseWeight) -> None:
+        if weight.stepping is not None and weight.stepping() is self:
+            weight.stepping = None
+        if weight.data.element_size() == 2 and weight.free is not None and weight.free.grad is not None:
+            exact = weight.free.detach().clone()
+            _ours[id(exact)] = exact
+            self.state[weight.free][VALUES] = exact
 
 
-def _check_not_forgotten(constraint: Constraint, own: list[SparseWeight], parameters: set[int]) -> None:
+def _rounded(weight: SparseWeight) -> Tensor:
+    assert weight.free is not None
+    return weight.free.data.to(weight.data.dtype)
+
+
+def _is_ready(constraint: Constraint, weight: SparseWeight, held: set[int]) -> bool:
+    """Whether a weight is one that an optimizer, which holds parameters of these `id`s, may step through its values."""
+    value = weight.frees.get(constraint.adapter)
+    if any(id(old()) in held for old in weight.superseded if old() is not None):
+        raise RuntimeError(
+            f"the subset of {weight.name!r} was replaced after the optimizer was made, which holds the old one's values. "
+            "Make the optimizer anew."
+        )
+    holds_value, holds_weight = value is not None and id(value) in held, id(weight.parameter) in held
+    if not (holds_value or holds_weight):
+        return False
+    gradient = weight.parameter.grad if holds_weight else None
+    if gradient is None and holds_value and value is not None:
+        gradient = value.grad
+    if weight.disabled:
+        check_steppable(weight, gradient)
+        return False
+    if constraint.adapter not in weight.adapters:
+        if holds_value and value is not None and value.grad is not None:
+            raise RuntimeError(
+                f"the values of the adapter {constraint.adapter!r} in {weight.name!r} have a gradient, but the adapter is "
+                "not active, so their step would reach no weight. Step one adapter at a time, while it is active, and "
+                "call zero_grad() before switching."
+            )
+        return False
+    check_steppable(weight, gradient)
+    return True
+
+
+def _check_not_forgotten(constraint: Constraint, ready: Sequence[SparseWeight]) -> None:
     """An optimizer that holds the weights of a fixed subset, but not its values, would train nothing."""
-    held = [
-        weight
-        for weight in constraint.weights
-        if id(weight.parameter) in parameters
-        and weight.adapters == (constraint.adapter,)
-        and weight.parameter.requires_grad
-        and not weight.disabled
-    ]
-    if not held:
+    trained = [w for w in ready if w.parameter.requires_grad or w.parameter.grad is not None]
+    if not trained:
         return
-    if not own:
+    if not any(weight.frees.get(constraint.adapter) is not None for weight in constraint.weights):
         raise RuntimeError(
             f"the adapter {constraint.adapter!r} has a static selection whose subset was not chosen yet. Choose it with "
             "peft_dst.fix_subset(model, scores), then make the optimizer."
         )
     raise RuntimeError(
-        f"the optimizer holds {held[0].name!r} but not the values of its fixed subset, which are what is trained. Make "
-        "the optimizer after the subset was chosen, from the model's parameters() or peft_dst.parameter_groups."
+        f"the optimizer holds {trained[0].name!r} but not the values of its fixed subset, which are what is trained. Make "
+        "the optimizer after the subset was chosen or loaded (transformers' load_adapter loads at the first forward pass), "
+        "from the model's parameters() or peft_dst.parameter_groups."
     )

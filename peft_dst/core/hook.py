@@ -44,9 +44,11 @@ def install() -> None:
 
 def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     _undo(_under_way.pop(optimizer, []))
+    if (unfinished := _fixed.pop(optimizer, None)) is not None:
+        unfinished.restore()
     if optimizer in _exempt:
         return
-    _fixed[optimizer] = FixedStep(optimizer)
+    fixed = _fixed[optimizer] = FixedStep(optimizer)
     steps: list[tuple[Constraint, StepInProgress]] = []
     try:
         for constraint, silos in concerned(optimizer.param_groups):
@@ -54,6 +56,7 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
             steps.append((constraint, constraint.before_step(silos)))
     except BaseException:
         _undo(steps)
+        fixed.restore()
         raise
     if steps:
         _under_way[optimizer] = steps
@@ -66,8 +69,10 @@ def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, A
         if fixed is not None:
             fixed.end()
         for constraint, step in steps:
+            outermost = step.is_outermost
             constraint.after_step(step)
-            constraint.complete(optimizer.param_groups)
+            if outermost:
+                constraint.complete(optimizer.param_groups)
     except BaseException:
         # An update that is not finite, memory that ran out, Ctrl-C: no weight keeps an update that was not projected.
         _undo(steps)

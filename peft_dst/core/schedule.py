@@ -43,10 +43,10 @@ class Schedule:
         if total is None:
             raise RuntimeError(
                 f"churn_stop={self.stop} is a fraction of training, and nobody has said how long that is. Add "
-                "DSTCallback() to Trainer, call model.set_training_steps(n) before the first step, or give churn_stop as a "
-                "number of steps."
+                "DSTCallback() to Trainer, call peft_dst.set_training_steps(model, n) before the first step, or give "
+                "churn_stop as a number of steps."
             )
-        return max(1, int(self.stop * total))
+        return max(1, int(self.stop * total + 1e-9))
 
 
 EVERY_STEP = Schedule()

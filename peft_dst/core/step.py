@@ -27,6 +27,11 @@ class StepInProgress:
     holders: dict[SparseWeight, Undoable] = field(default_factory=dict)
     seeds: dict[SparseWeight, Tensor] = field(default_factory=dict)
 
+    @property
+    def is_outermost(self) -> bool:
+        """Whether no other step was under way over any of the weights when this one began."""
+        return all(holder is self for holder in self.holders.values())
+
     def begin(self) -> None:
         for weight in (weight for silo in self.silos for weight in silo.weights):
             if weight.under_way is None:

@@ -39,7 +39,7 @@ class Silo:
         budget: number of free components.
         threshold: smallest kept distance of the last selection, 0-d tensor.
         previous: the subset before the last selection, one index tensor a weight.
-        divisors: what the distances of each weight are divided by, once it is known.
+        divisors: what the distances of each weight are divided by, once it is known; `divided` tells from which seeds.
         tracked: threshold of the last step, where that is where the next one starts from (Alg. 2).
     """
 
@@ -49,6 +49,7 @@ class Silo:
     threshold: Tensor = field(default_factory=lambda: torch.zeros(()))
     previous: list[Tensor] = field(default_factory=list)
     divisors: list[float] | None = None
+    divided: list[int] = field(default_factory=list)
     tracked: float | None = None
 
     @property

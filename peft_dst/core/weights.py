@@ -6,11 +6,13 @@ next to the live weight, are the whole seed, and putting them back is exact in e
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .tiles import bits
 
@@ -51,7 +53,10 @@ class SparseWeight:
         seeds: the seed's values there, (k,) in the parameter's dtype.
         adapters: names of the adapters whose values stand in the live weight.
         disabled: whether the seed shows although an adapter is active.
-        free: where the subset is fixed and trained, the parameter that holds its exact values, (k,) in float32 or wider.
+        free: where the subset is fixed and trained, the parameter that holds its exact values, (k,) in float32 or wider;
+            `free_at` is where they stand, int64 (k,). Both stay while the adapter is disabled.
+        frees: the same of every adapter with a fixed subset here.
+        superseded: parameters that stood there before, with another subset.
         stepped: whether an optimizer step has changed the weight since this was last set to False.
     """
 
@@ -63,8 +68,15 @@ class SparseWeight:
         self.disabled = False
         self.stepped = False
         self.free: nn.Parameter | None = None
-        #: The parameter whose gradients are gathered for `free`.
-        self.watched_parameter: nn.Parameter | None = None
+        self.free_at: Tensor | None = None
+        self.frees: dict[str, nn.Parameter] = {}
+        self.superseded: list[weakref.ref[nn.Parameter]] = []
+        #: The parameter whose gradients are gathered for `free`, and its hook.
+        self.watched: tuple[nn.Parameter, RemovableHandle] | None = None
+        #: The outermost step over `free` that is under way.
+        self.stepping: weakref.ref[object] | None = None
+        #: How often the seed was replaced.
+        self.generation = 0
         self.requires_grad_before = self.parameter.requires_grad
         self._watched = False
         self._checksum: tuple[torch.dtype, torch.Size, int] | None = None
@@ -76,7 +88,7 @@ class SparseWeight:
     def __getstate__(self) -> dict[str, object]:
         self.recover()
         # Copies of a parameter come without its hooks.
-        return {**self.__dict__, "watched_parameter": None}
+        return {**self.__dict__, "watched": None, "stepping": None, "superseded": []}
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -109,6 +121,7 @@ class SparseWeight:
 
     def forget(self) -> None:
         """Take the live weight as the seed."""
+        self.generation += 1
         self.under_way = None
         self.indices = torch.empty(0, dtype=torch.int64)
         self.seeds = torch.empty(0)

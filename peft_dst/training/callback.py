@@ -17,7 +17,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.integrations import is_tensorboard_available
 
 from ..core import Constraint
-from ..model import active_constraints
+from ..exchange import settle
+from ..model import active_constraints, set_training_steps
 from .optimizer import DSTOptimizer
 
 
@@ -64,6 +65,9 @@ class DSTCallback(TrainerCallback):
         optimizer: Optimizer | None = None,
         **kwargs: Any,
     ) -> None:
+        if model is not None and hasattr(model, "peft_config"):
+            # transformers' own load_adapter leaves this to the first forward pass.
+            settle(model)
         constraints = active_constraints(model) if model is not None else []
         if not constraints:
             warnings.warn(
@@ -73,8 +77,8 @@ class DSTCallback(TrainerCallback):
             )
             return
         assert model is not None
-        for constraint in constraints:
-            constraint.total_steps = state.max_steps
+        if model is not None and state.max_steps > 0:
+            set_training_steps(model, state.max_steps)
         # Trainer hands over Accelerate's wrapper.
         optimizer = getattr(optimizer, "optimizer", optimizer)
         _check_release(args, optimizer)

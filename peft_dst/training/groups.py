@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from ..exchange import settle
 from ..layer import markers
 
 
@@ -31,6 +32,9 @@ def parameter_groups(model: nn.Module, *, lr: float, head_lr: float, weight_deca
     Raises:
         ValueError: if the model has no trainable parameter under a constraint.
     """
+    if hasattr(model, "peft_config"):
+        # transformers' own load_adapter leaves this to the first forward pass.
+        settle(model)
     weights = [weight for _, marker in markers(model) for weight in marker.weights.values()]
     # Of a fixed subset the values are trained, and its weights get gradients that are gathered for these.
     constrained = {id(weight.parameter if weight.free is None else weight.free) for weight in weights}

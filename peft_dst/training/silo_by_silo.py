@@ -41,8 +41,8 @@ class SiloBySilo:
 
     def complete(self) -> None:
         """Step every silo that has not been yet, and the parameters under no constraint; none, if one fails."""
+        fixed = FixedStep(self.optimizer)
         try:
-            fixed = FixedStep(self.optimizer)
             for constraint, silos in self.concerned:
                 self.silos(constraint, [silo for silo in silos if id(silo) not in self.stepped])
             self._step_rest()
@@ -50,6 +50,8 @@ class SiloBySilo:
         except BaseException:
             self.undo()
             raise
+        finally:
+            fixed.restore()
         for constraint, _ in self.concerned:
             constraint.complete(self.optimizer.param_groups)
 

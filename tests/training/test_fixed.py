@@ -19,7 +19,7 @@ from peft_dst import (
     start_from,
 )
 from peft_dst.training.callback import training_advice
-from tests.models import BUILDERS, assert_same, logits, loss, weights
+from tests.models import BUILDERS, Outer, assert_same, logits, loss, weights
 from tests.training.test_trainer import Rows, arguments
 
 
@@ -412,3 +412,252 @@ def test_the_callback_has_no_advice(build, tmp_path):
     logged = [entry for entry in trainer.state.log_history if "dst/free_parameters" in entry]
     assert {entry["dst/free_parameters"] for entry in logged} == {float(model.constraint().budget)}
     assert {entry["dst/churn"] for entry in logged} == {0.0}
+
+
+# What must not happen
+
+
+def moved_outside(model, seed, positions):
+    count = 0
+    for key, value in weights(model.get_base_model()).items():
+        outside = torch.ones(value.numel(), dtype=torch.bool)
+        outside[positions[key]] = False
+        count += int((value.flatten() != seed[key].flatten())[outside].sum())
+    return count
+
+
+def test_the_seed_is_out_of_every_optimizers_reach(build):
+    """One that changes parameters without a gradient, and weights whose requires_grad was switched on by hand."""
+    model = fixed(build)
+    seed, positions = weights(build("bert")), subset(model)
+    model.requires_grad_(True)
+    optimizer = Outer(torch.optim.SGD(trained(model), lr=0.1))
+    for step in range(3):
+        loss(model, "bert", step).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert moved_outside(model, seed, positions) == 0
+    assert len(optimizer.param_groups[0]["params"]) == len(trained(model))
+
+
+def test_steps_while_disabled_or_with_two_adapters_are_refused(build):
+    model = fixed(build)
+    seed = weights(build("bert"))
+    optimizer = torch.optim.SGD(trained(model), lr=0.1)
+    with model.disable_adapter():
+        loss(model, "bert").backward()
+        with pytest.raises(RuntimeError, match="adapter is disabled"):
+            optimizer.step()
+        assert_same(weights(model.get_base_model()), seed)
+    optimizer.zero_grad()
+    model.add_adapter("b", DSTConfig(epsilon=0.02, selection="random", selection_seed=1))
+    model.base_model.set_adapter(["default", "b"])
+    loss(model, "bert").backward()
+    with pytest.raises(RuntimeError, match="are all active"):
+        optimizer.step()
+
+
+def test_a_frozen_adapter_loaded_beside_leaves_training_alone(build, tmp_path):
+    fixed(build, selection="magnitude", modules_to_save=["classifier"]).save_pretrained(tmp_path)
+    model = fixed(build, modules_to_save=["classifier"])
+    optimizer = create_dst_optimizer(model, torch.optim.SGD, lr=0.1, head_lr=0.1)
+    model.load_adapter(tmp_path, "reference")
+    before = weights(model.get_base_model())
+    loss(model, "bert").backward()
+    optimizer.step()
+    after = weights(model.get_base_model())
+    assert sum(int((before[key] != after[key]).sum()) for key in before) > 0.5 * model.constraint().budget
+
+
+def test_an_optimizer_of_a_replaced_subset_is_refused(build):
+    model = get_peft_model(build("bert"), DSTConfig(num_free_parameters=150, selection="fisher", siloing="none"))
+    shapes = {name: parameter.shape for name, parameter in build("bert").named_parameters()}
+    fix_subset(model, {name: torch.rand(shape) for name, shape in shapes.items()})
+    optimizer = torch.optim.SGD(trained(model), lr=0.1)
+    fix_subset(model, {name: torch.rand(shape) for name, shape in shapes.items()})
+    loss(model, "bert").backward()
+    with pytest.raises(RuntimeError, match="replaced after the optimizer was made"):
+        optimizer.step()
+
+
+def test_lbfgs_is_refused(build):
+    model = fixed(build)
+    optimizer = torch.optim.LBFGS(trained(model))
+    with pytest.raises(NotImplementedError, match="LBFGS"):
+        optimizer.step(lambda: loss(model, "bert"))
+
+
+def test_a_copy_is_clipped_as_the_original(build):
+    model = fixed(build, modules_to_save=["classifier"])
+    loss(model, "bert").backward()
+    norms = []
+    for each in (copy.deepcopy(model), model):
+        for parameter in each.parameters():
+            parameter.grad = None
+        loss(each, "bert", 1).backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(each.parameters(), 1.0))
+    assert torch.equal(*norms)
+
+
+def test_gradients_from_before_are_not_gathered(build):
+    model = get_peft_model(build("bert"), DSTConfig(epsilon=0.02), "dynamic")
+    model.add_adapter("static", DSTConfig(epsilon=0.02, selection="random"))
+    loss(model, "bert", 5).backward()
+    model.set_adapter("static")
+    loss(model, "bert", 1).backward()
+    dense = build("bert")
+    loss(dense, "bert", 1).backward()
+    for weight in model.constraint("static").weights:
+        if weight.free is not None and dense.get_parameter(weight.name).grad is not None:
+            assert torch.equal(weight.free.grad, dense.get_parameter(weight.name).grad.flatten()[weight.indices])
+
+
+def test_the_values_of_an_inactive_adapter_are_not_stepped(build):
+    model = fixed(build)
+    first = trained(model)
+    model.add_adapter("b", DSTConfig(epsilon=0.02, selection="random", selection_seed=1))
+    loss(model, "bert").backward()
+    model.set_adapter("b")
+    optimizer = torch.optim.SGD({id(p): p for p in (*first, *trained(model))}.values(), lr=0.1)
+    loss(model, "bert").backward()
+    with pytest.raises(RuntimeError, match="not active"):
+        optimizer.step()
+
+
+def test_two_optimizers_in_turn_keep_float32_values(build):
+    model = get_peft_model(build("bert").bfloat16(), DSTConfig(epsilon=0.02, selection="random"))
+    optimizers = [torch.optim.SGD(trained(model), lr=1.0) for _ in range(2)]
+    weight = next(w for w in model.constraint().weights if w.free is not None)
+    start = weight.free.detach().clone()
+    for i in range(8):
+        weight.free.grad = torch.full_like(weight.free, -(2.0**-20))
+        optimizers[i % 2].step()
+    assert torch.equal(weight.free.detach(), start + 8 * 2.0**-20)
+
+
+def test_an_outer_optimizer_that_moves_first(build):
+    """What it did to the values before the inner step is not taken for a stale copy."""
+
+    class First(torch.optim.Optimizer):
+        def __init__(self, inner):
+            super().__init__(inner.param_groups, {})
+            self.inner = inner
+
+        def step(self, closure=None):
+            with torch.no_grad():
+                for group in self.param_groups:
+                    for parameter in group["params"]:
+                        parameter.mul_(0.5)
+            self.inner.step()
+
+    model = fixed(build)
+    values = {w: w.free.detach().clone() for w in model.constraint().weights if w.free is not None}
+    inner = torch.optim.SGD(trained(model), lr=0.0)
+    loss(model, "bert").backward()
+    First(inner).step()
+    for weight, before in values.items():
+        assert torch.equal(weight.values(), 0.5 * before)
+
+
+def test_float16_values_beyond_its_range_are_refused(build):
+    model = get_peft_model(build("bert").half(), DSTConfig(epsilon=0.02, selection="random"))
+    optimizer = torch.optim.SGD(trained(model), lr=1.0)
+    before = weights(model.get_base_model())
+    for weight in model.constraint().weights:
+        if weight.free is not None:
+            weight.free.grad = torch.full_like(weight.free, 1e6)
+    with pytest.raises(FloatingPointError):
+        optimizer.step()
+    assert_same(weights(model.get_base_model()), before)
+
+
+def test_untrained_is_asked_of_the_adapter_itself(build):
+    """Not of whatever is active: another adapter's training is no obstacle, and its own is one while it is inactive."""
+    ones = {name: torch.ones_like(parameter) for name, parameter in build("bert").named_parameters()}
+    model = get_peft_model(build("bert"), DSTConfig(epsilon=0.02, selection="fisher"))
+    fix_subset(model, ones)
+    optimizer = torch.optim.SGD(trained(model), lr=0.1)
+    loss(model, "bert").backward()
+    optimizer.step()
+    model.add_adapter("b", DSTConfig(epsilon=0.02, selection="fisher"))
+    fix_subset(model, ones, "b")
+    model.set_adapter("b")
+    with pytest.raises(ValueError, match="trained values already"):
+        fix_subset(model, ones)
+
+
+def test_a_checkpoint_loaded_over_a_subset_that_was_not_chosen(build, tmp_path):
+    ones = {name: torch.ones_like(parameter) for name, parameter in build("bert").named_parameters()}
+    one = get_peft_model(build("bert"), DSTConfig(epsilon=0.02, selection="fisher"))
+    fix_subset(one, ones)
+    one.save_pretrained(tmp_path)
+    two = get_peft_model(build("bert"), DSTConfig(epsilon=0.02, selection="fisher"))
+    two.load_adapter(tmp_path, "default", is_trainable=True)
+    assert_same(subset(two), subset(one))
+    optimizer = torch.optim.SGD(trained(two), lr=0.1)
+    before = weights(two.get_base_model())
+    loss(two, "bert").backward()
+    optimizer.step()
+    assert any(not torch.equal(before[key], value) for key, value in weights(two.get_base_model()).items())
+
+
+def test_the_number_trained_is_told_also_after_loading(build, tmp_path):
+    model = get_peft_model(build("bert"), DSTConfig(selection="transfer"))
+    fix_subset(model, {"classifier.weight": torch.arange(40)})
+    assert model.get_nb_trainable_parameters()[0] == 40
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(build("bert"), tmp_path, is_trainable=True)
+    assert again.get_nb_trainable_parameters()[0] == 40
+
+
+def test_an_empty_subset_is_refused(build):
+    model = get_peft_model(build("bert"), DSTConfig(selection="transfer"))
+    with pytest.raises(ValueError, match="no free parameter"):
+        fix_subset(model, {})
+
+
+def test_values_of_another_base_are_not_taken_over(build, saved):
+    folder, _, _ = saved()
+    other = build("bert")
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.5)
+    model = get_peft_model(other, DSTConfig(epsilon=0.02))
+    with pytest.raises(ValueError, match="values differ"):
+        start_from(model, folder, values=True)
+    assert not any(silo.free() for silo in model.constraint().silos)
+
+
+def test_chosen_under_inference_mode(build):
+    model = fixed(build)
+    model.add_adapter("b", DSTConfig(epsilon=0.02, selection="random"))
+    with torch.inference_mode():
+        model.set_adapter("b")
+    optimizer = torch.optim.SGD(trained(model), lr=0.1)
+    loss(model, "bert").backward()
+    optimizer.step()
+
+
+def test_two_models_in_one_optimizer_step_together_or_not_at_all(build):
+    one, two = fixed(build), fixed(build)
+    before = weights(one.get_base_model()), weights(two.get_base_model())
+    optimizer = torch.optim.SGD([*trained(one), *trained(two)], lr=0.1)
+    (loss(one, "bert") + loss(two, "bert")).backward()
+    next(p for p in reversed(trained(two)) if p.grad is not None).grad.fill_(float("nan"))
+    with pytest.raises(FloatingPointError):
+        optimizer.step()
+    assert_same(weights(one.get_base_model()), before[0])
+    assert_same(weights(two.get_base_model()), before[1])
+
+
+def test_a_start_survives_a_warm_up(build, saved):
+    folder, _, first = saved()
+    model = get_peft_model(build("bert"), DSTConfig(epsilon=0.02))
+    start_from(model, folder)
+    optimizer = torch.optim.SGD(trained(model), lr=0.0)
+    for lr, kept in ((0.0, True), (0.1, True), (0.1, False)):
+        optimizer.param_groups[0]["lr"] = lr
+        loss(model, "bert", 1).backward()
+        optimizer.step()
+        same = all(torch.equal(subset(model)[key], at) for key, at in subset(first).items())
+        assert same == kept

@@ -7,7 +7,7 @@ import torch
 from peft import get_peft_model
 from transformers import Trainer, TrainerCallback
 
-from peft_dst import DSTCallback, DSTConfig, DSTOptimizer
+from peft_dst import DSTCallback, DSTConfig, DSTOptimizer, set_training_steps
 from peft_dst.core.reference import reference_step
 from peft_dst.core.silos import read_names
 from tests.models import assert_same, loss, weights
@@ -56,7 +56,7 @@ def test_equals_the_dense_reference(options, chosen, make, build):
     for name in ("bert", "gpt2"):
         model = get_peft_model(build(name), DSTConfig(epsilon=0.02, **options))
         if isinstance(options.get("churn_stop"), float):
-            model.set_training_steps(6)
+            set_training_steps(model, 6)
         optimizer = make([p for p in model.parameters() if p.requires_grad])
         for step, wanted in enumerate(dense(build, name, model.constraint(), chosen, 6), 1):
             loss(model, name, step).backward()
