@@ -180,7 +180,8 @@ def test_a_step_that_raised_does_not_switch_the_constraint_off(build):
         model.zero_grad()
         now = weights(base)
         assert sum(int((now[k] != seed[k]).sum()) for k in seed) <= model.constraint().budget
-    assert model.constraint().steps == 2
+    # For all that is known they were steps within the failing one, which is the one that would count.
+    assert model.constraint().steps == 0
 
 
 def test_a_step_without_change_keeps_the_subset(build):
