@@ -32,9 +32,9 @@ Selection = Literal[
     "transfer",
 ]
 SELECTIONS: tuple[str, ...] = get_args(Selection)
-# These choose their subset before training, and keep it; the last ones from what `fix_subset` is given.
-STATIC = SELECTIONS[2:]
-GIVEN = SELECTIONS[5:]
+# These choose their subset before training, and keep it: from the seed alone, or from what `fix_subset` is given.
+BY_SEED = ("random", "bitfit", "magnitude")
+GIVEN = ("fisher", "fisher_pretraining", "combined", "diff_pruning", "transfer")
 # Where a config keeps, from collecting an adapter's tensors to writing them, what it will say of them. It is no field: the
 # config of a model that is only read from describes no file.
 COLLECTED = "_collected_records"
@@ -256,7 +256,7 @@ class DSTConfig(PeftConfig):
                 f"churn_interval={self.churn_interval} and churn_stop={stop} say when selection='dynamic' chooses; "
                 f"selection={self.selection!r} chooses once. Leave them out."
             )
-        if self.selection in STATIC and (self.threshold != "exact" or self.distance_normalization):
+        if self.fixed and (self.threshold != "exact" or self.distance_normalization):
             raise ValueError(
                 f"selection={self.selection!r} measures no distances while training, so threshold={self.threshold!r} and "
                 f"distance_normalization={self.distance_normalization!r} have no meaning. Leave them out."
@@ -265,7 +265,7 @@ class DSTConfig(PeftConfig):
     @property
     def fixed(self) -> bool:
         """Whether the subset is chosen before training, and kept."""
-        return self.selection in STATIC
+        return self.selection in BY_SEED + GIVEN
 
     @property
     def schedule(self) -> Schedule:

@@ -28,7 +28,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from .core import SparseWeight
-from .core.free import free_dtype, free_values, watch
+from .core.distances import wide_dtype
+from .core.free import free_values, watch
 from .core.tiles import bits
 from .delta import DeltaError, Record, check_record, index_dtype
 
@@ -255,7 +256,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         found = cast(Entries, self.dst_free[adapter])
         free = found._parameters.get(parameter)
         same = torch.equal(self._positions.get((adapter, parameter), weight.indices), weight.indices)
-        if free is None or not same or free.shape != weight.indices.shape or free.dtype != free_dtype(weight.data):
+        if free is None or not same or free.shape != weight.indices.shape or free.dtype != wide_dtype(weight.data):
             if free is not None:
                 weight.superseded.append(weakref.ref(free))
             free = free_values(weight.values())
@@ -264,19 +265,22 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         weight.frees[adapter] = free
         return free
 
-    def fix(self, adapter: str, positions: Mapping[str, Tensor]) -> None:
-        """Give an adapter the subset that it keeps, at the seed's values.
+    def place(self, adapter: str, positions: Mapping[str, Tensor], values: Mapping[str, Tensor], fixed: bool) -> None:
+        """Give an adapter a subset.
 
         Args:
             adapter: its name.
             positions: for each parameter that it tunes sorted flat positions, int64 (k,).
+            values: the values there, (k,); the seed's for parameters that are not in it.
+            fixed: whether it keeps that subset.
         """
-        self.fixed.add(adapter)
+        if fixed:
+            self.fixed.add(adapter)
         for parameter in self.tuned[adapter]:
             weight = self.weights[parameter]
             indices = positions[parameter].to(weight.data.device)
-            record = Record(indices.to(index_dtype(weight.data.numel())), weight.seeds_at(indices))
-            self.write_record(adapter, parameter, record)
+            own = values[parameter].to(weight.data) if parameter in values else weight.seeds_at(indices)
+            self.write_record(adapter, parameter, Record(indices.to(index_dtype(weight.data.numel())), own))
         self.sync()
 
     def forget_seed(self, parameters: Sequence[str]) -> None:

@@ -19,6 +19,7 @@ from .core import Constraint, Silo, partition
 from .core.silos import compile_silo_patterns, read_names
 from .delta import DeltaError, Record, Summary
 from .layer import MARKER, SparseLayer, markers
+from .tables import text_table
 from .targets import find_targets, is_excluded, is_saved_densely, is_targeted
 
 
@@ -75,15 +76,9 @@ class DSTModel(BaseTuner):
         constraint = self.constraint(adapter_name)
         rows = [(s.name, f"{len(s.weights)}", f"{s.size:,}", f"{s.budget:,}") for s in constraint.silos]
         tensors, size = sum(len(s.weights) for s in constraint.silos), sum(s.size for s in constraint.silos)
-        rows.append(("total", f"{tensors}", f"{size:,}", f"{constraint.budget:,}"))
+        total = ("total", f"{tensors}", f"{size:,}", f"{constraint.budget:,}")
         header = ("silo", "tensors", "size", "budget")
-        widths = [max(len(row[i]) for row in [header, *rows]) for i in range(4)]
-        rule = "  ".join("-" * width for width in widths)
-        lines = [
-            "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(cells))
-            for cells in (list(zip(row, widths, strict=True)) for row in [header, *rows])
-        ]
-        print("\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]]))
+        print("\n".join(text_table(header, rows, [total])))
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(free parameters, all parameters): the budget of what is under the constraint, the size of what is not.

@@ -10,16 +10,17 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from peft.utils import CONFIG_NAME
 from torch import Tensor, nn
 
 from . import exchange
-from .config import GIVEN, DSTConfig
-from .core import Constraint, SparseWeight, allocate_budgets
-from .delta import Record, Summary, check_seed, index_dtype, read_records
-from .layer import SparseLayer, markers
+from .config import BY_SEED, GIVEN, DSTConfig
+from .core import Constraint, SparseWeight, allocate_budgets, scatter
+from .delta import Record, Summary, check_seed, read_records
+from .layer import markers
 from .subsets import choose, is_bias, load_scores, magnitude_scores, random_scores
 
 
@@ -55,7 +56,7 @@ def choose_by_seed(config: DSTConfig, constraint: Constraint) -> dict[str, Tenso
     Returns:
         For each parameter of the constraint the positions, int64 (k,), sorted.
     """
-    if config.selection not in ("random", "bitfit", "magnitude"):
+    if config.selection not in BY_SEED:
         return None
     if config.selection == "bitfit":
         return {
@@ -78,6 +79,9 @@ class _SeedScores(Mapping[str, Tensor]):
             return random_scores(name, weight.data.shape, self.config.selection_seed)
         return magnitude_scores(_seed(weight))
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.weights
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.weights)
 
@@ -87,8 +91,11 @@ class _SeedScores(Mapping[str, Tensor]):
 
 def _seed(weight: SparseWeight) -> Tensor:
     """The seed of a weight, whatever is applied now."""
-    indices = torch.arange(weight.data.numel(), device=weight.data.device)
-    return weight.seeds_at(indices).view(weight.data.shape) if weight.indices.numel() else weight.data
+    if not weight.indices.numel():
+        return weight.data
+    seed = weight.data.clone()
+    scatter(seed, weight.indices, weight.seeds)
+    return seed
 
 
 def _choose(scores: Mapping[str, Tensor], constraint: Constraint) -> dict[str, Tensor]:
@@ -97,24 +104,27 @@ def _choose(scores: Mapping[str, Tensor], constraint: Constraint) -> dict[str, T
     return choose(scores, silos, {silo.name: silo.budget for silo in constraint.silos}, shapes=shapes)
 
 
-def place(model: nn.Module, constraint: Constraint, positions: Mapping[str, Tensor], fixed: bool = True) -> None:
-    """Give an adapter a subset at the seed's values, which it keeps (`fixed`) or starts from."""
+def place(
+    model: nn.Module,
+    constraint: Constraint,
+    positions: Mapping[str, Tensor],
+    values: Mapping[str, Tensor] = MappingProxyType({}),
+    fixed: bool = True,
+) -> None:
+    """Give an adapter a subset, which it keeps (`fixed`) or starts from.
+
+    Args:
+        model: the model.
+        constraint: the adapter's.
+        positions: for each of its parameters sorted positions, int64 (k,).
+        values: the values there, (k,); the seed's for parameters that are not in it.
+        fixed: whether it keeps that subset.
+    """
     for _, marker in markers(model):
         if constraint.adapter in marker.tuned:
-            own = {p: positions[marker.weights[p].name] for p in marker.tuned[constraint.adapter]}
-            if fixed:
-                marker.fix(constraint.adapter, own)
-            else:
-                _start(marker, constraint.adapter, own)
-
-
-def _start(marker: SparseLayer, adapter: str, positions: Mapping[str, Tensor]) -> None:
-    for parameter, at in positions.items():
-        weight = marker.weights[parameter]
-        indices = at.to(weight.data.device)
-        record = Record(indices.to(index_dtype(weight.data.numel())), weight.seeds_at(indices))
-        marker.write_record(adapter, parameter, record)
-    marker.sync()
+            names = {parameter: marker.weights[parameter].name for parameter in marker.tuned[constraint.adapter]}
+            own = {parameter: values[name] for parameter, name in names.items() if name in values}
+            marker.place(constraint.adapter, {p: positions[name] for p, name in names.items()}, own, fixed)
 
 
 def fix_subset(
@@ -207,15 +217,8 @@ def start_from(
             )
     if values and records is not None and isinstance(source, str | os.PathLike):
         _check_base(source, records, constraint)
-    place(model, constraint, positions, fixed=False)
-    if values and records is not None:
-        for _, marker in markers(model):
-            for parameter in marker.tuned.get(adapter_name, ()):
-                if (record := records.get(marker.weights[parameter].name)) is not None:
-                    data = marker.weights[parameter].data
-                    own = Record(record.indices.to(data.device), record.values.to(data))
-                    marker.write_record(adapter_name, parameter, own)
-            marker.sync()
+    taken = {name: record.values for name, record in records.items()} if values and records is not None else {}
+    place(model, constraint, positions, taken, fixed=False)
     constraint.begun = True
 
 

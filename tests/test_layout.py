@@ -16,6 +16,7 @@ ORDER = [
     "core",
     "delta",
     "subsets",
+    "tables",
     "config",
     "layer",
     "targets",

@@ -7,7 +7,6 @@ tensor by tensor, and an overlap is a signal only as far as it is above it.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from ..core.silos import compile_silo_patterns, read_names
 from ..delta import read_records
 from ..exchange import settle
 from ..layer import markers
+from ..tables import text_table
 
 
 Subset: TypeAlias = "str | PathLike[str] | tuple[nn.Module, str] | Mapping[str, Tensor | Sequence[int]]"
@@ -92,17 +92,12 @@ class Overlap:
 
     def __str__(self) -> str:
         header = ("", "|A|", "|B|", "|A ∩ B|", "of A", "by chance", "of B", "by chance")
-        groups = [
+        lines = text_table(
+            header,
             [_row("total", self.total)],
             [_row(kind, count) for kind, count in self.kinds.items()],
             [_row(layer or "outside any layer", count) for layer, count in self.layers.items()],
-        ]
-        everything = [header, *itertools.chain(*groups)]
-        widths = [max(len(row[i]) for row in everything) for i in range(len(header))]
-        rule = "  ".join("-" * width for width in widths)
-        lines = [_line(header, widths)]
-        for rows in groups:
-            lines += [rule, *(_line(row, widths) for row in rows)]
+        )
         if self.only_in_a or self.only_in_b:
             lines.append(f"tensors with entries in A only: {len(self.only_in_a)}, in B only: {len(self.only_in_b)}")
         return "\n".join(lines)
@@ -245,7 +240,3 @@ def _row(name: str, count: Count) -> tuple[str, ...]:
     shares = (count.of_a, count.chance_of_a, count.of_b, count.chance_of_b)
     cells = ("-" if math.isnan(share) else f"{share:.2%}" for share in shares)
     return (name, f"{count.a:,}", f"{count.b:,}", f"{count.both:,}", *cells)
-
-
-def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    return "  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True)))

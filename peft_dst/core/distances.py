@@ -17,8 +17,8 @@ DISTANCES: tuple[str, ...] = get_args(Distance)
 RELATIVE_FLOOR = 2.0**-100
 
 
-def distance_dtype(*tensors: Tensor) -> torch.dtype:
-    """What distances of such tensors are computed in: float64 if one of them is, else float32.
+def wide_dtype(*tensors: Tensor) -> torch.dtype:
+    """What is computed in, of such tensors: float64 if one of them is, else float32.
 
     A difference of two bfloat16 values is not representable in bfloat16 in general, and would tie with its neighbours.
     """
@@ -36,10 +36,10 @@ def distance(kind: str, seed: Tensor, updated: Tensor, out: Tensor | None = None
         out: where to write Δ, same shape; float64 if either of the others is, or float32.
 
     Returns:
-        Δ, same shape, non-negative, in `distance_dtype` (or out's dtype).
+        Δ, same shape, non-negative, in `wide_dtype` (or out's dtype).
     """
     if not seed.dtype == updated.dtype == torch.float32:
-        dtype = distance_dtype(seed, updated)
+        dtype = wide_dtype(seed, updated)
         seed, updated = seed.to(dtype), updated.to(dtype)
     delta = torch.sub(updated, seed, out=out)
     if kind == "absolute":

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .constraint import Constraint, check_steppable
-from .weights import SparseWeight, gather, scatter
+from .distances import wide_dtype
+from .weights import SparseWeight, gather, scatter, widened
 
 
 # Where an optimizer's state of a parameter keeps the float32 values of a half-precision weight's subset.
@@ -29,15 +30,10 @@ VALUES = "dst_values"
 _ours: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
 
 
-def free_dtype(weight: Tensor) -> torch.dtype:
-    """What the values of a weight's fixed subset are trained in."""
-    return torch.float64 if weight.dtype == torch.float64 else torch.float32
-
-
 def free_values(values: Tensor) -> nn.Parameter:
     """A parameter to train the values (k,) of a fixed subset by."""
     with torch.inference_mode(False):
-        return nn.Parameter(values.detach().clone().to(free_dtype(values)))
+        return nn.Parameter(values.detach().clone().to(wide_dtype(values)))
 
 
 def watch(weight: SparseWeight) -> None:
@@ -100,9 +96,12 @@ class FixedStep:
         self.state = optimizer.state
         self.constraints: list[tuple[Constraint, list[SparseWeight]]] = []
         self._hidden: list[tuple[dict[str, Any], list[Any]]] = []
+        fixed = [constraint for constraint in Constraint.live if constraint.fixed]
+        if not fixed:
+            return
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         dense: set[int] = set()
-        for constraint in [c for c in Constraint.live if c.fixed]:
+        for constraint in fixed:
             ready = [weight for weight in constraint.weights if _is_ready(constraint, weight, held)]
             mine = [weight for weight in ready if weight.free is not None and id(weight.free) in held]
             if not mine:
@@ -140,7 +139,7 @@ class FixedStep:
         exact = self.state.get(weight.free, {}).get(VALUES)
         if exact is not None and exact.shape == values.shape and _ours.get(id(exact)) is not exact:
             values.copy_(exact)
-        values.copy_(torch.where(values.to(live.dtype) == live, values, live.to(values.dtype)))
+        values.copy_(widened(live, values))
 
     def restore(self) -> None:
         """Give the optimizer its parameters back."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .distances import distance, distance_dtype
+from .distances import distance, wide_dtype
 
 
 # Components of a tile: 512 KiB of float32, which stay in a core's second-level cache together with both operands.
@@ -61,8 +61,8 @@ class Tiles:
         self.kind = kind
         self.divisors = divisors
         self.size = sum(seed.numel() for seed in seeds)
-        self.dtype = distance_dtype(*seeds, *updates)
-        self.uniform = all(distance_dtype(*pair) == self.dtype for pair in self.pairs)
+        self.dtype = wide_dtype(*seeds, *updates)
+        self.uniform = all(wide_dtype(*pair) == self.dtype for pair in self.pairs)
         self.device = updates[0].device
         # Narrow operands are widened in place. Memory fetched and freed for each tile would end up in pieces between what
         # is kept of the tiles: on the CPU as much as 8 bytes a component of the silo.

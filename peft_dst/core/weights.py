@@ -38,6 +38,13 @@ def scatter(tensor: Tensor, indices: Tensor, values: Tensor) -> None:
         tensor[torch.unravel_index(indices, tensor.shape)] = values
 
 
+def widened(live: Tensor, values: Tensor | None) -> Tensor:
+    """Half-precision values in float32: those that are remembered, wherever they are what the live ones were made of."""
+    if values is None or values.shape != live.shape:
+        return live.float()
+    return torch.where(values.to(live.dtype) == live, values, live.to(values.dtype))
+
+
 class SparseWeight:
     """One parameter of a module and the subset of it that currently differs from the seed.
 

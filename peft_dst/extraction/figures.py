@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..core import distance
 from ..core.tiles import TILE, bits
+from ..tables import text_table
 
 
 @dataclass(frozen=True)
@@ -140,34 +141,16 @@ class Extraction:
         return joined("total", [*self.silos, self.untuned], sum(silo.budget for silo in self.silos))
 
     def __str__(self) -> str:
-        total = self.total
         untuned = [self.untuned] if self.untuned.changed else []
         header = ("silo", "size", "free", "threshold", "reset", "largest reset", "Σ|change| kept", "Σ change² kept")
-        rows = [header, *(_row(figures) for figures in [*self.silos, *untuned, total])]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-        lines = [
-            "  ".join(
-                cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in rows
-        ]
-        rule = "  ".join("-" * width for width in widths)
+        lines = text_table(header, [_row(figures) for figures in [*self.silos, *untuned]], [_row(self.total)])
         notes = (
             ("kept whole", self.dense),
             ("only in the base, left out", self.only_in_base),
             ("in the tuned checkpoint, but not used by its model", self.ignored),
             ("differs, but an adapter cannot hold it", self.not_carried),
         )
-        return "\n".join(
-            [
-                lines[0],
-                rule,
-                *lines[1:-1],
-                rule,
-                lines[-1],
-                *(f"{n}: {', '.join(names)}" for n, names in notes if names),
-            ]
-        )
+        return "\n".join([*lines, *(f"{note}: {', '.join(names)}" for note, names in notes if names)])
 
 
 def _row(figures: SiloFigures) -> tuple[str, ...]:

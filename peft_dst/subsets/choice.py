@@ -38,11 +38,15 @@ def choose(
         ValueError: if a name has no score or one that is none, if its shape is not the parameter's, if a name is in two
             silos, or if a budget is missing or out of range.
     """
-    _check(scores, silos, budgets, shapes)
+    _check_names(scores, silos, budgets)
     chosen: dict[str, Tensor] = {}
     short: dict[str, int] = {}
     for silo, names in silos.items():
-        positions = _largest([scores[name].reshape(-1) for name in names], budgets[silo])
+        # Looked up once, for scores may be made when they are asked for.
+        own = {name: scores[name] for name in names}
+        check_scores(own, shapes)
+        _check_budget(silo, budgets[silo], sum(score.numel() for score in own.values()))
+        positions = _largest([score.reshape(-1) for score in own.values()], budgets[silo])
         chosen |= dict(zip(names, positions, strict=True))
         count = sum(at.numel() for at in positions)
         if count < budgets[silo]:
@@ -68,16 +72,10 @@ def _largest(scores: Sequence[Tensor], budget: int) -> list[Tensor]:
     return select(zeros, scores, budget, "absolute").indices
 
 
-def _check(
-    scores: Scores,
-    silos: Mapping[str, Sequence[str]],
-    budgets: Mapping[str, int],
-    shapes: Mapping[str, Sequence[int]] | None,
-) -> None:
+def _check_names(scores: Scores, silos: Mapping[str, Sequence[str]], budgets: Mapping[str, int]) -> None:
     if unmatched := sorted(silos.keys() ^ budgets.keys()):
         raise ValueError(f"silos and budgets differ in {unmatched[0]!r}: give one budget for each silo and no other")
-    counts = Counter(name for names in silos.values() for name in names)
-    for name, count in counts.items():
+    for name, count in Counter(name for names in silos.values() for name in names).items():
         if count > 1:
             raise ValueError(f"{name!r} is {count} times in the silos: a parameter belongs to one silo")
         if name not in scores:
@@ -85,10 +83,8 @@ def _check(
                 f"there is no score of {name!r}. Score it too (`names`), or leave it out of the tuned parameters "
                 "(target_modules, exclude_modules)."
             )
-    check_scores({name: scores[name] for name in counts}, shapes)
-    for silo, names in silos.items():
-        size = sum(scores[name].numel() for name in names)
-        if not 0 <= budgets[silo] <= size:
-            raise ValueError(
-                f"the budget of silo {silo!r} is {budgets[silo]:,}; it has {size:,} components. Use 0 to {size:,}."
-            )
+
+
+def _check_budget(silo: str, budget: int, size: int) -> None:
+    if not 0 <= budget <= size:
+        raise ValueError(f"the budget of silo {silo!r} is {budget:,}; it has {size:,} components. Use 0 to {size:,}.")

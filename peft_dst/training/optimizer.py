@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..core import exempt
+from ..core.distances import wide_dtype
 from ..core.free import VALUES
 from .release import Release
-from .silo_by_silo import HALF, SiloBySilo, working_dtype
+from .silo_by_silo import HALF, SiloBySilo
 
 
 class DSTOptimizer(Optimizer):
@@ -71,7 +72,7 @@ class DSTOptimizer(Optimizer):
         exempt(self)
         # Some optimizers start with a state (Adagrad), which has to be a float32 one.
         for parameter in starts:
-            stand_in = nn.Parameter(torch.empty_like(parameter, dtype=working_dtype(parameter)))
+            stand_in = nn.Parameter(torch.empty_like(parameter, dtype=wide_dtype(parameter)))
             group = next(g for g in self.param_groups if any(p is parameter for p in g["params"]))
             self.state[parameter] = optimizer_cls([{**group, "params": [stand_in]}], **kwargs).state[stand_in]
         if release_gradients:

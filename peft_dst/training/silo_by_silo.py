@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..core import Constraint, FixedStep, Silo, SparseWeight, Subset, concerned, gather, scatter
+from ..core.distances import wide_dtype
 from ..core.free import VALUES
+from ..core.weights import widened
 from . import fused
 from .released import gradient
 
@@ -114,7 +116,7 @@ class SiloBySilo:
 
     def _subset_values(self, weight: SparseWeight) -> Tensor:
         """Float32 values (k,) of a weight's current subset."""
-        return _widened(weight.values(), self._values(weight.parameter))
+        return widened(weight.values(), self._values(weight.parameter))
 
     def _step_rest(self) -> None:
         """Step the parameters under no constraint."""
@@ -124,7 +126,7 @@ class SiloBySilo:
         for parameter in self.groups:
             if id(parameter) not in constrained and (found := gradient(parameter)) is not None:
                 half = parameter.dtype in HALF
-                working = _widened(parameter.data, self._values(parameter)) if half else parameter.data
+                working = widened(parameter.data, self._values(parameter)) if half else parameter.data
                 stand_ins[parameter] = _stand_in(working, found)
         if stand_ins:
             self.optimizer.run(stand_ins)
@@ -147,7 +149,7 @@ class SiloBySilo:
     def _working_copies(self, silo: Silo) -> list[Tensor]:
         """Θt of a silo's weights in their shapes, in one stretch of memory."""
         data = [weight.data for weight in silo.weights]
-        dtype = working_dtype(*data)
+        dtype = wide_dtype(*data)
         copies = []
         for weight, flat in zip(silo.weights, self._stretch(silo, dtype, data[0].device), strict=True):
             copy = _with_strides_of(weight.data, flat).copy_(weight.data)
@@ -179,14 +181,3 @@ def _stand_in(working: Tensor, gradient: Tensor) -> nn.Parameter:
     stand_in = nn.Parameter(working)
     stand_in.grad = gradient.to(working.dtype)
     return stand_in
-
-
-def _widened(live: Tensor, values: Tensor | None) -> Tensor:
-    """Half-precision values in float32: those that are remembered, wherever they are what the live ones were made of."""
-    if values is None or values.shape != live.shape:
-        return live.float()
-    return torch.where(values.to(live.dtype) == live, values, live.float())
-
-
-def working_dtype(*data: Tensor) -> torch.dtype:
-    return torch.float64 if torch.float64 in [tensor.dtype for tensor in data] else torch.float32

@@ -1,0 +1,21 @@
+"""Plain-text tables for what people print: silos, overlaps, extractions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def text_table(header: Sequence[str], *groups: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table: the first column to the left, the others to the right, a rule before each group of rows."""
+    rows = [header, *(row for group in groups for row in group)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        cells = zip(row, widths, strict=True)
+        return "  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(cells))
+
+    rule = "  ".join("-" * width for width in widths)
+    lines = [line(header)]
+    for group in groups:
+        lines += [rule, *(line(row) for row in group)]
+    return lines
