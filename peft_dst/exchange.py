@@ -10,7 +10,6 @@ first use.
 from __future__ import annotations
 
 import functools
-import re
 from typing import Any
 
 import torch
@@ -20,17 +19,27 @@ from torch import Tensor, nn
 from .config import COLLECTED
 from .core import Constraint, SparseWeight
 from .core.free import watch
-from .delta import DeltaError, Record, Summary, check_record, check_seed, index_dtype, summarize
-from .layer import MARKER, markers
+from .delta import (
+    MARKER,
+    PARTS,
+    PEFT_PREFIX,
+    RECORD_KEY,
+    DeltaError,
+    Record,
+    Summary,
+    check_record,
+    check_seed,
+    index_dtype,
+    parse_summaries,
+    summarize,
+)
+from .layer import markers
 
 
 # Where a base model keeps its adapters' constraints: on the model itself, because transformers' own `load_adapter` and
 # `add_adapter` keep the model that was injected into and drop the tuner.
 CONSTRAINTS = "dst_constraints"
 _HANDLES = "dst_settle_handles"
-_PARTS = ("dst_indices", "dst_values")
-_PEFT_PREFIX = "base_model.model."
-_RECORD_KEY = re.compile(rf"(?P<host>(?:.*\.)?){MARKER}\.(?P<part>{'|'.join(_PARTS)})\.(?P<parameter>[^.]+)")
 
 
 def collect(
@@ -50,7 +59,7 @@ def collect(
         name = name.removeprefix("_fsdp_wrapped_module.")
         for parameter in marker.tuned.get(adapter_name, ()):
             weight = marker.weights[parameter]
-            keys = [f"{name}.{part}.{adapter_name}.{parameter}" for part in _PARTS]
+            keys = [f"{name}.{part}.{adapter_name}.{parameter}" for part in PARTS]
             if keys[0] in state_dict and state_dict[keys[0]].numel():
                 record = Record(*(state_dict[key] for key in keys))
                 kept |= dict(zip(keys, record, strict=True))
@@ -70,13 +79,13 @@ def check_and_name(
     loaded: dict[str, dict[str, Tensor]] = {}
     named: dict[str, Tensor] = {}
     for key, tensor in state_dict.items():
-        if found := _RECORD_KEY.fullmatch(key.removeprefix(_PEFT_PREFIX)):
+        if found := RECORD_KEY.fullmatch(key.removeprefix(PEFT_PREFIX)):
             loaded.setdefault(found["host"] + found["parameter"], {})[found["part"]] = tensor
         else:
             named[key] = tensor
     named = _check_dense(model, adapter_name, named)
-    dense = {key.removeprefix(_PEFT_PREFIX) for key in named}
-    summaries = read_summaries(config)
+    dense = {key.removeprefix(PEFT_PREFIX) for key in named}
+    summaries = parse_summaries(config.records or {})
     entries = 0
     for name, marker in markers(model):
         # An adapter that is loaded again (Trainer: resume, best checkpoint) was not announced by a config.
@@ -93,7 +102,7 @@ def check_and_name(
                     "adapter_config.json. The two files come from different saves; copy or download both again."
                 )
             entries += record.indices.numel()
-            named |= {f"{name}.{p}.{adapter_name}.{parameter}": t for p, t in zip(_PARTS, record, strict=True)}
+            named |= {f"{name}.{p}.{adapter_name}.{parameter}": t for p, t in zip(PARTS, record, strict=True)}
     if loaded:
         raise DeltaError(
             f"the adapter has entries for {next(iter(loaded))!r} ({len(loaded)} such tensors), which the model does not "
@@ -164,15 +173,6 @@ def constraints(model: nn.Module) -> dict[str, Constraint]:
     return {}
 
 
-def read_summaries(config: PeftConfig) -> dict[str, Summary]:
-    """What a saved adapter's config says of its records, by name of the parameter.
-
-    Raises:
-        DeltaError: if an entry is malformed.
-    """
-    return {name: Summary.parse(name, raw) for name, raw in (config.records or {}).items()}
-
-
 def settle(model: nn.Module) -> bool:
     """Check and write the records that have been loaded since; return whether none is still awaited.
 
@@ -186,7 +186,7 @@ def settle(model: nn.Module) -> bool:
     missing = {adapter for marker, adapter in awaited if not marker.has_arrived(adapter)}
     arrived = [(marker, adapter) for marker, adapter in awaited if adapter not in missing]
     configs: Any = model.peft_config
-    summaries = {adapter: read_summaries(configs[adapter]) for _, adapter in arrived}
+    summaries = {adapter: parse_summaries(configs[adapter].records or {}) for _, adapter in arrived}
     for marker, adapter in arrived:
         for parameter, record in marker.records(adapter).items():
             weight = marker.weights[parameter]
@@ -242,10 +242,10 @@ def _pair(weight: SparseWeight, parts: dict[str, Tensor] | None) -> Record:
     if parts is None:
         data = weight.data
         return Record(torch.empty(0, dtype=index_dtype(data.numel())), torch.empty(0, dtype=data.dtype))
-    missing = set(_PARTS) - parts.keys()
+    missing = set(PARTS) - parts.keys()
     if missing:
         raise DeltaError(f"{weight.name!r} has no {missing.pop()} in the adapter file. It is damaged; save it again.")
-    return Record(*(parts[part] for part in _PARTS))
+    return Record(*(parts[part] for part in PARTS))
 
 
 def _check(weight: SparseWeight, record: Record, summary: Summary | None) -> None:

@@ -31,54 +31,12 @@ from .core import SparseWeight
 from .core.distances import wide_dtype
 from .core.free import free_values, watch
 from .core.tiles import bits
-from .delta import DeltaError, Record, check_record, index_dtype
+from .delta import MARKER, DeltaError, Record, check_record, index_dtype
+from .entries import Entries, FreeValues
 
 
-MARKER = "_sparse"
 # What stands in a record whose tensors have their size but are still to be loaded: no valid index.
 NOT_LOADED = -1
-
-
-class Entries(nn.Module):
-    """Tensors of one adapter by the host's parameters' names, which are free in a bare module as they are in the host.
-
-    (A ParameterDict or BufferDict has attributes of its own, `keys` and `values` for example, that they could not have.)
-    """
-
-    def put(self, parameter: str, tensor: Tensor) -> None:
-        """Add or replace one: a frozen parameter if it is floating, which is what PEFT looks for, else a buffer."""
-        if tensor.dtype.is_floating_point:
-            self.register_parameter(parameter, nn.Parameter(tensor, requires_grad=False))
-        else:
-            self.register_buffer(parameter, tensor)
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {
-            name: tensor.data
-            for name, tensor in [*self._parameters.items(), *self._buffers.items()]
-            if tensor is not None
-        }
-
-
-class FreeValues(Entries):
-    """What is trained of one adapter whose subset is fixed: a float32 copy of its values.
-
-    The records are what is saved and loaded; these follow the live weights.
-    """
-
-    def _save_to_state_dict(self, *unused: Any) -> None:
-        return
-
-    def _load_from_state_dict(self, *unused: Any) -> None:
-        return
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FreeValues:
-        # They go where the model goes, but keep their precision.
-        for parameter in self.parameters():
-            parameter.data = parameter.data.to(fn(parameter.data[:0]).device)
-            if parameter.grad is not None:
-                parameter.grad = parameter.grad.to(parameter.device)
-        return self
 
 
 class SparseLayer(nn.Module, BaseTunerLayer):

@@ -17,8 +17,8 @@ from . import exchange, static
 from .config import DSTConfig
 from .core import Constraint, Silo, partition
 from .core.silos import compile_silo_patterns, read_names
-from .delta import DeltaError, Record, Summary
-from .layer import MARKER, SparseLayer, markers
+from .delta import MARKER, DeltaError, Record, Summary, parse_summaries
+from .layer import SparseLayer, markers
 from .tables import text_table
 from .targets import find_targets, is_excluded, is_saved_densely, is_targeted
 
@@ -120,7 +120,7 @@ class DSTModel(BaseTuner):
         silos = _silo_sizes(model, config, [target.name for target in targets])
         budgets = static.budgets(config, silos)
         _check_no_copies(model, config, adapter_name)
-        summaries = exchange.read_summaries(config)
+        summaries = parse_summaries(config.records or {})
         _check_summaries(summaries, silos)
 
         if adapter_name in exchange.constraints(model):

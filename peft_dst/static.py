@@ -6,20 +6,18 @@ from data, which `fix_subset` takes, as it takes the subset of another adapter.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
 import torch
-from peft.utils import CONFIG_NAME
 from torch import Tensor, nn
 
 from . import exchange
 from .config import BY_SEED, GIVEN, DSTConfig
 from .core import Constraint, SparseWeight, allocate_budgets, scatter
-from .delta import Record, Summary, check_seed, read_records
+from .delta import Record, check_seed, read_records, read_summaries
 from .layer import markers
 from .subsets import choose, is_bias, load_scores, magnitude_scores, random_scores
 
@@ -261,12 +259,12 @@ def _check_base(folder: str | os.PathLike[str], records: Mapping[str, Record], c
     Raises:
         DeltaError: if not.
     """
-    raw = json.loads((Path(folder) / CONFIG_NAME).read_text()).get("records") or {}
+    summaries = read_summaries(folder)
     weights = {weight.name: weight for weight in constraint.weights}
-    for name, record in records.items():
-        if name in raw and name in weights:
-            seeds = weights[name].seeds_at(record.indices.long().to(weights[name].data.device))
-            check_seed(name, Summary.parse(name, raw[name]), record, seeds)
+    for name in records.keys() & summaries.keys() & weights.keys():
+        record = records[name]
+        seeds = weights[name].seeds_at(record.indices.long().to(weights[name].data.device))
+        check_seed(name, summaries[name], record, seeds)
 
 
 def _positions(given: Source, constraint: Constraint) -> dict[str, Tensor]:

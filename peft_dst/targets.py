@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from .config import DSTConfig
-from .layer import MARKER
+from .delta import MARKER
 
 
 _TUNABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

@@ -18,6 +18,7 @@ ORDER = [
     "subsets",
     "tables",
     "config",
+    "entries",
     "layer",
     "targets",
     "exchange",

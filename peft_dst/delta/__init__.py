@@ -3,7 +3,18 @@
 Imports torch, safetensors and the standard library only.
 """
 
-from .files import WEIGHTS_NAME, read_metadata, read_records, stamp
+from .files import (
+    MARKER,
+    PARTS,
+    PEFT_PREFIX,
+    RECORD_KEY,
+    WEIGHTS_NAME,
+    parse_summaries,
+    read_metadata,
+    read_records,
+    read_summaries,
+    stamp,
+)
 from .records import (
     FORMAT_VERSION,
     DeltaError,
@@ -19,6 +30,10 @@ from .records import (
 
 __all__ = [
     "FORMAT_VERSION",
+    "MARKER",
+    "PARTS",
+    "PEFT_PREFIX",
+    "RECORD_KEY",
     "WEIGHTS_NAME",
     "DeltaError",
     "Record",
@@ -27,8 +42,10 @@ __all__ = [
     "check_record",
     "check_seed",
     "index_dtype",
+    "parse_summaries",
     "read_metadata",
     "read_records",
+    "read_summaries",
     "stamp",
     "summarize",
 ]

@@ -20,10 +20,12 @@ from .records import FORMAT_VERSION, DeltaError, Record, Summary, check_entries,
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
-# As records are called in a PEFT model's state dict, without the adapter's name.
-_RECORD_KEY = re.compile(
-    r"base_model\.model\.(?P<host>(?:.*\.)?)_sparse\.dst_(?P<part>indices|values)\.(?P<parameter>[^.]+)"
-)
+# The child module of a host under which a PEFT model's state dict has its records.
+MARKER = "_sparse"
+PARTS = ("dst_indices", "dst_values")
+PEFT_PREFIX = "base_model.model."
+# A record's key without PEFT's prefix and without the adapter's name, which a file does not hold either.
+RECORD_KEY = re.compile(rf"(?P<host>(?:.*\.)?){MARKER}\.(?P<part>{'|'.join(PARTS)})\.(?P<parameter>[^.]+)")
 
 
 def stamp(directory: str | os.PathLike[str], fields: Mapping[str, Any]) -> None:
@@ -76,7 +78,7 @@ def read_records(folder: str | os.PathLike[str]) -> dict[str, Record]:
         DeltaError: if the folder holds no DST adapter, or a damaged one.
     """
     folder = Path(folder)
-    summaries = _read_summaries(folder / CONFIG_NAME)
+    summaries = read_summaries(folder)
     path = folder / WEIGHTS_NAME
     if not path.is_file():
         raise DeltaError(
@@ -89,7 +91,7 @@ def read_records(folder: str | os.PathLike[str]) -> dict[str, Record]:
         raise DeltaError(f"{path} cannot be read ({error}). It is damaged; save or download it again.") from error
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        if match := _RECORD_KEY.fullmatch(key):
+        if key.startswith(PEFT_PREFIX) and (match := RECORD_KEY.fullmatch(key.removeprefix(PEFT_PREFIX))):
             found.setdefault(match["host"] + match["parameter"], {})[match["part"]] = tensor
     if found.keys() != summaries.keys():
         name = min(found.keys() ^ summaries.keys())
@@ -100,21 +102,37 @@ def read_records(folder: str | os.PathLike[str]) -> dict[str, Record]:
         )
     records = {}
     for name, parts in found.items():
-        if parts.keys() != {"indices", "values"}:
-            raise DeltaError(f"{name!r} has only {', '.join(parts)} in {path}. It is damaged; save it again.")
-        records[name] = Record(parts["indices"], parts["values"])
+        if parts.keys() != set(PARTS):
+            raise DeltaError(f"{name!r} has no {min(set(PARTS) - parts.keys())} in {path}. It is damaged; save it again.")
+        records[name] = Record(*(parts[part] for part in PARTS))
         # Without the base every position that its dtype may hold is a good one.
-        largest = torch.empty(1, dtype=parts["values"].dtype, device="meta").expand(_largest(parts["indices"].dtype))
+        indices, values = records[name]
+        largest = torch.empty(1, dtype=values.dtype, device="meta").expand(_largest(indices.dtype))
         check_record(name, largest, records[name])
         check_entries(name, summaries[name], records[name])
     return records
+
+
+def parse_summaries(records: Mapping[str, Any]) -> dict[str, Summary]:
+    """The same from `records` as they stand in a config.
+
+    Raises:
+        DeltaError: if an entry is malformed.
+    """
+    return {name: Summary.parse(name, raw) for name, raw in records.items()}
 
 
 def _largest(dtype: torch.dtype) -> int:
     return torch.iinfo(dtype).max if dtype in (torch.int32, torch.int64) else 0
 
 
-def _read_summaries(path: Path) -> dict[str, Summary]:
+def read_summaries(folder: str | os.PathLike[str]) -> dict[str, Summary]:
+    """What a saved adapter's config says of its records, by name of the parameter.
+
+    Raises:
+        DeltaError: if the folder's adapter_config.json is not one of a DST adapter, or damaged.
+    """
+    path = Path(folder) / CONFIG_NAME
     try:
         config = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
@@ -130,4 +148,4 @@ def _read_summaries(path: Path) -> dict[str, Summary]:
     records = config.get("records") or {}
     if not isinstance(records, dict):
         raise DeltaError(f"{path} has malformed `records`: {records!r:.80}. The file was damaged or edited.")
-    return {name: Summary.parse(name, raw) for name, raw in records.items()}
+    return parse_summaries(records)

@@ -96,7 +96,7 @@ DAMAGES = {
     "lengths": (_edit(lambda t: {KEY.format("values"): t[KEY.format("values")][1:]}), "two vectors of one length"),
     "infinite": (_edit(lambda t: {KEY.format("values"): t[KEY.format("values")] / 0}), "not finite"),
     "moved": (_edit(lambda t: {KEY.format("indices"): t[KEY.format("indices")] + 1}), "not those that adapter_config"),
-    "half": (lambda tensors, config: tensors.pop(KEY.format("values")), "has only indices"),
+    "half": (lambda tensors, config: tensors.pop(KEY.format("values")), "has no dst_values"),
     "more": (lambda tensors, config: config["records"].popitem(), "model.safetensors of .* but none in adapter_config"),
     "less": (
         lambda tensors, config: [tensors.pop(KEY.format(part)) for part in ("values", "indices")],
