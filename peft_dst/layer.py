@@ -199,7 +199,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):
             trainable = self.is_trainable and weight.indices.numel() > 0
             weight.parameter.requires_grad_(trainable)
             if trainable:
-                weight.free, weight.free_at = self._free(weight.adapters[0], parameter, weight), weight.indices
+                weight.free, weight.free_at = self._free(weight.adapters[0], parameter, weight.indices), weight.indices
                 watch(weight)
             if weight.free is not before:
                 # A gradient from before belongs to something else.
@@ -207,19 +207,27 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         for name, free in self.dst_free.items():
             free.requires_grad_(self.is_trainable and name in self._active_adapter)
 
-    def _free(self, adapter: str, parameter: str, weight: SparseWeight) -> nn.Parameter:
-        """What is trained of a weight; the same parameter as long as it is the same subset, for optimizers hold it."""
+    def _free(self, adapter: str, parameter: str, indices: Tensor, values: Tensor | None = None) -> nn.Parameter:
+        """What is trained of a weight; the same parameter as long as it is the same subset, for optimizers hold it.
+
+        Args:
+            adapter: whose values they are.
+            parameter: the host's parameter.
+            indices: the subset, int64 (k,).
+            values: what a new one starts from, (k,); None takes the live values.
+        """
+        weight = self.weights[parameter]
         if adapter not in self.dst_free:
             self.dst_free[adapter] = FreeValues()
         found = cast(Entries, self.dst_free[adapter])
         free = found._parameters.get(parameter)
-        same = torch.equal(self._positions.get((adapter, parameter), weight.indices), weight.indices)
-        if free is None or not same or free.shape != weight.indices.shape or free.dtype != wide_dtype(weight.data):
+        same = torch.equal(self._positions.get((adapter, parameter), indices), indices)
+        if free is None or not same or free.shape != indices.shape or free.dtype != wide_dtype(weight.data):
             if free is not None:
                 weight.superseded.append(weakref.ref(free))
-            free = free_values(weight.values())
+            free = free_values(weight.values() if values is None else values)
             found.register_parameter(parameter, free)
-        self._positions[adapter, parameter] = weight.indices
+        self._positions[adapter, parameter] = indices
         weight.frees[adapter] = free
         return free
 
@@ -239,6 +247,9 @@ class SparseLayer(nn.Module, BaseTunerLayer):
             indices = positions[parameter].to(weight.data.device)
             own = values[parameter].to(weight.data) if parameter in values else weight.seeds_at(indices)
             self.write_record(adapter, parameter, Record(indices.to(index_dtype(weight.data.numel())), own))
+            if fixed and indices.numel():
+                # Also where another adapter is active: TRL copies trained adapters parameter by parameter.
+                self._free(adapter, parameter, indices, own).requires_grad_(False)
         self.sync()
 
     def forget_seed(self, parameters: Sequence[str]) -> None:

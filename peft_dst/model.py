@@ -44,6 +44,10 @@ def set_training_steps(model: nn.Module, steps: int) -> None:
         constraint.total_steps = steps
 
 
+# What TRL calls the frozen copy of the adapter `default` that it refers to while it trains that one further (DPO, GRPO).
+REFERENCE, REFERRED_TO = "ref", "default"
+
+
 class DSTModel(BaseTuner):
     """Creates a Dynamic Subset Tuning model from a pretrained one; `get_peft_model` makes it.
 
@@ -173,6 +177,9 @@ class DSTModel(BaseTuner):
                 marker.static |= {adapter_name} & marker.tuned.keys()
         if config.records is not None:
             exchange.settle_before_forward(model)
+        elif adapter_name == REFERENCE and config is self.peft_config.get(REFERRED_TO):
+            # TRL adds it with the other's own config object, and copies values, but no positions.
+            static.make_room(model, constraint, REFERRED_TO, config.fixed)
         elif (positions := static.choose_by_seed(config, constraint)) is not None:
             static.place(model, constraint, positions)
 

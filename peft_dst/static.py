@@ -125,6 +125,22 @@ def place(
             marker.place(constraint.adapter, {p: positions[name] for p, name in names.items()}, own, fixed)
 
 
+def make_room(model: nn.Module, constraint: Constraint, adapter_name: str, fixed: bool) -> None:
+    """Give a new adapter the positions that another one has by now, with the seed's values.
+
+    Args:
+        model: the model.
+        constraint: of the new adapter.
+        adapter_name: the other one, which tunes the same parameters.
+        fixed: whether the new adapter keeps that subset.
+    """
+    positions = {weight.name: torch.empty(0, dtype=torch.int64) for weight in constraint.weights}
+    for _, marker in markers(model):
+        records = marker.records(adapter_name) if adapter_name in marker.tuned else {}
+        positions |= {marker.weights[parameter].name: record.indices.long() for parameter, record in records.items()}
+    place(model, constraint, positions, fixed=fixed)
+
+
 def fix_subset(
     model: nn.Module, source: Source | str | os.PathLike[str], adapter_name: str = "default"
 ) -> dict[str, Tensor]:
