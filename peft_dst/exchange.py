@@ -52,6 +52,7 @@ def collect(
     """
     kept: dict[str, Tensor] = {}
     summaries: dict[str, Summary] = {}
+    _check_complete(model, adapter_name)
     for _, marker in markers(model):
         for weight in marker.weights.values():
             _check_seen(weight)
@@ -114,7 +115,8 @@ def check_and_name(
     if entries > budget and not constraint.tracking:
         raise DeltaError(
             f"the adapter file has {entries:,} entries, but the config of {adapter_name!r} allows {budget:,} free "
-            "parameters. It was saved with another epsilon; load it under a name of its own, with its own config."
+            "parameters. It was saved with another epsilon, or for a base of another size (a resized vocabulary); load it "
+            "under a name of its own, with its own config, onto its own base."
         )
     config.records = None
     # What is loaded was trained already.
@@ -149,13 +151,21 @@ def _check_dense(model: nn.Module, adapter_name: str, tensors: dict[str, Tensor]
     return kept
 
 
+def _check_complete(model: nn.Module, adapter_name: str) -> None:
+    """A module that is replaced takes its marker along, and leaves the adapter without what it tuned there."""
+    present = {id(weight) for _, marker in markers(model) for weight in marker.weights.values()}
+    for weight in constraints(model)[adapter_name].weights:
+        if id(weight) not in present:
+            raise RuntimeError(
+                f"the module of {weight.name!r} was replaced since the adapter {adapter_name!r} was added, so what was "
+                "trained there cannot be saved. Change the base model (resize_token_embeddings replaces an output head) "
+                "before get_peft_model."
+            )
+
+
 def _check_seen(weight: SparseWeight) -> None:
     weight.recover()
-    if weight.is_resized():
-        raise RuntimeError(
-            f"{weight.name!r} has changed its shape since the adapter was added, so its positions and budget no longer "
-            "hold. Resize the base model (resize_token_embeddings) before get_peft_model."
-        )
+    weight.check_shape()
     if not weight.seed_is_intact():
         raise RuntimeError(
             f"{weight.name!r} differs from the seed outside the subset: its weights were changed without the constraint "
@@ -251,5 +261,16 @@ def _pair(weight: SparseWeight, parts: dict[str, Tensor] | None) -> Record:
 def _check(weight: SparseWeight, record: Record, summary: Summary | None) -> None:
     data = weight.data
     check_record(weight.name, data, record)
-    if summary is not None and not data.is_meta:
-        check_seed(weight.name, summary, record, weight.seeds_at(record.indices.long().to(data.device)))
+    if summary is None or data.is_meta:
+        return
+    seeds = weight.seeds_at(record.indices.long().to(data.device))
+    try:
+        check_seed(weight.name, summary, record, seeds)
+    except DeltaError as error:
+        if torch.equal(seeds, record.values.to(seeds)):
+            raise DeltaError(
+                f"{weight.name!r} has the adapter's values already: the adapter was merged into this base, or transformers' "
+                "own load_adapter has just written an embedding there that PEFT saved whole beside the records (after "
+                "resize_token_embeddings). Load the base again, and the adapter with PeftModel.from_pretrained."
+            ) from error
+        raise

@@ -89,6 +89,16 @@ class SparseLayer(nn.Module, BaseTunerLayer):
     def host(self) -> nn.Module:
         return self._host[0]
 
+    def forward(self, x: Any) -> Any:
+        """Hand on what an nn.Sequential, which calls all of its children in turn, has come to."""
+        if not isinstance(self.host, nn.Sequential):
+            raise TypeError(
+                f"{self.name!r} is a {type(self.host).__name__} with parameters of its own, and called its children in turn. "
+                f"The one that marks tuned parameters, {MARKER!r}, does nothing: leave it out of the loop, or tune "
+                "other modules (target_modules, exclude_modules)."
+            )
+        return x
+
     # Records
 
     def add_adapter(self, adapter: str, parameters: Sequence[str], entries: Mapping[str, int] | None = None) -> None:

@@ -133,6 +133,7 @@ class DSTModel(BaseTuner):
         if state_dict is not None:
             # PEFT finds the hosts in a state dict by cutting its keys at the prefix; the marker is not a host.
             state_dict = {key.replace(f".{MARKER}.", "."): value for key, value in state_dict.items()}
+        required = {target.name: model.get_parameter(target.name).requires_grad for target in targets}
         # PEFT freezes what is active while it adds a frozen adapter, and thaws the parameters afterwards.
         trainable = {marker: marker.is_trainable for _, marker in markers(model)}
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
@@ -143,7 +144,12 @@ class DSTModel(BaseTuner):
             # PEFT does not visit the model itself, nor the first owner of a parameter that was targeted by another name.
             host = model.get_submodule(name)
             if adapter_name not in getattr(getattr(host, MARKER, None), "tuned", ()):
+                known = set(getattr(getattr(host, MARKER, None), "weights", ()))
                 self._mark(host, name, adapter_name)
+                for weight in getattr(host, MARKER).weights.values():
+                    if weight.attribute not in known:
+                        # By now PEFT has frozen it.
+                        weight.requires_grad_before = required[weight.name]
                 getattr(host, MARKER).set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         for target in targets:
             marker = getattr(model.get_submodule(target.host), MARKER)

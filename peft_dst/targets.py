@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
 
 from .config import DSTConfig
 from .delta import MARKER
@@ -124,6 +125,13 @@ def find_targets(model: nn.Module, config: DSTConfig) -> list[Target]:
 
 
 def _check_tunable(name: str, tensor: nn.Parameter) -> None:
+    if is_lazy(tensor):
+        raise ValueError(f"{name!r} has no shape yet. Call the base model once, on any batch, before adding the adapter.")
+    if tensor.dtype.is_complex:
+        raise ValueError(
+            f"{name!r} is {tensor.dtype}: DST ranks real components, by distances that complex ones do not have. Leave it "
+            "out with target_modules or exclude_modules, or keep it as real pairs (torch.view_as_real)."
+        )
     data = tensor.data
     if data.dtype not in _TUNABLE or type(data) not in (torch.Tensor, DTensor):
         _refuse_quantised(name, f"{type(tensor).__name__} of {data.dtype}")

@@ -260,9 +260,10 @@ def check_steppable(weight: SparseWeight, gradient: Tensor | None) -> None:
     """Check that an optimizer may step a weight.
 
     Raises:
-        RuntimeError: if its adapter is disabled, or not the only active one.
+        RuntimeError: if its adapter is disabled, or not the only active one, or it was resized.
         NotImplementedError: if it is sharded.
     """
+    weight.check_shape()
     if weight.disabled and gradient is not None:
         raise RuntimeError(
             f"an optimizer is stepping {weight.name!r} while its adapter is disabled: the step would change the "

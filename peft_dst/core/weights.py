@@ -216,9 +216,17 @@ class SparseWeight:
                 new = cast(data)
                 self._checksum = new.dtype, new.shape, self._sum(new, cast(self.seeds), cast(self.values()))
 
-    def is_resized(self) -> bool:
-        """Whether the weight has another shape than when its seed was noted."""
-        return self._checksum is not None and self._checksum[1] != self.data.shape
+    def check_shape(self) -> None:
+        """Check that the weight has the shape it had when its seed was noted.
+
+        Raises:
+            RuntimeError: if not.
+        """
+        if self._checksum is not None and self._checksum[1] != self.data.shape:
+            raise RuntimeError(
+                f"{self.name!r} has changed its shape since the adapter was added, so its positions and budget no longer "
+                "hold. Resize the base model (resize_token_embeddings) before get_peft_model."
+            )
 
     def seed_is_intact(self) -> bool:
         """Whether everything outside the subset still has the seed's bits; True if the seed was never noted."""
