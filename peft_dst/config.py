@@ -263,6 +263,19 @@ class DSTConfig(PeftConfig):
             )
 
     @property
+    def trainable_token_indices(self) -> None:
+        """PEFT's option for tokens whose embeddings are trained densely, which DST has not; TRL looks for it."""
+        return None
+
+    @trainable_token_indices.setter
+    def trainable_token_indices(self, value: object) -> None:
+        raise ValueError(
+            f"DST has no trainable_token_indices (got {value!r:.60}). TRL sets it where a chat template adds tokens: add "
+            "them before (trl.clone_chat_template), wrap the model with modules_to_save=['embed_tokens', 'lm_head'] to "
+            "train their embeddings densely, and give the trainer the wrapped model instead of a peft_config."
+        )
+
+    @property
     def fixed(self) -> bool:
         """Whether the subset is chosen before training, and kept."""
         return self.selection in BY_SEED + GIVEN

@@ -62,6 +62,7 @@ def collect(
             weight = marker.weights[parameter]
             keys = [f"{name}.{part}.{adapter_name}.{parameter}" for part in PARTS]
             if keys[0] in state_dict and state_dict[keys[0]].numel():
+                weight.check_memory()
                 record = Record(*(state_dict[key] for key in keys))
                 kept |= dict(zip(keys, record, strict=True))
                 summaries[weight.name] = summarize(record, weight.seeds_at(record.indices.long()))
@@ -118,7 +119,9 @@ def check_and_name(
             "parameters. It was saved with another epsilon, or for a base of another size (a resized vocabulary); load it "
             "under a name of its own, with its own config, onto its own base."
         )
-    config.records = None
+    if all(marker.has_memory(adapter_name) for _, marker in markers(model) if adapter_name in marker.tuned):
+        # Otherwise the base is still to be loaded, and is compared when it is there.
+        config.records = None
     # What is loaded was trained already.
     constraint.begun = False
     return named
@@ -242,6 +245,8 @@ def _look(model: nn.Module, *unused: Any) -> None:
     settle(model)
     for _, marker in markers(model):
         if missing := [name for name in marker.active_adapters if name in marker.awaited]:
+            for weight in marker.weights.values():
+                weight.check_memory()
             raise RuntimeError(
                 f"adapter {missing[0]!r} was added from a saved config, but its tensors were not loaded. Load them "
                 "with load_adapter; or, to start a new adapter from that config, set its `records` to None first."
@@ -251,7 +256,8 @@ def _look(model: nn.Module, *unused: Any) -> None:
 def _pair(weight: SparseWeight, parts: dict[str, Tensor] | None) -> Record:
     if parts is None:
         data = weight.data
-        return Record(torch.empty(0, dtype=index_dtype(data.numel())), torch.empty(0, dtype=data.dtype))
+        indices = torch.empty(0, dtype=index_dtype(data.numel()), device="cpu")
+        return Record(indices, torch.empty(0, dtype=data.dtype, device="cpu"))
     missing = set(PARTS) - parts.keys()
     if missing:
         raise DeltaError(f"{weight.name!r} has no {missing.pop()} in the adapter file. It is damaged; save it again.")
@@ -269,8 +275,9 @@ def _check(weight: SparseWeight, record: Record, summary: Summary | None) -> Non
     except DeltaError as error:
         if torch.equal(seeds, record.values.to(seeds)):
             raise DeltaError(
-                f"{weight.name!r} has the adapter's values already: the adapter was merged into this base, or transformers' "
-                "own load_adapter has just written an embedding there that PEFT saved whole beside the records (after "
-                "resize_token_embeddings). Load the base again, and the adapter with PeftModel.from_pretrained."
+                f"{weight.name!r} has the adapter's values already. The adapter was merged into this base, or "
+                "transformers' own loader has just put an embedding there that PEFT saved whole beside the records (as "
+                "it does after resize_token_embeddings). Load the base again, and the adapter with "
+                "PeftModel.from_pretrained."
             ) from error
         raise

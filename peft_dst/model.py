@@ -14,7 +14,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from . import exchange, static
-from .config import DSTConfig
+from .config import BY_SEED, DSTConfig
 from .core import Constraint, Silo, partition
 from .core.silos import compile_silo_patterns, read_names
 from .delta import MARKER, DeltaError, Record, Summary, parse_summaries
@@ -120,6 +120,8 @@ class DSTModel(BaseTuner):
         silos = _silo_sizes(model, config, [target.name for target in targets])
         budgets = static.budgets(config, silos)
         _check_no_copies(model, config, adapter_name)
+        if config.selection in BY_SEED and config.records is None:
+            static.check_memory(model.get_parameter(target.name) for target in targets)
         summaries = parse_summaries(config.records or {})
         _check_summaries(summaries, silos)
 
