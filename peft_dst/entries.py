@@ -34,6 +34,17 @@ class Entries(nn.Module):
             if tensor is not None
         }
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Entries:
+        # They go where the model goes, but keep what they hold where it comes to have no memory, or new and empty one
+        # (`to_empty`): their weights are about to be loaded, and they may have been already.
+        for name, tensor in self.tensors().items():
+            like = fn(tensor[:0])
+            if tensor.is_meta:
+                self.put(name, fn(tensor))
+            elif not like.is_meta:
+                self.put(name, tensor.to(like))
+        return self
+
 
 class FreeValues(Entries):
     """What is trained of one adapter whose subset is fixed: a float32 copy of its values.

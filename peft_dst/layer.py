@@ -139,6 +139,18 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         """Whether the weights that an adapter tunes are anywhere but on the device "meta"."""
         return not any(self.weights[parameter].data.is_meta for parameter in self.tuned[adapter])
 
+    def check_memory(self) -> None:
+        """Check that the weights which adapters change here can be read and written.
+
+        Raises:
+            RuntimeError: if one has no memory.
+        """
+        for parameter, weight in self.weights.items():
+            if weight.data.is_meta:
+                found = [self._records(name).get(parameter) for name in self.tuned.keys() - self.awaited]
+                if weight.indices.numel() or any(record is not None and record.indices.numel() for record in found):
+                    weight.check_memory()
+
     def accept(self, adapter: str) -> None:
         """Take in an awaited adapter's records: they have been checked, and may be written into the weights."""
         self.awaited.discard(adapter)
@@ -190,13 +202,9 @@ class SparseLayer(nn.Module, BaseTunerLayer):
             weight.recover()
         wanted = self.effective_adapters()
         if wanted != self._written or self._stale:
+            self.check_memory()
             self.refresh()
             by_adapter = [self._records(name) for name in wanted]
-            for parameter, weight in self.weights.items():
-                if weight.indices.numel() or any(
-                    found[parameter].indices.numel() for found in by_adapter if parameter in found
-                ):
-                    weight.check_memory()
             for parameter, weight in self.weights.items():
                 records = [found[parameter] for found in by_adapter if parameter in found]
                 if not records:
@@ -444,7 +452,13 @@ class SparseLayer(nn.Module, BaseTunerLayer):
                         continue
                     copied = indices.to(device, copy=True), values.to(device, data.dtype, copy=True)
                     self._store(adapter, parameter, *copied)
-                    if self.has_memory(adapter):
+                    if not self.has_memory(adapter):
+                        if indices.numel() and adapter not in self.awaited:
+                            lists[-1].append(
+                                f"{self.weights[parameter].name!r} has no memory yet (device 'meta'). Load the base model "
+                                "before the adapter, or load the adapter with PeftModel.from_pretrained."
+                            )
+                    else:
                         self.awaited.discard(adapter)
                         self.fixed |= self.static & {adapter}
                         self._stale = True

@@ -242,9 +242,10 @@ class DSTModel(BaseTuner):
         # Values stay in the base's dtype. PEFT calls this after loading: the loaded values go into the weights.
         exchange.settle(self.model)
 
-    # Removal
+    # Removal and switching
 
     def delete_adapter(self, adapter_name: str) -> None:
+        self._check_memory()
         super().delete_adapter(adapter_name)
         exchange.constraints(self.model).pop(adapter_name).retire()
 
@@ -255,6 +256,7 @@ class DSTModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
+        self._check_memory()
         names = self._check_mergeable(adapter_names, safe_merge and merge)
         found = list(markers(self.model))
         for _, marker in found:
@@ -270,7 +272,21 @@ class DSTModel(BaseTuner):
             constraint.retire()
         return model
 
+    def _check_memory(self) -> None:
+        """Check that everything can be switched, before anything is."""
+        for _, marker in markers(self.model):
+            marker.check_memory()
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        self._check_memory()
+        super()._enable_adapter_layers(enabled)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        self._check_memory()
+        super().set_adapter(adapter_name, inference_mode)
+
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        self._check_memory()
         self._check_mergeable(adapter_names, safe_merge)
         super().merge_adapter(adapter_names, safe_merge)
 
