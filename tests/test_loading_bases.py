@@ -50,7 +50,7 @@ def resized(load):
 
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
-@pytest.mark.parametrize("save", ["auto", True, False])
+@pytest.mark.parametrize("save", ["auto", True])
 @pytest.mark.parametrize(
     "targets", [None, ["q_proj"], ["embed_tokens", "lm_head"]], ids=["all", "others", "embeddings"]
 )
@@ -379,7 +379,9 @@ def test_a_model_on_two_devices_trains(selection, tmp_path):
     seed = weights(base)
     places = dict.fromkeys(("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
     places["model.layers.1"] = 0
-    model = get_peft_model(dispatch_model(base, places, force_hooks=True), DSTConfig(epsilon=0.05, selection=selection))
+    # Of a main device that is a GPU, what is on the CPU would count as offloaded.
+    dispatch_model(base, places, main_device="cpu", force_hooks=True)
+    model = get_peft_model(base, DSTConfig(epsilon=0.05, selection=selection))
     for make in (torch.optim.AdamW, lambda p, lr: DSTOptimizer(p, torch.optim.AdamW, lr=lr)):
         optimizer = make([p for p in model.parameters() if p.requires_grad], lr=1e-2)
         loss(model, "llama").backward()
