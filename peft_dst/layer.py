@@ -89,6 +89,16 @@ class SparseLayer(nn.Module, BaseTunerLayer):
     def host(self) -> nn.Module:
         return self._host[0]
 
+    def forward(self, x: Any) -> Any:
+        """Hand on what an nn.Sequential, which calls all of its children in turn, has come to."""
+        if not isinstance(self.host, nn.Sequential):
+            raise TypeError(
+                f"{self.name!r} is a {type(self.host).__name__} with parameters of its own, and its children were called "
+                f"in turn. The one that marks tuned parameters, {MARKER!r}, cannot be: leave it out of the loop, or tune "
+                "other modules (target_modules, exclude_modules)."
+            )
+        return x
+
     # Records
 
     def add_adapter(self, adapter: str, parameters: Sequence[str], entries: Mapping[str, int] | None = None) -> None:
@@ -110,16 +120,36 @@ class SparseLayer(nn.Module, BaseTunerLayer):
             if parameter not in self.weights:
                 name = f"{self.name}.{parameter}" if self.name else parameter
                 self.weights[parameter] = SparseWeight(self.host, parameter, name)
-            data = self.weights[parameter].data
+            data, device = self.weights[parameter].data, self.weights[parameter].device
             if entries is None or parameter in entries:
                 size = entries[parameter] if entries else 0
-                indices = torch.full((size,), NOT_LOADED, dtype=index_dtype(data.numel()), device=data.device)
-                self._store(adapter, parameter, indices, torch.zeros(size, dtype=data.dtype, device=data.device))
+                indices = torch.full((size,), NOT_LOADED, dtype=index_dtype(data.numel()), device=device)
+                self._store(adapter, parameter, indices, torch.zeros(size, dtype=data.dtype, device=device))
 
     def has_arrived(self, adapter: str) -> bool:
-        """Whether the tensors of an awaited adapter are there, for `accept` to take in once they have been checked."""
+        """Whether the tensors of an awaited adapter are there, for `accept` to take in once they have been checked, and
+        so are the weights that they are for.
+        """
+        if not self.has_memory(adapter):
+            return False
         indices = [record.indices for record in self._records(adapter).values()]
         return not any(i.is_meta or (i.numel() and int(i[0]) == NOT_LOADED) for i in indices)
+
+    def has_memory(self, adapter: str) -> bool:
+        """Whether the weights that an adapter tunes are anywhere but on the device "meta"."""
+        return not any(self.weights[parameter].data.is_meta for parameter in self.tuned[adapter])
+
+    def check_memory(self) -> None:
+        """Check that the weights which adapters change here can be read and written.
+
+        Raises:
+            RuntimeError: if one has no memory.
+        """
+        for parameter, weight in self.weights.items():
+            if weight.data.is_meta:
+                found = [self._records(name).get(parameter) for name in self.tuned.keys() - self.awaited]
+                if weight.indices.numel() or any(record is not None and record.indices.numel() for record in found):
+                    weight.check_memory()
 
     def accept(self, adapter: str) -> None:
         """Take in an awaited adapter's records: they have been checked, and may be written into the weights."""
@@ -152,6 +182,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         for parameter, weight in self.weights.items():
             weight.recover()
             if weight.stepped and len(weight.adapters) == 1 and weight.adapters[0] in self.tuned:
+                weight.check_memory()
                 indices = weight.indices.to(index_dtype(weight.data.numel()))
                 self._store(weight.adapters[0], parameter, indices, weight.values())
             weight.stepped = False
@@ -171,6 +202,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):
             weight.recover()
         wanted = self.effective_adapters()
         if wanted != self._written or self._stale:
+            self.check_memory()
             self.refresh()
             by_adapter = [self._records(name) for name in wanted]
             for parameter, weight in self.weights.items():
@@ -226,7 +258,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):
             if free is not None:
                 weight.superseded.append(weakref.ref(free))
             free = free_values(weight.values() if values is None else values)
-            found.register_parameter(parameter, free)
+            found.replace(parameter, free)
         self._positions[adapter, parameter] = indices
         weight.frees[adapter] = free
         return free
@@ -285,6 +317,10 @@ class SparseLayer(nn.Module, BaseTunerLayer):
             if weight.watched is not None:
                 weight.watched[1].remove()
         delattr(self.host, MARKER)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # Records are stored where their weights are, each in the dtype of its own.
+        return
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLayer:
         # Children are moved and cast before their parents: the host still has the dtype that is about to change.
@@ -412,11 +448,11 @@ class SparseLayer(nn.Module, BaseTunerLayer):
             sizes = state_dict.get(f"{prefix}sizes.{adapter}")
             for i, parameter in enumerate(parameters):
                 keys = [f"{prefix}{part}.{adapter}.{parameter}" for part in ("dst_indices", "dst_values")]
-                data = self.weights[parameter].data
+                data, device = self.weights[parameter].data, self.weights[parameter].device
                 if sizes is not None and i < len(sizes) and sizes[i] == 0:
                     # Complete what a saver left out, for the children that load next and are strict.
-                    state_dict[keys[0]] = torch.empty(0, dtype=index_dtype(data.numel()))
-                    state_dict[keys[1]] = torch.empty(0, dtype=data.dtype)
+                    state_dict[keys[0]] = torch.empty(0, dtype=index_dtype(data.numel()), device="cpu")
+                    state_dict[keys[1]] = torch.empty(0, dtype=data.dtype, device="cpu")
                 if all(key in state_dict for key in keys):
                     # No aliases: the caller keeps the tensors of a state dict and may change them.
                     indices, values = (state_dict[key] for key in keys)
@@ -425,10 +461,18 @@ class SparseLayer(nn.Module, BaseTunerLayer):
                     except DeltaError as error:
                         lists[-1].append(str(error))
                         continue
-                    self._store(adapter, parameter, indices.to(data.device, copy=True), values.to(data, copy=True))
-                    self.awaited.discard(adapter)
-                    self.fixed |= self.static & {adapter}
-                    self._stale = True
+                    copied = indices.to(device, copy=True), values.to(device, data.dtype, copy=True)
+                    self._store(adapter, parameter, *copied)
+                    if not self.has_memory(adapter):
+                        if indices.numel() and adapter not in self.awaited:
+                            lists[-1].append(
+                                f"{self.weights[parameter].name!r} has no memory yet (device 'meta'). Load the base model "
+                                "before the adapter, or load the adapter with PeftModel.from_pretrained."
+                            )
+                    else:
+                        self.awaited.discard(adapter)
+                        self.fixed |= self.static & {adapter}
+                        self._stale = True
         overwritten = [self.weights[parameter] for parameter in self._overwritten]
         for weight in overwritten:
             seeds = state_dict.get(f"{prefix}seed_values.{weight.attribute}")

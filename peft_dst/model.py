@@ -14,7 +14,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from . import exchange, static
-from .config import DSTConfig
+from .config import BY_SEED, DSTConfig
 from .core import Constraint, Silo, partition
 from .core.silos import compile_silo_patterns, read_names
 from .delta import MARKER, DeltaError, Record, Summary, parse_summaries
@@ -124,6 +124,8 @@ class DSTModel(BaseTuner):
         silos = _silo_sizes(model, config, [target.name for target in targets])
         budgets = static.budgets(config, silos)
         _check_no_copies(model, config, adapter_name)
+        if config.selection in BY_SEED and config.records is None:
+            static.check_memory(model.get_parameter(target.name) for target in targets)
         summaries = parse_summaries(config.records or {})
         _check_summaries(summaries, silos)
 
@@ -137,6 +139,7 @@ class DSTModel(BaseTuner):
         if state_dict is not None:
             # PEFT finds the hosts in a state dict by cutting its keys at the prefix; the marker is not a host.
             state_dict = {key.replace(f".{MARKER}.", "."): value for key, value in state_dict.items()}
+        required = {target.name: model.get_parameter(target.name).requires_grad for target in targets}
         # PEFT freezes what is active while it adds a frozen adapter, and thaws the parameters afterwards.
         trainable = {marker: marker.is_trainable for _, marker in markers(model)}
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
@@ -147,7 +150,12 @@ class DSTModel(BaseTuner):
             # PEFT does not visit the model itself, nor the first owner of a parameter that was targeted by another name.
             host = model.get_submodule(name)
             if adapter_name not in getattr(getattr(host, MARKER, None), "tuned", ()):
+                known = set(getattr(getattr(host, MARKER, None), "weights", ()))
                 self._mark(host, name, adapter_name)
+                for weight in getattr(host, MARKER).weights.values():
+                    if weight.attribute not in known:
+                        # By now PEFT has frozen it.
+                        weight.requires_grad_before = required[weight.name]
                 getattr(host, MARKER).set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         for target in targets:
             marker = getattr(model.get_submodule(target.host), MARKER)
@@ -241,9 +249,10 @@ class DSTModel(BaseTuner):
         # Values stay in the base's dtype. PEFT calls this after loading: the loaded values go into the weights.
         exchange.settle(self.model)
 
-    # Removal
+    # Removal and switching
 
     def delete_adapter(self, adapter_name: str) -> None:
+        self._check_memory()
         super().delete_adapter(adapter_name)
         exchange.constraints(self.model).pop(adapter_name).retire()
 
@@ -254,6 +263,7 @@ class DSTModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
+        self._check_memory()
         names = self._check_mergeable(adapter_names, safe_merge and merge)
         found = list(markers(self.model))
         for _, marker in found:
@@ -269,7 +279,21 @@ class DSTModel(BaseTuner):
             constraint.retire()
         return model
 
+    def _check_memory(self) -> None:
+        """Check that everything can be switched, before anything is."""
+        for _, marker in markers(self.model):
+            marker.check_memory()
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        self._check_memory()
+        super()._enable_adapter_layers(enabled)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        self._check_memory()
+        super().set_adapter(adapter_name, inference_mode)
+
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        self._check_memory()
         self._check_mergeable(adapter_names, safe_merge)
         super().merge_adapter(adapter_names, safe_merge)
 

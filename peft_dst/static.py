@@ -7,7 +7,7 @@ from data, which `fix_subset` takes, as it takes the subset of another adapter.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
@@ -64,6 +64,19 @@ def choose_by_seed(config: DSTConfig, constraint: Constraint) -> dict[str, Tenso
     return _choose(_SeedScores(config, constraint), constraint)
 
 
+def check_memory(parameters: Iterable[nn.Parameter]) -> None:
+    """Check that a subset can be given to these parameters, which starts from their values.
+
+    Raises:
+        ValueError: if one has no memory.
+    """
+    if any(parameter.is_meta for parameter in parameters):
+        raise ValueError(
+            "a static selection, or a subset to start from, takes the values of the base model, which has none yet (device "
+            "'meta'). Load the base model first."
+        )
+
+
 class _SeedScores(Mapping[str, Tensor]):
     """Scores made when they are asked for, a tensor at a time."""
 
@@ -118,6 +131,7 @@ def place(
         values: the values there, (k,); the seed's for parameters that are not in it.
         fixed: whether it keeps that subset.
     """
+    check_memory(weight.parameter for weight in constraint.weights)
     for _, marker in markers(model):
         if constraint.adapter in marker.tuned:
             names = {parameter: marker.weights[parameter].name for parameter in marker.tuned[constraint.adapter]}

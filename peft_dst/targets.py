@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
 
 from .config import DSTConfig
 from .delta import MARKER
@@ -88,8 +89,8 @@ def find_targets(model: nn.Module, config: DSTConfig) -> list[Target]:
     """The parameters that an adapter with this config tunes, in model order, a shared parameter once.
 
     Raises:
-        ValueError: if one of them cannot be edited in place (quantised or integer weights), or belongs to a module that
-            another adapter replaces with a dense copy.
+        ValueError: if one of them cannot be edited in place (quantised, integer or offloaded weights), or belongs to a
+            module that another adapter replaces with a dense copy.
     """
     modules = {name: module for name, module in model.named_modules() if MARKER not in name.split(".")}
     copied = [name for name, module in modules.items() if isinstance(module, AuxiliaryTrainingWrapper)]
@@ -116,6 +117,13 @@ def find_targets(model: nn.Module, config: DSTConfig) -> list[Target]:
                 "its exclude_modules."
             )
         _check_tunable(target.name, tensors[key])
+        if tensors[key].is_meta and is_offloaded(model, modules[target.host]):
+            raise ValueError(
+                f"{target.name!r} is offloaded: accelerate fetches it anew for every forward pass, so it cannot be edited "
+                "in place. Load the base model whole onto the CPU or GPUs (a device_map without 'disk', nor 'cpu' beside "
+                "GPUs), or tune other modules (target_modules, exclude_modules). To serve an adapter offloaded, merge "
+                "it where the base fits (merge_and_unload), save that, and offload the merged model."
+            )
         targets.append(replace(target, aliases=tuple(aliases[1:])))
     for host, module in modules.items():
         if hasattr(module, "qweight") and is_targeted(config, host):
@@ -123,7 +131,25 @@ def find_targets(model: nn.Module, config: DSTConfig) -> list[Target]:
     return targets
 
 
+def is_offloaded(model: nn.Module, module: nn.Module) -> bool:
+    """Whether the parameters of a module that are on "meta" are kept elsewhere by accelerate."""
+    hook = getattr(module, "_hf_hook", None)
+    if any(getattr(part, "offload", False) for part in (hook, *getattr(hook, "hooks", ()))):
+        return True
+    # PEFT takes the hooks away before it adds the adapter, and puts them back after it was loaded.
+    return bool({"cpu", "disk"} & {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()})
+
+
 def _check_tunable(name: str, tensor: nn.Parameter) -> None:
+    if is_lazy(tensor):
+        raise ValueError(
+            f"{name!r} has no shape yet. Call the base model once, on any batch, before adding the adapter."
+        )
+    if tensor.dtype.is_complex:
+        raise ValueError(
+            f"{name!r} is {tensor.dtype}: DST ranks real components, by distances that complex ones do not have. Leave it "
+            "out with target_modules or exclude_modules, or keep it as real pairs (torch.view_as_real)."
+        )
     data = tensor.data
     if data.dtype not in _TUNABLE or type(data) not in (torch.Tensor, DTensor):
         _refuse_quantised(name, f"{type(tensor).__name__} of {data.dtype}")
