@@ -46,6 +46,15 @@ class Entries(nn.Module):
         return self
 
 
+class Notes(nn.Module):
+    """Stands for what a marker writes into state dicts and reads from them by itself: PEFT takes keys that no child of the
+    marker is named by for the base model's.
+    """
+
+    def _load_from_state_dict(self, *unused: Any) -> None:
+        return
+
+
 class FreeValues(Entries):
     """What is trained of one adapter whose subset is fixed: a float32 copy of its values.
 

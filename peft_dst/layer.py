@@ -32,7 +32,7 @@ from .core.distances import wide_dtype
 from .core.free import free_values, watch
 from .core.tiles import bits
 from .delta import MARKER, DeltaError, Record, check_record, index_dtype
-from .entries import Entries, FreeValues
+from .entries import Entries, FreeValues, Notes
 
 
 # What stands in a record whose tensors have their size but are still to be loaded: no valid index.
@@ -59,6 +59,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         self.dst_values = nn.ModuleDict({})
         #: What is trained of the adapters in `fixed`.
         self.dst_free = nn.ModuleDict({})
+        self.sizes, self.seed_indices, self.seed_values = Notes(), Notes(), Notes()
         #: Adapters whose subset was chosen once, and never changes.
         self.fixed: set[str] = set()
         #: Adapters that are to have one, from when it is chosen or loaded.
@@ -206,7 +207,8 @@ class SparseLayer(nn.Module, BaseTunerLayer):
             self.refresh()
             by_adapter = [self._records(name) for name in wanted]
             for parameter, weight in self.weights.items():
-                records = [found[parameter] for found in by_adapter if parameter in found]
+                # A new adapter of a model that is to be loaded (low_cpu_mem_usage) has its empty record on no device.
+                records = [f[parameter] for f in by_adapter if parameter in f and not f[parameter].values.is_meta]
                 if not records:
                     weight.revert()
                 elif len(records) == 1:
@@ -332,6 +334,16 @@ class SparseLayer(nn.Module, BaseTunerLayer):
 
     def get_base_layer(self) -> nn.Module:
         return self.host
+
+    @property
+    def in_features(self) -> int | None:
+        """The host's, if it has any."""
+        return getattr(self.host, "in_features", None)
+
+    @property
+    def out_features(self) -> int | None:
+        """The host's, if it has any."""
+        return getattr(self.host, "out_features", None)
 
     @property
     def active_adapters(self) -> list[str]:

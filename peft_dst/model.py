@@ -17,7 +17,7 @@ from . import exchange, static
 from .config import BY_SEED, DSTConfig
 from .core import Constraint, Silo, partition
 from .core.silos import compile_silo_patterns, read_names
-from .delta import MARKER, DeltaError, Record, Summary, parse_summaries
+from .delta import MARKER, DeltaError, Summary, parse_summaries
 from .layer import SparseLayer, markers
 from .tables import text_table
 from .targets import find_targets, is_excluded, is_saved_densely, is_targeted
@@ -177,8 +177,6 @@ class DSTModel(BaseTuner):
         )
         model.__dict__.setdefault(exchange.CONSTRAINTS, {})[adapter_name] = constraint
         _keep_from_ddp(model)
-        if not config.init_weights:
-            _start_at_random(found, constraint)
         if config.fixed:
             exchange.watch_before_forward(model)
             for marker in found.values():
@@ -188,6 +186,12 @@ class DSTModel(BaseTuner):
         elif adapter_name == REFERENCE and config is self.peft_config.get(REFERRED_TO):
             # TRL adds it with the other's own config object, and copies values, but no positions.
             static.make_room(model, constraint, REFERRED_TO, config.fixed)
+        elif low_cpu_mem_usage:
+            # Its tensors are on no device: they are to be loaded, a fixed subset with them.
+            pass
+        elif not config.init_weights:
+            start = static.choose_by_seed(config, constraint) or static.choose_at_random(config, constraint)
+            static.place(model, constraint, start, _moved_at_random(constraint, start), config.fixed)
         elif (positions := static.choose_by_seed(config, constraint)) is not None:
             static.place(model, constraint, positions)
 
@@ -409,18 +413,9 @@ def _keep_from_ddp(model: nn.Module) -> None:
     setattr(model, attribute, {*already, *names, *(f"base_model.model.{name}" for name in names)})
 
 
-def _start_at_random(found: dict[str, SparseLayer], constraint: Constraint) -> None:
-    """Fill every budget with random entries, moved by a standard normal (PEFT's tests need a non-trivial adapter)."""
-    owner = {id(w): (marker, p) for marker in found.values() for p, w in marker.weights.items()}
-    for silo in constraint.silos:
-        chosen = torch.randperm(silo.size)[: silo.budget].sort().values
-        start = 0
-        for weight in silo.weights:
-            marker, parameter = owner[id(weight)]
-            end = start + weight.data.numel()
-            indices = (chosen[(chosen >= start) & (chosen < end)] - start).to(weight.data.device)
-            seeds = weight.seeds_at(indices)
-            marker.write_record(constraint.adapter, parameter, Record(indices.int(), seeds + torch.randn_like(seeds)))
-            start = end
-    for marker in found.values():
-        marker.sync()
+def _moved_at_random(constraint: Constraint, positions: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The seed's values at these positions plus a standard normal (PEFT's tests need a non-trivial adapter)."""
+    seeds = {
+        weight.name: weight.seeds_at(positions[weight.name].to(weight.data.device)) for weight in constraint.weights
+    }
+    return {name: values + torch.randn_like(values) for name, values in seeds.items()}

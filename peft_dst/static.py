@@ -77,6 +77,12 @@ def check_memory(parameters: Iterable[nn.Parameter]) -> None:
         )
 
 
+def choose_at_random(config: DSTConfig, constraint: Constraint) -> dict[str, Tensor]:
+    """A random subset of the budget, whatever the config's selection; as `choose_by_seed` returns it."""
+    shapes = {weight.name: weight.data.shape for weight in constraint.weights}
+    return _choose({n: random_scores(n, shape, config.selection_seed) for n, shape in shapes.items()}, constraint)
+
+
 class _SeedScores(Mapping[str, Tensor]):
     """Scores made when they are asked for, a tensor at a time."""
 

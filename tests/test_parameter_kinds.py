@@ -416,5 +416,5 @@ def test_trainable_token_indices_are_not_an_option():
     # TRL asks, and sets it if a chat template adds tokens.
     assert config.trainable_token_indices is None
     assert "trainable_token_indices" not in config.to_dict()
-    with pytest.raises(ValueError, match=r"no trainable_token_indices.*modules_to_save=\['embed_tokens', 'lm_head'\]"):
+    with pytest.raises(ValueError, match=r"trainable_token_indices=.*modules_to_save=\['embed_tokens', 'lm_head'\]"):
         config.trainable_token_indices = {"embed_tokens": [3]}
