@@ -151,13 +151,11 @@ def _load(base: nn.Module, task: str, name: str, revision: str | None) -> str:
 def _row(name: str, config: DSTConfig, model: PeftModel) -> str:
     constraint = model.base_model.constraint(name)
     entries, size = _records(name, model)
-    dense = [
-        parameter
-        for module in model.modules()
+    dense = {
+        where.rpartition(".")[2]: sum(_bytes(p) for p in module.modules_to_save[name].parameters())
+        for where, module in model.named_modules()
         if isinstance(module, ModulesToSaveWrapper) and name in module.modules_to_save
-        for parameter in module.modules_to_save[name].parameters()
-    ]
-    kept = ", ".join(sorted(set(config.modules_to_save or [])))
+    }
     cells = (
         name,
         _budget(config),
@@ -166,7 +164,7 @@ def _row(name: str, config: DSTConfig, model: PeftModel) -> str:
         config.siloing,
         config.distance,
         f"{entries:,} ({_kilobytes(size)})",
-        f"{kept} ({_kilobytes(sum(_bytes(p) for p in dense))})" if kept else "nothing",
+        ", ".join(f"{module} ({_kilobytes(size)})" for module, size in sorted(dense.items())) or "nothing",
     )
     return f"| {' | '.join(_cell(cell) for cell in cells)} |"
 
