@@ -546,4 +546,6 @@ def _bit_sum(tensor: Tensor) -> int:
 
 def markers(model: nn.Module) -> Iterator[tuple[str, SparseLayer]]:
     """The marker children of a model with their names, in model order."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, SparseLayer))
+    # By name: after a second import of the package there are two classes of them.
+    found = ((name, module) for name, module in model.named_modules() if name.rpartition(".")[2] == MARKER)
+    return ((name, cast(SparseLayer, module)) for name, module in found if isinstance(module, BaseTunerLayer))

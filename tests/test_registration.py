@@ -82,6 +82,7 @@ def test_a_second_import_serves_old_and_new_models(tmp_path):
 import sys
 import torch, peft_dst
 from peft import PeftModel, PeftType, get_peft_model
+from safetensors.torch import load_file
 from tests.models import bert, train
 
 def base():
@@ -98,12 +99,13 @@ for config in (peft_dst.DSTConfig(epsilon=0.02), old_config(epsilon=0.02)):
     new = get_peft_model(base(), config)
     assert type(new.base_model) is peft_dst.DSTModel
     for model in (old, new):
-        seed = {n: p.detach().clone() for n, p in model.named_parameters() if "_sparse" not in n}
-        if model is new:
-            train(model, "bert")
-            moved = sum(int((p != seed[n]).sum()) for n, p in model.named_parameters() if n in seed)
-            assert moved == model.get_nb_trainable_parameters()[0]
+        seed = {n: p.detach().clone() for n, p in base().named_parameters()}
+        train(model, "bert")
+        inner = model.get_base_model().named_parameters()
+        moved = sum(int((p != seed[n]).sum()) for n, p in inner if n in seed)
+        assert moved == model.get_nb_trainable_parameters()[0]
         model.save_pretrained(sys.argv[1])
+        assert sum(len(t) for t in load_file(sys.argv[1] + "/adapter_model.safetensors").values()) == 2 * moved
         assert PeftModel.from_pretrained(base(), sys.argv[1]).get_nb_trainable_parameters()[0] == 0
         assert model.get_nb_trainable_parameters()[0] == model.base_model.constraint().budget
 """,
