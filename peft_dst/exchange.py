@@ -10,6 +10,7 @@ first use.
 from __future__ import annotations
 
 import functools
+from collections.abc import Set
 from typing import Any
 
 import torch
@@ -229,9 +230,18 @@ def forget_to_settle(model: nn.Module) -> None:
 
 
 def _look(model: nn.Module, *unused: Any) -> None:
+    check_loaded(model, {name for _, marker in markers(model) for name in marker.active_adapters})
+
+
+def check_loaded(model: nn.Module, adapters: Set[str]) -> None:
+    """Settle, and check that none of these adapters is still awaited.
+
+    Raises:
+        RuntimeError: if one is.
+    """
     settle(model)
     for _, marker in markers(model):
-        if missing := [name for name in marker.active_adapters if name in marker.awaited]:
+        if missing := sorted(adapters & marker.awaited):
             raise RuntimeError(
                 f"adapter {missing[0]!r} was added from a saved config, but its tensors were not loaded. Load them "
                 "with load_adapter; or, to start a new adapter from that config, set its `records` to None first."

@@ -73,6 +73,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         self._merged_model = False
         self._active_adapter: list[str] = []
         self._disable_adapters = False
+        self._shown: tuple[str, ...] | None = None
         self._written: tuple[str, ...] = ()
         self._stale = False
         #: Adapters that were added from a saved config and whose tensors are still to be loaded or checked.
@@ -160,10 +161,19 @@ class SparseLayer(nn.Module, BaseTunerLayer):
 
     def effective_adapters(self) -> tuple[str, ...]:
         """The adapters whose values the live weights should have now."""
-        if self._disable_adapters:
+        names: Sequence[str]
+        if self._shown is not None:
+            names = self._shown
+        elif self._disable_adapters:
             return ()
-        names = self.merged_adapters if self._merged_model else self.active_adapters
+        else:
+            names = self.merged_adapters if self._merged_model else self.active_adapters
         return tuple(name for name in names if name in self.tuned and name not in self.awaited)
+
+    def show(self, adapters: tuple[str, ...] | None) -> None:
+        """Have the live weights be those of these adapters for a while, whatever is active; None ends that."""
+        self._shown = adapters
+        self.sync()
 
     def sync(self) -> None:
         """Make the live weights those of the effective adapters, starting from the seed. Bit-exact both ways."""
@@ -185,8 +195,8 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         self._written, self._stale = wanted, False
         for parameter, weight in self.weights.items():
             weight.adapters = tuple(name for name in wanted if parameter in self.tuned[name])
-            weight.disabled = self._disable_adapters
-        if not self._disable_adapters:
+            weight.disabled = self._disable_adapters or self._shown is not None
+        if not self._disable_adapters and self._shown is None:
             self._train_fixed()
 
     def _train_fixed(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -19,6 +21,7 @@ from .core import Constraint, Silo, partition
 from .core.silos import compile_silo_patterns, read_names
 from .delta import MARKER, DeltaError, Record, Summary, parse_summaries
 from .layer import SparseLayer, markers
+from .mixed import mixed_batch
 from .tables import text_table
 from .targets import find_targets, is_excluded, is_saved_densely, is_targeted
 
@@ -234,6 +237,18 @@ class DSTModel(BaseTuner):
         # Values stay in the base's dtype. PEFT calls this after loading: the loaded values go into the weights.
         exchange.settle(self.model)
 
+    # Serving
+
+    @contextlib.contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        # PEFT calls this around forward and generate, with their arguments.
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        with mixed_batch(self.model, names, _copies(kwargs)):
+            yield
+
     # Removal
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -304,6 +319,12 @@ class DSTModel(BaseTuner):
                 else:
                     model.base_model.unload()
             raise
+
+
+def _copies(kwargs: dict[str, Any]) -> int:
+    """How many times `generate` repeats each sample: for beams, or for samples drawn from it."""
+    asked = (kwargs, getattr(kwargs.get("generation_config"), "__dict__", {}))
+    return max([1, *(a.get(n) or 1 for a in asked for n in ("num_beams", "num_return_sequences"))])
 
 
 def _silo_sizes(model: nn.Module, config: DSTConfig, names: list[str]) -> dict[str, dict[str, int]]:

@@ -22,6 +22,7 @@ ORDER = [
     "layer",
     "targets",
     "exchange",
+    "mixed",
     "static",
     "model",
     "card",
