@@ -1,9 +1,9 @@
 """Several adapters in one batch: `model(**inputs, adapter_names=["a", "__base__", "b", …])`, a name for each sample.
 
-While it lasts the live weights are the seed. Linear layers and embeddings run once for the whole batch, and the samples
-of each adapter are corrected by its entries (`core.correction`). Any other module whose own parameters an adapter changes
-(norms, convolutions, attention with parameters of its own, modules_to_save) runs once an adapter, on its samples alone
-and with its values written in.
+While it lasts the live weights are the seed, and no gradients are recorded. Linear layers and embeddings run once for the
+whole batch, and the samples of each adapter are corrected by its entries (`core.correction`). Any other module whose own
+parameters an adapter changes (norms, convolutions, attention with parameters of its own, modules_to_save) runs once an
+adapter, on its samples alone and with its values written in.
 
 What cannot be told apart by sample is refused by name: flattened tokens of mixtures of experts, caches handed to a module
 that would run more than once, and parameters that somebody reads without calling the module that has them.
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
@@ -28,7 +28,7 @@ from . import exchange
 from .core import gather, scatter
 from .core.correction import correct_embedding, correct_linear, embedding_entries, linear_difference
 from .core.distances import wide_dtype
-from .layer import markers
+from .layer import SparseLayer
 
 
 #: PEFT's name for samples that no adapter is for.
@@ -51,7 +51,7 @@ class Patch(NamedTuple):
     seeds: Tensor
 
 
-@dataclass
+@dataclass(eq=False)
 class Host:
     """A module that is called, and what adapters change of the parameters it reads: adapter → patches."""
 
@@ -142,25 +142,22 @@ def mixed_batch(model: nn.Module, names: Sequence[str], copies: int = 1) -> Iter
         RuntimeError: if an adapter's tensors were not loaded.
     """
     wanted = dict.fromkeys(names)
-    _check(model, wanted.keys() - {BASE})
-    found = [marker for _, marker in markers(model)]
+    modules = dict(model.named_modules())
+    found = [module for module in modules.values() if isinstance(module, SparseLayer)]
+    _check(model, found, wanted.keys() - {BASE})
     # One adapter for all samples needs no corrections: it may as well stand in the weights.
     alone = tuple(wanted.keys() - {BASE}) if len(wanted) == 1 else ()
-    frozen = [weight.parameter for marker in found for weight in marker.weights.values()]
-    frozen = [parameter for parameter in frozen if parameter.requires_grad]
     batch = Batch(names, copies)
     with contextlib.ExitStack() as stack:
-        for parameter in frozen:
-            # What a gradient would reach is the seed, which is not to be trained.
-            parameter.requires_grad_(False)
-            stack.callback(parameter.requires_grad_, True)
+        # Other weights stand there by the time of a backward pass, whose gradients would be wrong.
+        stack.enter_context(torch.no_grad())
         for marker in found:
             stack.callback(marker.show, None)
             marker.show(alone)
-        hosts = [] if len(wanted) == 1 else _hosts(model, wanted.keys() - {BASE})
+        hosts = [] if len(wanted) == 1 else _hosts(modules, found, wanted.keys() - {BASE})
         for host in hosts:
             _attach(stack, host, batch)
-        for name, module in model.named_modules():
+        for name, module in modules.items():
             if isinstance(module, ModulesToSaveWrapper):
                 _attach_copies(stack, Host(name, module), batch)
         if hosts:
@@ -168,7 +165,7 @@ def mixed_batch(model: nn.Module, names: Sequence[str], copies: int = 1) -> Iter
         yield
 
 
-def _check(model: nn.Module, wanted: set[str]) -> None:
+def _check(model: nn.Module, found: Sequence[SparseLayer], wanted: set[str]) -> None:
     if model.training:
         raise ValueError("Cannot pass `adapter_names` when the model is in training mode. Call model.eval() first.")
     existing = exchange.constraints(model).keys()
@@ -176,26 +173,27 @@ def _check(model: nn.Module, wanted: set[str]) -> None:
         raise ValueError(
             f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. There are {', '.join(existing)}."
         )
-    if any(marker.merged for _, marker in markers(model)):
+    if any(marker.merged for marker in found):
         raise ValueError(
             "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
         )
-    exchange.check_loaded(model, wanted)
+    if any(marker.awaited for marker in found):
+        exchange.check_loaded(model, wanted)
 
 
 # Which modules to change
 
 
-def _hosts(model: nn.Module, adapters: set[str]) -> list[Host]:
+def _hosts(modules: Mapping[str, nn.Module], found: Sequence[SparseLayer], adapters: set[str]) -> list[Host]:
     """Every module that reads a parameter which one of the adapters changes. The live weights are the seed now."""
     owners: dict[int, list[tuple[str, nn.Module, str]]] = {}
     callers: dict[int, Host] = {}
-    for name, module in model.named_modules():
-        for attribute, parameter in module._parameters.items():
-            owners.setdefault(id(parameter), []).append((name, module, attribute))
+    for name, module in modules.items():
+        for attribute, tensor in module._parameters.items():
+            owners.setdefault(id(tensor), []).append((name, module, attribute))
         _note_callers(name, module, callers)
     hosts: dict[int, Host] = {}
-    for _, marker in markers(model):
+    for marker in found:
         for adapter in adapters & marker.tuned.keys():
             for parameter, record in marker.records(adapter).items():
                 if not record.indices.numel():
@@ -240,7 +238,7 @@ def _attach(stack: contextlib.ExitStack, host: Host, batch: Batch) -> None:
     enter = module.register_forward_pre_hook(lambda *_: batch.inside.append(host))
     leave = functools.partial(_after_forward, host, batch, correct)
     stack.callback(enter.remove)
-    stack.callback(module.register_forward_hook(leave, with_kwargs=True, always_call=True).remove)
+    stack.callback(module.register_forward_hook(leave, with_kwargs=True).remove)
 
 
 def _attach_copies(stack: contextlib.ExitStack, host: Host, batch: Batch) -> None:
@@ -359,10 +357,12 @@ def _after_forward(
     output = output.contiguous()
     for adapter, rows in segments(names).items():
         if adapter in host.tuned:
-            part = output[rows]
-            correct(adapter, part, input[rows])
-            if not isinstance(rows, slice):
-                output[rows] = part
+            # What is done here is none of the guard's business.
+            with torch._C.DisableTorchFunction():
+                part = output[rows]
+                correct(adapter, part, input[rows])
+                if not isinstance(rows, slice):
+                    output[rows] = part
     return output
 
 
@@ -390,7 +390,7 @@ def _by_sample(
 
         with batch.only(adapter, _count(rows)):
             outputs.append(run(adapter, tree_map(take, args), tree_map(take, kwargs)))
-    return outputs[0] if len(outputs) == 1 else _join(host, outputs, list(parts.values()), size)
+    return outputs[0] if len(outputs) == 1 else _join(host, outputs, list(parts.values()))
 
 
 def _check_plain(host: Host, arguments: Any) -> None:
@@ -406,28 +406,17 @@ def _check_plain(host: Host, arguments: Any) -> None:
 def _run_tuned(
     host: Host, forward: Callable[..., Any], adapter: str, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    keeps = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
     with contextlib.ExitStack() as stack:
         for patch in host.tuned.get(adapter, ()):
-            _write(stack, patch, keeps)
+            if getattr(patch.module, "max_norm", None) is not None:
+                # Such an embedding shortens whole rows when it is called, beyond the entries that can be put back.
+                stack.callback(patch.data.copy_, patch.data.clone())
+            stack.callback(scatter, patch.data, patch.indices, patch.seeds)
+            scatter(patch.data, patch.indices, patch.values)
         return forward(*args, **kwargs)
 
 
-def _write(stack: contextlib.ExitStack, patch: Patch, copy: bool) -> None:
-    """Let a module read an adapter's values until the stack is left; in a copy if autograd keeps what was read."""
-    if copy:
-        tuned = patch.data.clone()
-        scatter(tuned, patch.indices, patch.values)
-        owned = patch.module._parameters
-        stack.callback(owned.__setitem__, patch.attribute, owned[patch.attribute])
-        owned[patch.attribute] = nn.Parameter(tuned, requires_grad=False)
-    else:
-        stack.callback(scatter, patch.data, patch.indices, patch.seeds)
-        scatter(patch.data, patch.indices, patch.values)
-
-
-def _join(host: Host, outputs: list[Any], rows: list[Rows], size: int) -> Any:
+def _join(host: Host, outputs: list[Any], rows: list[Rows]) -> Any:
     """Put the samples of all adapters back in their order, in whatever structure they came."""
     counts = [_count(at) for at in rows]
     places = torch.cat([torch.arange(at.start, at.stop) if isinstance(at, slice) else at for at in rows])
@@ -439,10 +428,9 @@ def _join(host: Host, outputs: list[Any], rows: list[Rows], size: int) -> Any:
             if any(isinstance(leaf, Tensor) or leaf != leaves[0] for leaf in leaves):
                 raise NotImplementedError(f"{host} returns values that cannot be put together for several adapters.")
             return leaves[0]
-        if size == 1:
-            leaves = [
-                leaf.expand(n, *leaf.shape[1:]) if leaf.dim() else leaf for leaf, n in zip(leaves, counts, strict=True)
-            ]
+        if all(leaf.dim() and leaf.shape[0] == 1 for leaf in leaves):
+            # One row for all samples of an adapter, as positions often are.
+            leaves = [leaf.expand(n, *leaf.shape[1:]) for leaf, n in zip(leaves, counts, strict=True)]
         fits = all(leaf.dim() and leaf.shape[0] == n for leaf, n in zip(leaves, counts, strict=True))
         if not fits or any(leaf.shape[1:] != leaves[0].shape[1:] for leaf in leaves):
             shapes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves)

@@ -27,12 +27,14 @@ class LinearDifference(NamedTuple):
     Attributes:
         outputs: the outputs that have an entry, int64 (m,), ascending.
         starts: where the entries of each of them begin, int64 (m,).
-        inputs: the input that each entry multiplies, int64 (k,), in the order of their outputs.
+        columns: the inputs that an entry multiplies, int64 (c,), ascending.
+        inputs: which of these each entry does, int64 (k,), in the order of their outputs.
         differences: value − seed of each, (k,) in float32, or float64 for a float64 weight.
     """
 
     outputs: Tensor
     starts: Tensor
+    columns: Tensor
     inputs: Tensor
     differences: Tensor
 
@@ -56,7 +58,8 @@ def linear_difference(
         order = second.argsort(stable=True)
         first, second, differences = second[order], first[order], differences[order]
     outputs, counts = first.unique_consecutive(return_counts=True)
-    return LinearDifference(outputs, counts.cumsum(0) - counts, second, differences)
+    columns, inputs = second.unique(return_inverse=True)
+    return LinearDifference(outputs, counts.cumsum(0) - counts, columns, inputs, differences)
 
 
 def correct_linear(output: Tensor, input: Tensor, difference: LinearDifference) -> None:
@@ -76,11 +79,11 @@ def correct_linear(output: Tensor, input: Tensor, difference: LinearDifference) 
     step = ROWS if input.is_cpu else rows
     inputs, flat = input.reshape(rows, -1), output.view(rows, -1)
     for start in range(0, rows, step):
-        columns = inputs[start : start + step].t().contiguous().to(difference.differences.dtype)
+        columns = inputs[start : start + step].t().index_select(0, difference.columns)
         # A bag is an output, which adds up the columns of its entries.
         sums = functional.embedding_bag(
             difference.inputs,
-            columns,
+            columns.to(difference.differences.dtype),
             difference.starts,
             mode="sum",
             per_sample_weights=difference.differences,
