@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from peft import PeftModel
@@ -15,7 +15,7 @@ from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from . import exchange, static
+from . import exchange, static, weighted
 from .config import DSTConfig
 from .core import Constraint, Silo, partition
 from .core.silos import compile_silo_patterns, read_names
@@ -105,6 +105,59 @@ class DSTModel(BaseTuner):
                 if parameter.requires_grad and id(parameter) not in constrained:
                     free += parameter.numel()
         return free, everything
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: weighted.Combination = "linear",
+        density: float | None = None,
+        majority_sign_method: Literal["total", "frequency"] = "total",
+    ) -> None:
+        """Add a new adapter that combines others. It can be activated, saved, loaded and merged like any other.
+
+        What is combined are the differences of each adapter's values to the seed, in float64; a component that an adapter
+        does not change differs by zero.
+
+        Args:
+            adapters: names of the adapters to combine.
+            weights: a factor for each; negative ones subtract.
+            adapter_name: name of the new adapter.
+            combination_type: "linear" adds the weighted differences, also where several adapters change one component;
+                since a sum of sparse differences is sparse, it is exact, and "cat" and "union" (LoRA's exact way) are other
+                names for it. "magnitude_prune" and "dare_linear" let each adapter first keep only a share of its entries,
+                the largest or random ones (which are scaled up by 1 / density). "ties" and "dare_ties" do the same, then
+                elect a sign for each component, and average the weighted differences of that sign.
+            density: that share, 0 < density <= 1, of all entries of an adapter. (For PEFT's LoRA it is a share of dense
+                matrices; most of a delta is zero already.)
+            majority_sign_method: what TIES elects a sign by: the sum of the differences ("total") or their number
+                ("frequency").
+
+        Raises:
+            ValueError: for bad arguments, if the adapters have different dense copies of a module (modules_to_save), or if
+                no entry is left; nothing has been changed by then.
+        """
+        weighted.check(self.model, adapters, weights, adapter_name, combination_type, density, majority_sign_method)
+        exchange.check_loaded(self.model, set(adapters))
+        records = weighted.combined_records(
+            self.model, adapters, weights, combination_type, density, majority_sign_method
+        )
+        if not records:
+            raise ValueError("the combination leaves no entry: it is the seed. Check weights and density.")
+        config = weighted.combined_config([self.peft_config[name] for name in adapters], records)
+        self.peft_config[adapter_name] = config
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except Exception:
+            del self.peft_config[adapter_name]
+            raise
+        constraint = self.constraint(adapter_name)
+        empty = torch.empty(0, dtype=torch.int64)
+        positions = {w.name: records[w.name].indices if w.name in records else empty for w in constraint.weights}
+        static.take_over(constraint, config, positions)
+        static.place(self.model, constraint, positions, {name: record.values for name, record in records.items()})
+        weighted.take_copies(self.model, adapters, adapter_name)
 
     # Injection
 

@@ -24,6 +24,7 @@ ORDER = [
     "exchange",
     "mixed",
     "static",
+    "weighted",
     "model",
     "card",
     "extraction",
