@@ -87,10 +87,10 @@ def check_and_name(
     named = _check_dense(model, adapter_name, named)
     dense = {key.removeprefix(PEFT_PREFIX) for key in named}
     summaries = parse_summaries(config.records or {})
+    # An adapter that is loaded again (Trainer: resume, best checkpoint) was not announced by a config.
+    announced = config.records is not None
     entries = 0
     for name, marker in markers(model):
-        # An adapter that is loaded again (Trainer: resume, best checkpoint) was not announced by a config.
-        announced = adapter_name in marker.awaited
         for parameter in marker.tuned.get(adapter_name, ()):
             weight = marker.weights[parameter]
             record = _pair(weight, loaded.pop(weight.name, None))

@@ -194,8 +194,9 @@ def _hosts(modules: Mapping[str, nn.Module], found: Sequence[SparseLayer], adapt
         _note_callers(name, module, callers)
     hosts: dict[int, Host] = {}
     for marker in found:
+        marker.refresh()
         for adapter in adapters & marker.tuned.keys():
-            for parameter, record in marker.records(adapter).items():
+            for parameter, record in marker.scaled_records(adapter).items():
                 if not record.indices.numel():
                     continue
                 weight = marker.weights[parameter]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from . import exchange, static, weighted
 from .config import DSTConfig
-from .core import Constraint, Silo, partition
+from .core import Constraint, Silo, SparseWeight, partition
 from .core.silos import compile_silo_patterns, read_names
 from .delta import MARKER, DeltaError, Record, Summary, parse_summaries
 from .layer import SparseLayer, markers
@@ -209,16 +209,7 @@ class DSTModel(BaseTuner):
         self.targeted_module_names = [m.name for m in found.values() if m.name]
 
         weights = {w.name: w for marker in found.values() for w in marker.weights.values()}
-        constraint = Constraint(
-            adapter_name,
-            [Silo(s, [weights[n] for n in sizes], k) for (s, sizes), k in zip(silos.items(), budgets, strict=True)],
-            config.distance,
-            read_names([*weights], compile_silo_patterns(config.silo_pattern)),
-            config.tracking,
-            config.schedule,
-            config.distance_normalization,
-            config.fixed,
-        )
+        constraint = _constraint(adapter_name, config, silos, budgets, weights)
         model.__dict__.setdefault(exchange.CONSTRAINTS, {})[adapter_name] = constraint
         _keep_from_ddp(model)
         if not config.init_weights:
@@ -231,6 +222,39 @@ class DSTModel(BaseTuner):
             exchange.settle_before_forward(model)
         elif (positions := static.choose_by_seed(config, constraint)) is not None:
             static.place(model, constraint, positions)
+
+    def new_constraint(self, adapter_name: str, config: DSTConfig) -> tuple[Constraint, DSTConfig]:
+        """The constraint that an adapter of this name would have under another config, of the same parameters.
+
+        Raises:
+            ValueError: if the config tunes other parameters, is malformed, or the adapter is merged.
+        """
+        found = {w.name: w for m in self.model.modules() if isinstance(m, SparseLayer) for w in m.weights.values()}
+        if any(adapter_name in marker.merged_adapters for _, marker in markers(self.model)):
+            raise ValueError(f"adapter {adapter_name!r} is merged into the base weights. Call unmerge_adapter() first.")
+        names = [target.name for target in find_targets(self.model, config)]
+        own = [weight.name for weight in self.constraint(adapter_name).weights]
+        if different := sorted(set(names) ^ set(own)):
+            raise ValueError(
+                f"the new adapter and {adapter_name!r} do not tune the same parameters; only one of them tunes "
+                f"{different[0]!r} ({len(different)} such tensors). Load it under a name of its own: "
+                "model.load_adapter(path, name)."
+            )
+        silos = _silo_sizes(self.model, config, names)
+        _check_summaries(parse_summaries(config.records or {}), silos)
+        return _constraint(adapter_name, config, silos, static.budgets(config, silos), found), config
+
+    def put_constraint(self, constraint: Constraint, config: DSTConfig) -> None:
+        """Replace an adapter's constraint and config, before the records that belong to them are loaded."""
+        found, name = exchange.constraints(self.model), constraint.adapter
+        found[name].retire()
+        found[name], self.peft_config[name] = constraint, config
+        Constraint.live.add(constraint)
+        if config.fixed:
+            exchange.watch_before_forward(self.model)
+        for _, marker in markers(self.model):
+            marker.static.discard(name)
+            marker.static |= {name} & (marker.tuned.keys() if config.fixed else set())
 
     def _create_and_replace(
         self,
@@ -378,6 +402,25 @@ def _copies(kwargs: dict[str, Any]) -> int:
     """How many times `generate` repeats each sample: for beams, or for samples drawn from it."""
     asked = (kwargs, getattr(kwargs.get("generation_config"), "__dict__", {}))
     return max([1, *(a.get(n) or 1 for a in asked for n in ("num_beams", "num_return_sequences"))])
+
+
+def _constraint(
+    adapter_name: str,
+    config: DSTConfig,
+    silos: dict[str, dict[str, int]],
+    budgets: list[int],
+    weights: dict[str, SparseWeight],
+) -> Constraint:
+    return Constraint(
+        adapter_name,
+        [Silo(s, [weights[n] for n in sizes], k) for (s, sizes), k in zip(silos.items(), budgets, strict=True)],
+        config.distance,
+        read_names([*weights], compile_silo_patterns(config.silo_pattern)),
+        config.tracking,
+        config.schedule,
+        config.distance_normalization,
+        config.fixed,
+    )
 
 
 def _silo_sizes(model: nn.Module, config: DSTConfig, names: list[str]) -> dict[str, dict[str, int]]:

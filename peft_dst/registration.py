@@ -2,17 +2,21 @@
 
 PEFT has no entry points, and its enum of methods is closed: a name that is not in it is refused by
 `register_peft_method`, and a plain string in the mappings breaks transformers, which reads `peft_type.value`. So DST
-becomes a real member of the enum, and two methods of PeftModel learn to ask the tuner.
+becomes a real member of the enum, two methods of PeftModel learn to ask the tuner, and two functions that look for LoRA's
+layers find DST's.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
-from peft import PeftModel
+from peft import PeftModel, helpers
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.utils import PeftType, register_peft_method
+from peft.utils import PeftType, hotswap, register_peft_method
+from torch import nn
 
 from .core.hook import install
 
@@ -68,6 +72,22 @@ def _extend_model_card() -> None:
     PeftModel.create_or_update_model_card = wrapper
 
 
+def _stand_in(module: ModuleType, name: str, ours: Callable[..., Any]) -> None:
+    """Let a function of PEFT that knows LoRA's layers only do what it is for with models that have DST's."""
+    original = getattr(module, name)
+    if hasattr(original, "dst_original"):
+        return
+
+    @functools.wraps(original)
+    def wrapper(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        from .layer import markers
+
+        return (ours if any(markers(model)) else original)(model, *args, **kwargs)
+
+    wrapper.__dict__["dst_original"] = original
+    setattr(module, name, wrapper)
+
+
 def register() -> None:
     """Register DST with PEFT. Importing `peft_dst` does this; calling it again changes nothing."""
     _extend_peft_type()
@@ -79,3 +99,8 @@ def register() -> None:
     install()
     _ask_the_tuner("get_nb_trainable_parameters")
     _extend_model_card()
+    from .hotswap import hotswap_adapter
+    from .rescale import rescale_adapter_scale
+
+    _stand_in(hotswap, "hotswap_adapter", hotswap_adapter)
+    _stand_in(helpers, "rescale_adapter_scale", rescale_adapter_scale)

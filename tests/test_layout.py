@@ -26,6 +26,8 @@ ORDER = [
     "static",
     "weighted",
     "model",
+    "hotswap",
+    "rescale",
     "card",
     "extraction",
     "baselines",
