@@ -144,6 +144,10 @@ def mixed_batch(model: nn.Module, names: Sequence[str], copies: int = 1) -> Iter
     wanted = dict.fromkeys(names)
     modules = dict(model.named_modules())
     found = [module for module in modules.values() if isinstance(module, SparseLayer)]
+    if any(marker.disable_adapters for marker in found):
+        # The seed shows, whatever is active, as with PEFT's LoRA.
+        yield
+        return
     _check(model, found, wanted.keys() - {BASE})
     # One adapter for all samples needs no corrections: it may as well stand in the weights.
     alone = tuple(wanted.keys() - {BASE}) if len(wanted) == 1 else ()
@@ -151,6 +155,8 @@ def mixed_batch(model: nn.Module, names: Sequence[str], copies: int = 1) -> Iter
     with contextlib.ExitStack() as stack:
         # Other weights stand there by the time of a backward pass, whose gradients would be wrong.
         stack.enter_context(torch.no_grad())
+        # What is compiled knows nothing of hooks that come later.
+        stack.enter_context(_eager())
         for marker in found:
             stack.callback(marker.show, None)
             marker.show(alone)
@@ -163,6 +169,19 @@ def mixed_batch(model: nn.Module, names: Sequence[str], copies: int = 1) -> Iter
         if hosts:
             stack.enter_context(_Guard(hosts, batch))
         yield
+
+
+def _eager() -> contextlib.AbstractContextManager[Any]:
+    refusal = RuntimeError(
+        "adapter_names were given to what torch.compile made of a PeftModel. Give them to the PeftModel itself; its base "
+        "may be compiled: model.get_base_model().compile()."
+    )
+    if torch.compiler.is_compiling():
+        raise refusal
+    try:
+        return torch.compiler.set_stance("force_eager")
+    except RuntimeError as error:
+        raise refusal from error
 
 
 def _check(model: nn.Module, found: Sequence[SparseLayer], wanted: set[str]) -> None:

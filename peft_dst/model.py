@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -316,15 +315,12 @@ class DSTModel(BaseTuner):
 
     # Serving
 
-    @contextlib.contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> contextlib.AbstractContextManager[None]:
         # PEFT calls this around forward and generate, with their arguments.
         names = kwargs.get("adapter_names")
         if names is None:
-            yield
-            return
-        with mixed_batch(self.model, names, _copies(kwargs)):
-            yield
+            return contextlib.nullcontext()
+        return mixed_batch(self.model, names, _copies(kwargs))
 
     # Removal
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import peft_dst
 from peft_dst import DSTConfig, hotswap_adapter
-from tests.models import assert_same, batch, bert, logits, train, tuned_model, weights
+from tests.models import assert_same, batch, bert, logits, train, weights
 
 
 @pytest.fixture
@@ -23,8 +23,7 @@ def saved(build, tmp_path):
     def make(name: str, architecture: str = "bert", first: int = 0, base: nn.Module | None = None, **options):
         options = {"epsilon": 0.02, **options}
         model = get_peft_model(base or build(architecture), DSTConfig(**options))
-        if model.peft_config["default"].selection == "dynamic":
-            train(model, architecture, first=first)
+        train(model, architecture, first=first)
         model.save_pretrained(tmp_path / name)
         return tmp_path / name, logits(model, architecture)
 
@@ -88,7 +87,7 @@ def test_dense_copies_are_replaced_too(build, saved):
 )
 def test_training_and_saving_go_on_under_the_new_config(build, saved, tmp_path, options):
     one, _ = saved("one")
-    two, second = saved("two", first=9, init_weights=False, **options)
+    two, second = saved("two", first=9, **options)
     model = PeftModel.from_pretrained(build("bert"), one, is_trainable=True)
     reference = PeftModel.from_pretrained(build("bert"), two, is_trainable=True)
     hotswap_adapter(model, two)
@@ -157,7 +156,7 @@ BAD = {
     "damaged": ({}, lambda folder: damage(folder, unsorted), "positions are not strictly ascending"),
     "base": ({}, foreign, "the base model's values differ"),
     "targets": ({"target_modules": ["query"]}, None, "do not tune the same parameters; only one of them tunes"),
-    "copies": ({"modules_to_save": ["pooler"]}, None, r"has modules_to_save=\['classifier'\], the one in the file \['pooler'\]"),
+    "copies": ({"modules_to_save": ["pooler"]}, None, r"has modules_to_save=\['classifier'\], the one in .* \['pooler'\]"),
     "width": (HEAD, wide, r"'base_model.model.classifier.weight' has shape \(3, 16\) in the model, and \(5, 16\) in the"),
     "headless": (HEAD, headless, r"'base_model.model.classifier.bias' has shape \(3,\) in the model, and none in the"),
     "method": (HEAD, lora, "holds an adapter of type PeftType.LORA|holds an adapter of type LORA"),
@@ -204,25 +203,35 @@ def _no_recompilation():
 
 @pytest.mark.usefixtures("_no_recompilation")
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("architecture", ["bert", "llama"])
-def test_a_compiled_model_is_not_compiled_again(build, saved, architecture, backend):
-    (one, first), (two, second) = saved("one", architecture), saved("two", architecture, first=9, epsilon=0.05)
-    model = PeftModel.from_pretrained(build(architecture), one).eval()
-    model.load_adapter(two, "other")
+def test_a_compiled_model_is_not_compiled_again(build, saved, backend):
+    (one, first), (two, second) = saved("one", "llama"), saved("two", "llama", first=9, epsilon=0.05)
+    model = PeftModel.from_pretrained(build("llama"), one).eval()
     compiled = torch.compile(model, backend=backend)
-    inputs = batch(architecture)
-    inputs.pop("labels")
+    tokens = batch("llama")["input_ids"]
     with torch.no_grad():
-        assert torch.equal(compiled(**inputs).logits, first)
-        base = build(architecture).eval()(**inputs).logits
+        assert torch.equal(compiled(input_ids=tokens).logits, first)
         with torch.compiler.set_stance("fail_on_recompile"):
-            hotswap_adapter(compiled, two)
-            assert torch.equal(compiled(**inputs).logits, second)
-            hotswap_adapter(compiled, one)
-            assert torch.equal(compiled(**inputs).logits, first)
+            for folder, wanted in ((two, second), (one, first)):
+                hotswap_adapter(compiled, folder)
+                assert torch.equal(compiled(input_ids=tokens).logits, wanted)
+
+
+@pytest.mark.usefixtures("_no_recompilation")
+def test_a_compiled_base_serves_every_adapter(build, saved):
+    """PeftModel's own forward looks at the name of the active adapter; what it calls does not."""
+    (one, first), (two, second) = saved("one"), saved("two", first=9, epsilon=0.05)
+    model = PeftModel.from_pretrained(build("bert"), one).eval()
+    model.load_adapter(two, "other")
+    model.get_base_model().compile(backend="eager")
+    tokens = batch("bert")["input_ids"]
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=tokens).logits, first)
+        base = build("bert").eval()(input_ids=tokens).logits
+        with torch.compiler.set_stance("fail_on_recompile"):
             model.set_adapter("other", inference_mode=True)
-            assert torch.equal(compiled(**inputs).logits, second)
-            model.base_model.disable_adapter_layers()
-            assert torch.equal(compiled(**inputs).logits, base)
-            model.base_model.enable_adapter_layers()
-            assert torch.equal(compiled(**inputs).logits, second)
+            assert torch.equal(model(input_ids=tokens).logits, second)
+            hotswap_adapter(model, one, "other")
+            assert torch.equal(model(input_ids=tokens).logits, first)
+            with model.disable_adapter():
+                assert torch.equal(model(input_ids=tokens).logits, base)
+            assert torch.equal(model(input_ids=tokens).logits, first)

@@ -10,7 +10,7 @@ import transformers as hf
 from peft import get_peft_model
 from torch import Tensor, nn
 
-from peft_dst import DSTConfig
+from peft_dst import DSTConfig, rescale_adapter_scale
 from tests.models import assert_same, batch, train, tuned_model, weights
 
 
@@ -331,3 +331,42 @@ def test_bad_states_and_names_are_refused(build):
     model.eval().merge_adapter(["a"])
     with pytest.raises(ValueError, match="merged adapters, please call `unmerge_adapter` first"):
         model(**tokens, adapter_names=NAMES)
+
+
+@pytest.mark.parametrize("part", ["base", "layers"])
+def test_what_is_compiled_runs_uncompiled(build, part):
+    torch.compiler.reset()
+    model = with_adapters(build("llama"), "a", "b")
+    tokens = batch("llama")["input_ids"]
+    with torch.no_grad():
+        wanted = model(input_ids=tokens, adapter_names=NAMES).logits
+        model.set_adapter("a")
+        alone = model(input_ids=tokens).logits
+        base = model.get_base_model()
+        for module in [base] if part == "base" else base.model.layers:
+            module.compile(backend="eager")
+        assert torch.equal(model(input_ids=tokens).logits, alone)
+        assert torch.equal(model(input_ids=tokens, adapter_names=NAMES).logits, wanted)
+        with torch.compiler.set_stance("fail_on_recompile"):
+            assert torch.equal(model(input_ids=tokens).logits, alone)
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("name", ["bert", "linear"])
+def test_a_compiled_peft_model_is_refused(build, name):
+    torch.compiler.reset()
+    base, given = (
+        (build("bert"), inputs("bert")["input_ids"][:2]) if name == "bert" else (nn.Linear(4, 4), torch.ones(2, 4))
+    )
+    model = with_adapters(nn.Sequential(base), "a", "b")
+    before = weights(model)
+    with pytest.raises(RuntimeError, match=r"Give them to the PeftModel itself; its base may be compiled"):
+        torch.compile(model, backend="eager")(given, adapter_names=["a", "b"])
+    assert_same(before, weights(model))
+    torch.compiler.reset()
+
+
+def test_rescaled_adapters_are_rescaled_in_a_mixed_batch(build):
+    model = with_adapters(build("bert").double(), "a", "b")
+    with rescale_adapter_scale(model, 0.5):
+        check(model, NAMES, lambda **kwargs: model(**kwargs).logits, **inputs("bert"))
