@@ -10,6 +10,7 @@ first use.
 from __future__ import annotations
 
 import functools
+from collections.abc import Set
 from typing import Any
 
 import torch
@@ -88,10 +89,10 @@ def check_and_name(
     named = _check_dense(model, adapter_name, named)
     dense = {key.removeprefix(PEFT_PREFIX) for key in named}
     summaries = parse_summaries(config.records or {})
+    # An adapter that is loaded again (Trainer: resume, best checkpoint) was not announced by a config.
+    announced = config.records is not None
     entries = 0
     for name, marker in markers(model):
-        # An adapter that is loaded again (Trainer: resume, best checkpoint) was not announced by a config.
-        announced = adapter_name in marker.awaited
         for parameter in marker.tuned.get(adapter_name, ()):
             weight = marker.weights[parameter]
             record = _pair(weight, loaded.pop(weight.name, None))
@@ -243,9 +244,18 @@ def forget_to_settle(model: nn.Module) -> None:
 
 @torch.compiler.disable  # looks at values, and changes weights
 def _look(model: nn.Module, *unused: Any) -> None:
+    check_loaded(model, {name for _, marker in markers(model) for name in marker.active_adapters})
+
+
+def check_loaded(model: nn.Module, adapters: Set[str]) -> None:
+    """Settle, and check that none of these adapters is still awaited.
+
+    Raises:
+        RuntimeError: if one is.
+    """
     settle(model)
     for _, marker in markers(model):
-        if missing := [name for name in marker.active_adapters if name in marker.awaited]:
+        if missing := sorted(adapters & marker.awaited):
             for weight in marker.weights.values():
                 weight.check_memory()
             raise RuntimeError(

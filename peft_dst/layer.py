@@ -74,6 +74,8 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         self._merged_model = False
         self._active_adapter: list[str] = []
         self._disable_adapters = False
+        self._shown: tuple[str, ...] | None = None
+        self._scale = 1.0
         self._written: tuple[str, ...] = ()
         self._stale = False
         #: Adapters that were added from a saved config and whose tensors are still to be loaded or checked.
@@ -192,10 +194,39 @@ class SparseLayer(nn.Module, BaseTunerLayer):
 
     def effective_adapters(self) -> tuple[str, ...]:
         """The adapters whose values the live weights should have now."""
-        if self._disable_adapters:
+        names: Sequence[str]
+        if self._shown is not None:
+            names = self._shown
+        elif self._disable_adapters:
             return ()
-        names = self.merged_adapters if self._merged_model else self.active_adapters
+        else:
+            names = self.merged_adapters if self._merged_model else self.active_adapters
         return tuple(name for name in names if name in self.tuned and name not in self.awaited)
+
+    def show(self, adapters: tuple[str, ...] | None) -> None:
+        """Have the live weights be those of these adapters for a while, whatever is active; None ends that."""
+        self._shown = adapters
+        self.sync()
+
+    @property
+    def scale(self) -> float:
+        """What differences to the seed are multiplied with in the live weights."""
+        return self._scale
+
+    @scale.setter
+    def scale(self, scale: float) -> None:
+        self.refresh()
+        self._scale, self._stale = scale, True
+        self.sync()
+
+    def scaled_records(self, adapter: str) -> dict[str, Record]:
+        """The adapter's records with seed + scale · (value − seed) for their values."""
+        records = self._records(adapter)
+        if self._scale == 1:
+            return records
+        return {
+            parameter: _scaled(self.weights[parameter], record, self._scale) for parameter, record in records.items()
+        }
 
     def sync(self) -> None:
         """Make the live weights those of the effective adapters, starting from the seed. Bit-exact both ways."""
@@ -205,7 +236,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         if wanted != self._written or self._stale:
             self.check_memory()
             self.refresh()
-            by_adapter = [self._records(name) for name in wanted]
+            by_adapter = [self.scaled_records(name) for name in wanted]
             for parameter, weight in self.weights.items():
                 # A new adapter of a model that is to be loaded (low_cpu_mem_usage) has its empty record on no device.
                 records = [f[parameter] for f in by_adapter if parameter in f and not f[parameter].values.is_meta]
@@ -219,8 +250,8 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         self._written, self._stale = wanted, False
         for parameter, weight in self.weights.items():
             weight.adapters = tuple(name for name in wanted if parameter in self.tuned[name])
-            weight.disabled = self._disable_adapters
-        if not self._disable_adapters:
+            weight.disabled = self._disable_adapters or self._shown is not None or self._scale != 1
+        if not self._disable_adapters and self._shown is None and self._scale == 1:
             self._train_fixed()
 
     def _train_fixed(self) -> None:
@@ -285,6 +316,20 @@ class SparseLayer(nn.Module, BaseTunerLayer):
                 # Also where another adapter is active: TRL copies trained adapters parameter by parameter.
                 self._free(adapter, parameter, indices, own).requires_grad_(False)
         self.sync()
+
+    def release(self, adapter: str) -> None:
+        """Let the weights be trained as a whole again where the adapter's subset is no longer a fixed one."""
+        if adapter in self.fixed - self.static:
+            self.fixed.discard(adapter)
+            self._forget_free(adapter)
+            self.set_adapter(self.active_adapters, inference_mode=not self.is_trainable)
+
+    def _forget_free(self, adapter: str) -> None:
+        for parameter, weight in self.weights.items():
+            weight.frees.pop(adapter, None)
+            self._positions.pop((adapter, parameter), None)
+        if adapter in self.dst_free:
+            del self.dst_free[adapter]
 
     def forget_seed(self, parameters: Sequence[str]) -> None:
         """Dense weights are about to be loaded over these parameters: keep what training made, let go of the seed."""
@@ -426,11 +471,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         self.awaited.discard(adapter_name)
         self.fixed.discard(adapter_name)
         self.static.discard(adapter_name)
-        for parameter, weight in self.weights.items():
-            weight.frees.pop(adapter_name, None)
-            self._positions.pop((adapter_name, parameter), None)
-        if adapter_name in self.dst_free:
-            del self.dst_free[adapter_name]
+        self._forget_free(adapter_name)
         super().delete_adapter(adapter_name)
         self.sync()
 
@@ -494,6 +535,12 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         self.sync()
         for weight in overwritten:
             weight.remember_seed_again()
+
+
+def _scaled(weight: SparseWeight, record: Record, scale: float) -> Record:
+    seeds = weight.seeds_at(record.indices.long().to(weight.data.device))
+    values = seeds.double() + scale * (record.values.double() - seeds.double())
+    return Record(record.indices, values.to(record.values.dtype))
 
 
 def _add_up(weight: SparseWeight, records: Sequence[Record]) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+import contextlib
+from typing import Any, ClassVar, Literal
 
 import torch
 from peft import PeftModel
@@ -13,12 +14,13 @@ from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from . import exchange, static
+from . import exchange, static, weighted
 from .config import BY_SEED, DSTConfig
-from .core import Constraint, Silo, partition
+from .core import Constraint, Silo, SparseWeight, partition
 from .core.silos import compile_silo_patterns, read_names
 from .delta import MARKER, DeltaError, Summary, parse_summaries
 from .layer import SparseLayer, markers
+from .mixed import mixed_batch
 from .tables import text_table
 from .targets import find_targets, is_excluded, is_saved_densely, is_targeted
 
@@ -107,6 +109,59 @@ class DSTModel(BaseTuner):
                     free += parameter.numel()
         return free, everything
 
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: weighted.Combination = "linear",
+        density: float | None = None,
+        majority_sign_method: Literal["total", "frequency"] = "total",
+    ) -> None:
+        """Add a new adapter that combines others. It can be activated, saved, loaded and merged like any other.
+
+        What is combined are the differences of each adapter's values to the seed, in float64; a component that an adapter
+        does not change differs by zero.
+
+        Args:
+            adapters: names of the adapters to combine.
+            weights: a factor for each; negative ones subtract.
+            adapter_name: name of the new adapter.
+            combination_type: "linear" adds the weighted differences, also where several adapters change one component;
+                since a sum of sparse differences is sparse, it is exact, and "cat" and "union" (LoRA's exact way) are other
+                names for it. "magnitude_prune" and "dare_linear" let each adapter first keep only a share of its entries,
+                the largest or random ones (which are scaled up by 1 / density). "ties" and "dare_ties" do the same, then
+                elect a sign for each component, and average the weighted differences of that sign.
+            density: that share, 0 < density <= 1, of all entries of an adapter. (For PEFT's LoRA it is a share of dense
+                matrices; most of a delta is zero already.)
+            majority_sign_method: what TIES elects a sign by: the sum of the differences ("total") or their number
+                ("frequency").
+
+        Raises:
+            ValueError: for bad arguments, if the adapters have different dense copies of a module (modules_to_save), or if
+                no entry is left; nothing has been changed by then.
+        """
+        weighted.check(self.model, adapters, weights, adapter_name, combination_type, density, majority_sign_method)
+        exchange.check_loaded(self.model, set(adapters))
+        records = weighted.combined_records(
+            self.model, adapters, weights, combination_type, density, majority_sign_method
+        )
+        if not records:
+            raise ValueError("the combination leaves no entry: it is the seed. Check weights and density.")
+        config = weighted.combined_config([self.peft_config[name] for name in adapters], records)
+        self.peft_config[adapter_name] = config
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except Exception:
+            del self.peft_config[adapter_name]
+            raise
+        constraint = self.constraint(adapter_name)
+        empty = torch.empty(0, dtype=torch.int64)
+        positions = {w.name: records[w.name].indices if w.name in records else empty for w in constraint.weights}
+        static.take_over(constraint, config, positions)
+        static.place(self.model, constraint, positions, {name: record.values for name, record in records.items()})
+        weighted.take_copies(self.model, adapters, adapter_name)
+
     # Injection
 
     def inject_adapter(
@@ -165,16 +220,7 @@ class DSTModel(BaseTuner):
         self.targeted_module_names = [m.name for m in found.values() if m.name]
 
         weights = {w.name: w for marker in found.values() for w in marker.weights.values()}
-        constraint = Constraint(
-            adapter_name,
-            [Silo(s, [weights[n] for n in sizes], k) for (s, sizes), k in zip(silos.items(), budgets, strict=True)],
-            config.distance,
-            read_names([*weights], compile_silo_patterns(config.silo_pattern)),
-            config.tracking,
-            config.schedule,
-            config.distance_normalization,
-            config.fixed,
-        )
+        constraint = _constraint(adapter_name, config, silos, budgets, weights)
         model.__dict__.setdefault(exchange.CONSTRAINTS, {})[adapter_name] = constraint
         _keep_from_ddp(model)
         if config.fixed:
@@ -191,6 +237,39 @@ class DSTModel(BaseTuner):
             static.place(model, constraint, start, _moved_at_random(constraint, start), config.fixed)
         elif (positions := static.choose_by_seed(config, constraint)) is not None:
             static.place(model, constraint, positions)
+
+    def new_constraint(self, adapter_name: str, config: DSTConfig) -> tuple[Constraint, DSTConfig]:
+        """The constraint that an adapter of this name would have under another config, of the same parameters.
+
+        Raises:
+            ValueError: if the config tunes other parameters, is malformed, or the adapter is merged.
+        """
+        found = {w.name: w for m in self.model.modules() if isinstance(m, SparseLayer) for w in m.weights.values()}
+        if any(adapter_name in marker.merged_adapters for _, marker in markers(self.model)):
+            raise ValueError(f"adapter {adapter_name!r} is merged into the base weights. Call unmerge_adapter() first.")
+        names = [target.name for target in find_targets(self.model, config)]
+        own = [weight.name for weight in self.constraint(adapter_name).weights]
+        if different := sorted(set(names) ^ set(own)):
+            raise ValueError(
+                f"the new adapter and {adapter_name!r} do not tune the same parameters; only one of them tunes "
+                f"{different[0]!r} ({len(different)} such tensors). Load it under a name of its own: "
+                "model.load_adapter(path, name)."
+            )
+        silos = _silo_sizes(self.model, config, names)
+        _check_summaries(parse_summaries(config.records or {}), silos)
+        return _constraint(adapter_name, config, silos, static.budgets(config, silos), found), config
+
+    def put_constraint(self, constraint: Constraint, config: DSTConfig) -> None:
+        """Replace an adapter's constraint and config, before the records that belong to them are loaded."""
+        found, name = exchange.constraints(self.model), constraint.adapter
+        found[name].retire()
+        found[name], self.peft_config[name] = constraint, config
+        Constraint.live.add(constraint)
+        if config.fixed:
+            exchange.watch_before_forward(self.model)
+        for _, marker in markers(self.model):
+            marker.static.discard(name)
+            marker.static |= {name} & (marker.tuned.keys() if config.fixed else set())
 
     def _create_and_replace(
         self,
@@ -249,6 +328,15 @@ class DSTModel(BaseTuner):
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # Values stay in the base's dtype. PEFT calls this after loading: the loaded values go into the weights.
         exchange.settle(self.model)
+
+    # Serving
+
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> contextlib.AbstractContextManager[None]:
+        # PEFT calls this around forward and generate, with their arguments.
+        names = kwargs.get("adapter_names")
+        if names is None:
+            return contextlib.nullcontext()
+        return mixed_batch(self.model, names, _copies(kwargs))
 
     # Removal and switching
 
@@ -336,6 +424,31 @@ class DSTModel(BaseTuner):
                 else:
                     model.base_model.unload()
             raise
+
+
+def _copies(kwargs: dict[str, Any]) -> int:
+    """How many times `generate` repeats each sample: for beams, or for samples drawn from it."""
+    asked = (kwargs, getattr(kwargs.get("generation_config"), "__dict__", {}))
+    return max([1, *(a.get(n) or 1 for a in asked for n in ("num_beams", "num_return_sequences"))])
+
+
+def _constraint(
+    adapter_name: str,
+    config: DSTConfig,
+    silos: dict[str, dict[str, int]],
+    budgets: list[int],
+    weights: dict[str, SparseWeight],
+) -> Constraint:
+    return Constraint(
+        adapter_name,
+        [Silo(s, [weights[n] for n in sizes], k) for (s, sizes), k in zip(silos.items(), budgets, strict=True)],
+        config.distance,
+        read_names([*weights], compile_silo_patterns(config.silo_pattern)),
+        config.tracking,
+        config.schedule,
+        config.distance_normalization,
+        config.fixed,
+    )
 
 
 def _silo_sizes(model: nn.Module, config: DSTConfig, names: list[str]) -> dict[str, dict[str, int]]:

@@ -2,18 +2,22 @@
 
 PEFT has no entry points, and its enum of methods is closed: a name that is not in it is refused by
 `register_peft_method`, and a plain string in the mappings breaks transformers, which reads `peft_type.value`. So DST
-becomes a real member of the enum, and three methods of PeftModel learn what DST adds to them.
+becomes a real member of the enum, three methods of PeftModel learn what DST adds to them, and two functions that look for
+LoRA's layers find DST's.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
-from peft import PeftModel
+from peft import PeftModel, helpers
 from peft import __version__ as peft_version
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.utils import PeftType, register_peft_method
+from peft.utils import PeftType, hotswap, register_peft_method
+from torch import nn
 
 from .core.hook import install
 
@@ -28,7 +32,9 @@ def register() -> None:
         ImportError: if PEFT, or another plugin, has a method of that name, or PEFT's enum is none that can be extended.
     """
     from .config import DSTConfig
+    from .hotswap import hotswap_adapter
     from .model import DSTModel
+    from .rescale import rescale_adapter_scale
 
     known = _registered_config()
     if known is not None and known.__module__ != DSTConfig.__module__:
@@ -47,6 +53,8 @@ def register() -> None:
     _extend("get_nb_trainable_parameters", _count)
     _extend("create_or_update_model_card", _write_model_card)
     _extend("_upload_modified_files", _upload)
+    _stand_in(hotswap, "hotswap_adapter", hotswap_adapter)
+    _stand_in(helpers, "rescale_adapter_scale", rescale_adapter_scale)
 
 
 def _registered_config() -> type | None:
@@ -126,3 +134,19 @@ def _upload(original: Any, model: PeftModel, working_dir: str, *args: Any, **kwa
     """`push_to_hub` saves the adapter and then writes the hub's own README over the new one: bring it up to date."""
     model.create_or_update_model_card(working_dir)
     return original(model, working_dir, *args, **kwargs)
+
+
+def _stand_in(module: ModuleType, name: str, ours: Callable[..., Any]) -> None:
+    """Let a function of PEFT that knows LoRA's layers only do what it is for with models that have DST's."""
+    original = getattr(module, name)
+    if hasattr(original, "dst_original"):
+        return
+
+    @functools.wraps(original)
+    def wrapper(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        from .layer import markers
+
+        return (ours if any(markers(model)) else original)(model, *args, **kwargs)
+
+    wrapper.__dict__["dst_original"] = original
+    setattr(module, name, wrapper)

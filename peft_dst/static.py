@@ -203,11 +203,16 @@ def fix_subset(
     if not any(at.numel() for at in positions.values()):
         raise ValueError("the source leaves no free parameter: it is empty, or all of its scores are zero.")
     if config.selection == "transfer":
-        for silo in constraint.silos:
-            silo.budget = sum(positions[weight.name].numel() for weight in silo.weights)
-        config.epsilon, config.num_free_parameters = None, constraint.budget
+        take_over(constraint, config, positions)
     place(model, constraint, positions)
     return positions
+
+
+def take_over(constraint: Constraint, config: DSTConfig, positions: Mapping[str, Tensor]) -> None:
+    """Make the budgets of an adapter those of a subset that it is given, int64 (k,) for each of its parameters."""
+    for silo in constraint.silos:
+        silo.budget = sum(positions[weight.name].numel() for weight in silo.weights)
+    config.epsilon, config.num_free_parameters = None, constraint.budget
 
 
 def start_from(

@@ -275,8 +275,9 @@ def check_steppable(weight: SparseWeight, gradient: Tensor | None) -> None:
     weight.check_shape()
     if weight.disabled and gradient is not None:
         raise RuntimeError(
-            f"an optimizer is stepping {weight.name!r} while its adapter is disabled: the step would change the "
-            "seed itself. Leave `disable_adapter()` (or enable the adapters) before optimizer.step()."
+            f"an optimizer is stepping {weight.name!r} while its adapter is disabled (or shows rescaled): the step would "
+            "change the seed itself. Leave `disable_adapter()` or `rescale_adapter_scale` (or enable the adapters) before "
+            "optimizer.step()."
         )
     if len(weight.adapters) > 1:
         raise RuntimeError(
