@@ -12,7 +12,7 @@ from peft import AutoPeftModelForSequenceClassification, PeftModel, get_peft_mod
 from torch import nn
 
 from peft_dst import DSTConfig, DSTModel
-from tests.models import assert_same, logits, loss, train, tuned_model, weights
+from tests.models import assert_same, batch, logits, loss, train, tuned_model, weights
 
 
 def test_counts_tell_the_budget(build, capsys):
@@ -196,6 +196,49 @@ def test_several_active_adapters_add_up(build):
     with pytest.raises(RuntimeError, match="adapters a, b are all active"):
         optimizer.step()
     assert_same(weights(base), before)
+
+
+def test_several_active_adapters_with_fixed_and_other_subsets(build):
+    """A dynamic one over everything, a fixed one in the queries, all biases, and dense copies besides."""
+    base = build("bert")
+    model = get_peft_model(base, DSTConfig(epsilon=0.1), "dynamic")
+    train(model, "bert")
+    for name, options in {
+        "fixed": {"selection": "random", "epsilon": 0.3, "target_modules": ["query"]},
+        "biases": {"selection": "bitfit"},
+    }.items():
+        model.add_adapter(name, DSTConfig(**options))
+        model.set_adapter(name)
+        train(model, "bert", first=7)
+    with model.disable_adapter():
+        seed = weights(base)
+    names = ["dynamic", "fixed", "biases"]
+    tuned = {}
+    for name in names:
+        model.set_adapter(name)
+        tuned[name] = weights(base)
+    for order in (names, names[::-1], names[:2]):
+        model.base_model.set_adapter(order)
+        counts = set()
+        for key, value in weights(base).items():
+            total, count, only = seed[key].double(), torch.zeros_like(value), seed[key]
+            for name in order:
+                moved = tuned[name][key] != seed[key]
+                total = total + (tuned[name][key].double() - seed[key].double())
+                count, only = count + moved, torch.where(moved, tuned[name][key], only)
+            counts |= set(count.unique().tolist())
+            assert torch.equal(value[count < 2], only[count < 2])
+            assert torch.allclose(value.double(), total, rtol=0, atol=1e-7)
+        assert counts >= {0, 1, 2}
+    model.set_adapter("fixed")
+    assert_same(weights(base), tuned["fixed"])
+    model.eval()
+    tokens = batch("bert")["input_ids"]
+    mixed = model(input_ids=tokens, adapter_names=["biases", "fixed", "dynamic", "__base__"]).logits
+    for row, name in enumerate(["biases", "fixed", "dynamic"]):
+        model.set_adapter(name)
+        assert torch.allclose(model(input_ids=tokens).logits[row], mixed[row], atol=1e-6)
+    assert_same(model.unload().state_dict() | {}, dict(build("bert").state_dict()))
 
 
 def test_merge_and_unload(build):
