@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, ClassVar
 
 import torch
@@ -19,8 +20,9 @@ from .core import Constraint, Silo, partition
 from .core.silos import compile_silo_patterns, read_names
 from .delta import MARKER, DeltaError, Record, Summary, parse_summaries
 from .layer import SparseLayer, markers
+from .overlay import OverlayWeight
 from .tables import text_table
-from .targets import find_targets, is_excluded, is_saved_densely, is_targeted
+from .targets import Target, find_targets, is_excluded, is_saved_densely, is_targeted
 
 
 def active_constraints(model: nn.Module) -> list[Constraint]:
@@ -117,7 +119,7 @@ class DSTModel(BaseTuner):
         # Everything that can be wrong with config and base is found here, before the model is touched.
         config = _maybe_include_all_linear_layers(config, model)
         targets = find_targets(model, config)
-        silos = _silo_sizes(model, config, [target.name for target in targets])
+        silos = _silo_sizes(model, config, targets)
         budgets = static.budgets(config, silos)
         _check_no_copies(model, config, adapter_name)
         summaries = parse_summaries(config.records or {})
@@ -167,6 +169,10 @@ class DSTModel(BaseTuner):
         _keep_from_ddp(model)
         if not config.init_weights:
             _start_at_random(found, constraint)
+        if any(target.quantised for target in targets):
+            _warn_of_unchecked(adapter_name, targets, summaries)
+            for marker in found.values():
+                marker.served |= {adapter_name} & marker.tuned.keys()
         if config.fixed:
             exchange.watch_before_forward(model)
             for marker in found.values():
@@ -247,6 +253,8 @@ class DSTModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
+        if merge:
+            self._check_editable()
         names = self._check_mergeable(adapter_names, safe_merge and merge)
         found = list(markers(self.model))
         for _, marker in found:
@@ -263,6 +271,7 @@ class DSTModel(BaseTuner):
         return model
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        self._check_editable()
         self._check_mergeable(adapter_names, safe_merge)
         super().merge_adapter(adapter_names, safe_merge)
 
@@ -276,6 +285,15 @@ class DSTModel(BaseTuner):
             for _, marker in markers(self.model):
                 marker.check_finite(names)
         return names
+
+    def _check_editable(self) -> None:
+        for _, marker in markers(self.model):
+            for weight in marker.weights.values():
+                if isinstance(weight, OverlayWeight):
+                    raise ValueError(
+                        f"{weight.name!r} is quantised: an adapter's values are added to its layer's output, and cannot be "
+                        "merged into it. Merge into the base model in float32, bfloat16 or float16, and quantise the result."
+                    )
 
     # State dicts
 
@@ -306,9 +324,9 @@ class DSTModel(BaseTuner):
             raise
 
 
-def _silo_sizes(model: nn.Module, config: DSTConfig, names: list[str]) -> dict[str, dict[str, int]]:
+def _silo_sizes(model: nn.Module, config: DSTConfig, targets: list[Target]) -> dict[str, dict[str, int]]:
     """Silo → its parameters' names → their sizes."""
-    if not names:
+    if not targets:
         if config.target_modules is None and not config.target_parameters:
             raise NoMatchingPeftModuleError(
                 "No parameter of the base model is left to tune. Check exclude_modules, layers_to_transform and "
@@ -318,8 +336,9 @@ def _silo_sizes(model: nn.Module, config: DSTConfig, names: list[str]) -> dict[s
             f"Target modules {config.target_modules} not found in the base model, or excluded, and likewise "
             f"target_parameters {config.target_parameters}. Check their names, exclude_modules and layers_to_transform."
         )
-    silos = partition(names, config.siloing, compile_silo_patterns(config.silo_pattern))
-    return {silo: {name: model.get_parameter(name).numel() for name in members} for silo, members in silos.items()}
+    sizes = {target.name: target.size for target in targets}
+    silos = partition([*sizes], config.siloing, compile_silo_patterns(config.silo_pattern))
+    return {silo: {name: sizes[name] for name in members} for silo, members in silos.items()}
 
 
 def _check_summaries(summaries: dict[str, Summary], silos: dict[str, dict[str, int]]) -> None:
@@ -336,6 +355,18 @@ def _check_summaries(summaries: dict[str, Summary], silos: dict[str, dict[str, i
                 f"the adapter has {summary.entries:,} entries for {name!r}, a tensor of {sizes[name]:,} components. It "
                 "was made for a base of another shape, or the file is damaged."
             )
+
+
+def _warn_of_unchecked(adapter_name: str, targets: list[Target], summaries: dict[str, Summary]) -> None:
+    """Say what loading onto a quantised base leaves open."""
+    quantised = sum(target.quantised and target.name in summaries for target in targets)
+    if quantised:
+        warnings.warn(
+            f"{quantised} of the {len(summaries)} tensors that adapter {adapter_name!r} changes are quantised here. They are "
+            "served by corrections of their layers' outputs, for inference only, and cannot be compared with the base "
+            "that the adapter was trained on; the others are.",
+            stacklevel=3,
+        )
 
 
 def _check_no_copies(model: nn.Module, config: DSTConfig, adapter_name: str) -> None:

@@ -6,26 +6,27 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-import torch
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from .config import DSTConfig
 from .delta import MARKER
-
-
-_TUNABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+from .overlay import can_edit, can_overlay
 
 
 @dataclass(frozen=True)
 class Target:
-    """A parameter to tune: its host's name ("" for the model itself), its own, and the other owners of a shared one."""
+    """A parameter to tune: its host's name ("" for the model itself), its own, and the other owners of a shared one.
+
+    A quantised one is a linear layer's matrix: a saved adapter is served over it, without editing it.
+    """
 
     host: str
     parameter: str
     aliases: tuple[Target, ...] = ()
+    size: int = 0
+    quantised: bool = False
 
     @property
     def name(self) -> str:
@@ -89,7 +90,8 @@ def find_targets(model: nn.Module, config: DSTConfig) -> list[Target]:
 
     Raises:
         ValueError: if one of them cannot be edited in place (quantised or integer weights), or belongs to a module that
-            another adapter replaces with a dense copy.
+            another adapter replaces with a dense copy. A saved adapter that is loaded for inference need not edit the
+            weights of linear layers.
     """
     modules = {name: module for name, module in model.named_modules() if MARKER not in name.split(".")}
     copied = [name for name, module in modules.items() if isinstance(module, AuxiliaryTrainingWrapper)]
@@ -115,23 +117,50 @@ def find_targets(model: nn.Module, config: DSTConfig) -> list[Target]:
                 f"(modules_to_save). Add {wrapper.rpartition('.')[-1]!r} to this adapter's modules_to_save, or to "
                 "its exclude_modules."
             )
-        _check_tunable(target.name, tensors[key])
-        targets.append(replace(target, aliases=tuple(aliases[1:])))
-    for host, module in modules.items():
-        if hasattr(module, "qweight") and is_targeted(config, host):
-            _refuse_quantised(host, type(module).__name__)
+        tensor, host = tensors[key], modules[target.host]
+        target = replace(target, aliases=tuple(aliases[1:]), size=tensor.numel())
+        if not can_edit(tensor):
+            _check_servable(model, config, target, f"{type(tensor).__name__} of {tensor.dtype}")
+            target = replace(target, size=host.out_features * host.in_features, quantised=True)
+        targets.append(target)
+    for name, module in modules.items():
+        if hasattr(module, "qweight") and is_targeted(config, name):
+            raise ValueError(f"{name!r} is a {type(module).__name__}: {_REFUSAL} {_REMEDY}")
+        if is_saved_densely(config, name) and not all(can_edit(p) for p in module.parameters(recurse=False)):
+            raise ValueError(
+                f"{name!r} is quantised, but the adapter keeps a dense copy of it (modules_to_save). Quantise the base model "
+                "without it (bitsandbytes: llm_int8_skip_modules, torchao: modules_to_not_convert)."
+            )
     return targets
 
 
-def _check_tunable(name: str, tensor: nn.Parameter) -> None:
-    data = tensor.data
-    if data.dtype not in _TUNABLE or type(data) not in (torch.Tensor, DTensor):
-        _refuse_quantised(name, f"{type(tensor).__name__} of {data.dtype}")
+_REFUSAL = "DST edits weights in place, which quantised or integer weights do not allow."
+_REMEDY = (
+    "Load the base model in float32, bfloat16 or float16 (without a quantization_config), or leave the module out with "
+    "target_modules or exclude_modules."
+)
 
 
-def _refuse_quantised(name: str, what: str) -> None:
-    raise ValueError(
-        f"{name!r} is {what}: DST edits weights in place, which quantised or integer weights do not allow. Load the base "
-        "model in float32, bfloat16 or float16 (without a quantization_config), or leave the module out with "
-        "target_modules or exclude_modules."
-    )
+def _check_servable(model: nn.Module, config: DSTConfig, target: Target, what: str) -> None:
+    """Check that a saved adapter can be served over a quantised parameter, and that this is what is wanted."""
+    what = f"{target.name!r} is {what}"
+    host = model.get_submodule(target.host)
+    if not can_overlay(host, target.parameter):
+        raise ValueError(
+            f"{what}: {_REFUSAL} Neither is it a weight of a linear layer that bitsandbytes or torchao quantised, over which "
+            f"a saved adapter could be served. {_REMEDY}"
+        )
+    if config.records is None or not config.inference_mode:
+        raise ValueError(
+            f"{what}: {_REFUSAL} Train the adapter on the base model in float32, bfloat16 or float16; once saved it loads "
+            "onto this quantised one for inference (PeftModel.from_pretrained, is_trainable=False). Or leave quantised "
+            "modules out with target_modules or exclude_modules."
+        )
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    tied = host is head and getattr(model.config, "tie_word_embeddings", False)
+    if tied or target.aliases:
+        raise ValueError(
+            f"{what}, and was one parameter with another module's before it was quantised. An adapter changes both, but has "
+            "values for one. Quantise the base model without this module (bitsandbytes: llm_int8_skip_modules, torchao: "
+            "modules_to_not_convert)."
+        )
