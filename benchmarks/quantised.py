@@ -23,7 +23,6 @@ from typing import Any
 import bitsandbytes
 import torch
 import torchao
-import transformers
 from peft import PeftModel
 from torch import nn
 from torchao.quantization import Int8WeightOnlyConfig
@@ -143,7 +142,9 @@ def main(argv: list[str] | None = None) -> None:
         for name in BASES:
             for row in times(name, adapter, labels, options.rounds):
                 timings.append({"epsilon": epsilon, "base": name, **row})
-                print(f"epsilon {epsilon:g}, {name}, batch {row['batch']}: {row['adapter']['ratio']:.3f} x the base's time")
+                print(
+                    f"epsilon {epsilon:g}, {name}, batch {row['batch']}: {row['adapter']['ratio']:.3f} x the base's time"
+                )
                 record.write(rows=results, times=timings, test_size=len(test))
 
 

@@ -97,10 +97,12 @@ class DSTModel(BaseTuner):
                     chosen = [w.free.numel() for w in silo.weights if w.free is not None]
                     free += sum(chosen) if chosen else silo.budget
         records = {id(p) for _, marker in markers(self.model) for p in marker.parameters()}
+        # Quantised weights may be packed.
+        sizes = {id(w.parameter): w.data.numel() for _, marker in markers(self.model) for w in marker.weights.values()}
         everything = 0
         for parameter in self.model.parameters():
             if id(parameter) not in records:
-                everything += parameter.numel()
+                everything += sizes.get(id(parameter), parameter.numel())
                 if parameter.requires_grad and id(parameter) not in constrained:
                     free += parameter.numel()
         return free, everything
@@ -270,6 +272,10 @@ class DSTModel(BaseTuner):
             constraint.retire()
         return model
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # Only PEFT's wrappers around dense copies are replaced, and what they wrap need not have a weight of its own.
+        setattr(parent, child_name, new_module)
+
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         self._check_editable()
         self._check_mergeable(adapter_names, safe_merge)
@@ -291,8 +297,8 @@ class DSTModel(BaseTuner):
             for weight in marker.weights.values():
                 if isinstance(weight, OverlayWeight):
                     raise ValueError(
-                        f"{weight.name!r} is quantised: an adapter's values are added to its layer's output, and cannot be "
-                        "merged into it. Merge into the base model in float32, bfloat16 or float16, and quantise the result."
+                        f"{weight.name!r} is quantised: what an adapter changes is added to its layer's output, and cannot "
+                        "be merged into it. Merge into the base model in float32, bfloat16 or float16, and quantise that."
                     )
 
     # State dicts
@@ -362,9 +368,9 @@ def _warn_of_unchecked(adapter_name: str, targets: list[Target], summaries: dict
     quantised = sum(target.quantised and target.name in summaries for target in targets)
     if quantised:
         warnings.warn(
-            f"{quantised} of the {len(summaries)} tensors that adapter {adapter_name!r} changes are quantised here. They are "
-            "served by corrections of their layers' outputs, for inference only, and cannot be compared with the base "
-            "that the adapter was trained on; the others are.",
+            f"{quantised} of the {len(summaries)} tensors that adapter {adapter_name!r} changes are quantised here. Their "
+            "layers' outputs are corrected instead, for inference only; and whether they come from the base that the "
+            "adapter was trained on cannot be checked, as it is for the others.",
             stacklevel=3,
         )
 

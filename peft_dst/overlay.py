@@ -8,6 +8,7 @@ is to edit weights.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -71,7 +72,7 @@ class OverlayWeight(SparseWeight):
 
     @property
     def data(self) -> Tensor:
-        """A stand-in with the shape that the seed had before it was quantised, in float32, on its device; not its values."""
+        """A stand-in with the shape that the seed had before it was quantised, in float32, on its device; no values."""
         host = cast(nn.Linear, self.module)
         shape = (host.out_features, host.in_features)
         return torch.empty((), device=self.parameter.device).expand(shape[::-1] if self._inputs_first else shape)
@@ -107,7 +108,9 @@ class OverlayWeight(SparseWeight):
             self._hook.remove()
         self._difference = self._hook = None
 
-    def _correct(self, module: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor], output: Tensor) -> Tensor:
+    def _correct(
+        self, module: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor], output: Tensor
+    ) -> Tensor:
         input = args[0] if args else next(iter(kwargs.values()))
         assert self._difference is not None
         if self._difference.inputs.device != input.device:
@@ -132,8 +135,6 @@ def _dequantised(host: nn.Linear) -> Tensor:
         return weight.dequantize()
     if kind == "4bit" and getattr(weight.quant_state, "packing_format_for_cpu", False):
         # bitsandbytes has laid the matrix out for its CPU kernel, which alone can read it now: as its product with one.
-        import bitsandbytes
-
         one = torch.eye(host.in_features, device=weight.device)
-        return bitsandbytes.matmul_4bit(one, weight.data, weight.quant_state).t()
+        return importlib.import_module("bitsandbytes").matmul_4bit(one, weight.data, weight.quant_state).t()
     return dequantize_bnb_weight(weight, getattr(host, "state", None))

@@ -128,8 +128,8 @@ def find_targets(model: nn.Module, config: DSTConfig) -> list[Target]:
             raise ValueError(f"{name!r} is a {type(module).__name__}: {_REFUSAL} {_REMEDY}")
         if is_saved_densely(config, name) and not all(can_edit(p) for p in module.parameters(recurse=False)):
             raise ValueError(
-                f"{name!r} is quantised, but the adapter keeps a dense copy of it (modules_to_save). Quantise the base model "
-                "without it (bitsandbytes: llm_int8_skip_modules, torchao: modules_to_not_convert)."
+                f"{name!r} is quantised, but the adapter keeps a dense copy of it (modules_to_save). Quantise the base "
+                "model without it (bitsandbytes: llm_int8_skip_modules, torchao: modules_to_not_convert)."
             )
     return targets
 
@@ -147,8 +147,8 @@ def _check_servable(model: nn.Module, config: DSTConfig, target: Target, what: s
     host = model.get_submodule(target.host)
     if not can_overlay(host, target.parameter):
         raise ValueError(
-            f"{what}: {_REFUSAL} Neither is it a weight of a linear layer that bitsandbytes or torchao quantised, over which "
-            f"a saved adapter could be served. {_REMEDY}"
+            f"{what}: {_REFUSAL} Nor is it the weight of a linear layer that bitsandbytes or torchao quantised, over "
+            f"which a saved adapter could be served. {_REMEDY}"
         )
     if config.records is None or not config.inference_mode:
         raise ValueError(
@@ -160,7 +160,7 @@ def _check_servable(model: nn.Module, config: DSTConfig, target: Target, what: s
     tied = host is head and getattr(model.config, "tie_word_embeddings", False)
     if tied or target.aliases:
         raise ValueError(
-            f"{what}, and was one parameter with another module's before it was quantised. An adapter changes both, but has "
-            "values for one. Quantise the base model without this module (bitsandbytes: llm_int8_skip_modules, torchao: "
-            "modules_to_not_convert)."
+            f"{what}, and was one parameter with another module's before it was quantised, or is still. An adapter "
+            "changes both, but has values for one. Quantise the base model without this module (bitsandbytes: "
+            "llm_int8_skip_modules, torchao: modules_to_not_convert)."
         )
