@@ -115,8 +115,6 @@ class OverlayWeight(SparseWeight):
         assert self._difference is not None
         if self._difference.inputs.device != input.device:
             self._difference = LinearDifference(*(part.to(input.device) for part in self._difference))
-        # Autograd may need the output as it was, and a kernel may have laid it out otherwise.
-        output = output.clone() if output.requires_grad else output
         output = output.contiguous()
         correct_linear(output, input, self._difference)
         return output

@@ -388,17 +388,30 @@ def test_through_transformers_own_loader(kind, base, adapter):
     assert torch.equal(logits(model, "bert"), logits(base(kind), "bert"))
 
 
-def test_gradients_and_dtypes_pass_through(base, adapter):
-    folder, _ = adapter()
-    model = serve(base("stand-in"), folder)
+def first_layer(model, folder):
+    """The first quantised layer, and its matrix with the tuned values."""
     name, layer = next(iter(quantised_layers(model.get_base_model()).items()))
-    tuned = layer.weight.dequantize()
+    tuned = dequantize_module_weight(layer).float().clone()
     indices, values = read_records(folder)[f"{name}.weight"]
     tuned.view(-1)[indices.long()] = values
+    return layer, tuned
+
+
+def test_gradients_pass_through(kind, base, adapter):
+    folder, _ = adapter()
+    model = serve(base(kind), folder)
+    layer, tuned = first_layer(model, folder)
     x = torch.randn(6, layer.in_features, requires_grad=True)
     (gradient,) = torch.autograd.grad(layer(x).square().sum(), x)
     (expected,) = torch.autograd.grad(functional.linear(x, tuned, layer.bias).square().sum(), x)
-    torch.testing.assert_close(gradient, expected)
+    assert expected.abs().mean() > 0.05
+    torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-2 if kind == "8-bit" else 1e-4)
+
+
+def test_other_dtypes_and_ways_to_call(base, adapter):
+    folder, _ = adapter()
+    layer, tuned = first_layer(serve(base("stand-in"), folder), folder)
+    x = torch.randn(6, layer.in_features)
     torch.testing.assert_close(layer(input=x), functional.linear(x, tuned, layer.bias))
     with torch.autocast("cpu", torch.bfloat16):
         output = layer(x)
