@@ -54,6 +54,7 @@ def collect(
     """
     kept: dict[str, Tensor] = {}
     summaries: dict[str, Summary] = {}
+    _check_complete(model, adapter_name)
     for _, marker in markers(model):
         for weight in marker.weights.values():
             _check_seen(weight)
@@ -63,6 +64,7 @@ def collect(
             weight = marker.weights[parameter]
             keys = [f"{name}.{part}.{adapter_name}.{parameter}" for part in PARTS]
             if keys[0] in state_dict and state_dict[keys[0]].numel():
+                weight.check_memory()
                 record = Record(*(state_dict[key] for key in keys))
                 if isinstance(weight, OverlayWeight):
                     record, summaries[weight.name] = weight.original(adapter_name, record)
@@ -119,9 +121,12 @@ def check_and_name(
     if entries > budget and not constraint.tracking:
         raise DeltaError(
             f"the adapter file has {entries:,} entries, but the config of {adapter_name!r} allows {budget:,} free "
-            "parameters. It was saved with another epsilon; load it under a name of its own, with its own config."
+            "parameters. It was saved with another epsilon, or for a base of another size (a resized vocabulary); load it "
+            "under a name of its own, with its own config, onto its own base."
         )
-    config.records = None
+    if all(marker.has_memory(adapter_name) for _, marker in markers(model) if adapter_name in marker.tuned):
+        # Otherwise the base is still to be loaded, and is compared when it is there.
+        config.records = None
     # What is loaded was trained already.
     constraint.begun = False
     return named
@@ -154,13 +159,21 @@ def _check_dense(model: nn.Module, adapter_name: str, tensors: dict[str, Tensor]
     return kept
 
 
+def _check_complete(model: nn.Module, adapter_name: str) -> None:
+    """A module that is replaced takes its marker along, and leaves the adapter without what it tuned there."""
+    present = {id(weight) for _, marker in markers(model) for weight in marker.weights.values()}
+    for weight in constraints(model)[adapter_name].weights:
+        if id(weight) not in present:
+            raise RuntimeError(
+                f"the module of {weight.name!r} was replaced since the adapter {adapter_name!r} was added, so what was "
+                "trained there cannot be saved. Change the base model (resize_token_embeddings replaces an output head) "
+                "before get_peft_model."
+            )
+
+
 def _check_seen(weight: SparseWeight) -> None:
     weight.recover()
-    if weight.is_resized():
-        raise RuntimeError(
-            f"{weight.name!r} has changed its shape since the adapter was added, so its positions and budget no longer "
-            "hold. Resize the base model (resize_token_embeddings) before get_peft_model."
-        )
+    weight.check_shape()
     if not weight.seed_is_intact():
         raise RuntimeError(
             f"{weight.name!r} differs from the seed outside the subset: its weights were changed without the constraint "
@@ -233,10 +246,13 @@ def forget_to_settle(model: nn.Module) -> None:
         handle.remove()
 
 
+@torch.compiler.disable  # looks at values, and changes weights
 def _look(model: nn.Module, *unused: Any) -> None:
     settle(model)
     for _, marker in markers(model):
         if missing := [name for name in marker.active_adapters if name in marker.awaited]:
+            for weight in marker.weights.values():
+                weight.check_memory()
             raise RuntimeError(
                 f"adapter {missing[0]!r} was added from a saved config, but its tensors were not loaded. Load them "
                 "with load_adapter; or, to start a new adapter from that config, set its `records` to None first."
@@ -246,7 +262,8 @@ def _look(model: nn.Module, *unused: Any) -> None:
 def _pair(weight: SparseWeight, parts: dict[str, Tensor] | None) -> Record:
     if parts is None:
         data = weight.data
-        return Record(torch.empty(0, dtype=index_dtype(data.numel())), torch.empty(0, dtype=data.dtype))
+        indices = torch.empty(0, dtype=index_dtype(data.numel()), device="cpu")
+        return Record(indices, torch.empty(0, dtype=data.dtype, device="cpu"))
     missing = set(PARTS) - parts.keys()
     if missing:
         raise DeltaError(f"{weight.name!r} has no {missing.pop()} in the adapter file. It is damaged; save it again.")
@@ -260,5 +277,18 @@ def _check(weight: SparseWeight, adapter: str, record: Record, summary: Summary 
         # The seed is there only as far as its quantisation has kept it.
         check_entries(weight.name, summary, record)
         weight.summaries[adapter] = summary
-    elif summary is not None and not data.is_meta:
-        check_seed(weight.name, summary, record, weight.seeds_at(record.indices.long().to(data.device)))
+        return
+    if summary is None or data.is_meta:
+        return
+    seeds = weight.seeds_at(record.indices.long().to(data.device))
+    try:
+        check_seed(weight.name, summary, record, seeds)
+    except DeltaError as error:
+        if torch.equal(seeds, record.values.to(seeds)):
+            raise DeltaError(
+                f"{weight.name!r} has the adapter's values already. The adapter was merged into this base, or "
+                "transformers' own loader has just put an embedding there that PEFT saved whole beside the records (as "
+                "it does after resize_token_embeddings). Load the base again, and the adapter with "
+                "PeftModel.from_pretrained."
+            ) from error
+        raise

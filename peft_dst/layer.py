@@ -32,7 +32,7 @@ from .core.distances import wide_dtype
 from .core.free import free_values, watch
 from .core.tiles import bits
 from .delta import MARKER, DeltaError, Record, check_record, index_dtype
-from .entries import Entries, FreeValues
+from .entries import Entries, FreeValues, Notes
 from .overlay import sparse_weight
 
 
@@ -60,6 +60,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         self.dst_values = nn.ModuleDict({})
         #: What is trained of the adapters in `fixed`.
         self.dst_free = nn.ModuleDict({})
+        self.sizes, self.seed_indices, self.seed_values = Notes(), Notes(), Notes()
         #: Adapters whose subset was chosen once, and never changes.
         self.fixed: set[str] = set()
         #: Adapters that are to have one, from when it is chosen or loaded.
@@ -92,6 +93,16 @@ class SparseLayer(nn.Module, BaseTunerLayer):
     def host(self) -> nn.Module:
         return self._host[0]
 
+    def forward(self, x: Any) -> Any:
+        """Hand on what an nn.Sequential, which calls all of its children in turn, has come to."""
+        if not isinstance(self.host, nn.Sequential):
+            raise TypeError(
+                f"{self.name!r} is a {type(self.host).__name__} with parameters of its own, and its children were called "
+                f"in turn. The one that marks tuned parameters, {MARKER!r}, cannot be: leave it out of the loop, or tune "
+                "other modules (target_modules, exclude_modules)."
+            )
+        return x
+
     # Records
 
     def add_adapter(self, adapter: str, parameters: Sequence[str], entries: Mapping[str, int] | None = None) -> None:
@@ -113,16 +124,36 @@ class SparseLayer(nn.Module, BaseTunerLayer):
             if parameter not in self.weights:
                 name = f"{self.name}.{parameter}" if self.name else parameter
                 self.weights[parameter] = sparse_weight(self.host, parameter, name)
-            data = self.weights[parameter].data
+            data, device = self.weights[parameter].data, self.weights[parameter].device
             if entries is None or parameter in entries:
                 size = entries[parameter] if entries else 0
-                indices = torch.full((size,), NOT_LOADED, dtype=index_dtype(data.numel()), device=data.device)
-                self._store(adapter, parameter, indices, torch.zeros(size, dtype=data.dtype, device=data.device))
+                indices = torch.full((size,), NOT_LOADED, dtype=index_dtype(data.numel()), device=device)
+                self._store(adapter, parameter, indices, torch.zeros(size, dtype=data.dtype, device=device))
 
     def has_arrived(self, adapter: str) -> bool:
-        """Whether the tensors of an awaited adapter are there, for `accept` to take in once they have been checked."""
+        """Whether the tensors of an awaited adapter are there, for `accept` to take in once they have been checked, and
+        so are the weights that they are for.
+        """
+        if not self.has_memory(adapter):
+            return False
         indices = [record.indices for record in self._records(adapter).values()]
         return not any(i.is_meta or (i.numel() and int(i[0]) == NOT_LOADED) for i in indices)
+
+    def has_memory(self, adapter: str) -> bool:
+        """Whether the weights that an adapter tunes are anywhere but on the device "meta"."""
+        return not any(self.weights[parameter].data.is_meta for parameter in self.tuned[adapter])
+
+    def check_memory(self) -> None:
+        """Check that the weights which adapters change here can be read and written.
+
+        Raises:
+            RuntimeError: if one has no memory.
+        """
+        for parameter, weight in self.weights.items():
+            if weight.data.is_meta:
+                found = [self._records(name).get(parameter) for name in self.tuned.keys() - self.awaited]
+                if weight.indices.numel() or any(record is not None and record.indices.numel() for record in found):
+                    weight.check_memory()
 
     def accept(self, adapter: str) -> None:
         """Take in an awaited adapter's records: they have been checked, and may be written into the weights."""
@@ -155,6 +186,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         for parameter, weight in self.weights.items():
             weight.recover()
             if weight.stepped and len(weight.adapters) == 1 and weight.adapters[0] in self.tuned:
+                weight.check_memory()
                 indices = weight.indices.to(index_dtype(weight.data.numel()))
                 self._store(weight.adapters[0], parameter, indices, weight.values())
             weight.stepped = False
@@ -174,10 +206,12 @@ class SparseLayer(nn.Module, BaseTunerLayer):
             weight.recover()
         wanted = self.effective_adapters()
         if wanted != self._written or self._stale:
+            self.check_memory()
             self.refresh()
             by_adapter = [self._records(name) for name in wanted]
             for parameter, weight in self.weights.items():
-                records = [found[parameter] for found in by_adapter if parameter in found]
+                # A new adapter of a model that is to be loaded (low_cpu_mem_usage) has its empty record on no device.
+                records = [f[parameter] for f in by_adapter if parameter in f and not f[parameter].values.is_meta]
                 if not records:
                     weight.revert()
                 elif len(records) == 1:
@@ -202,7 +236,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):
             trainable = self.is_trainable and weight.indices.numel() > 0
             weight.parameter.requires_grad_(trainable)
             if trainable:
-                weight.free, weight.free_at = self._free(weight.adapters[0], parameter, weight), weight.indices
+                weight.free, weight.free_at = self._free(weight.adapters[0], parameter, weight.indices), weight.indices
                 watch(weight)
             if weight.free is not before:
                 # A gradient from before belongs to something else.
@@ -210,19 +244,27 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         for name, free in self.dst_free.items():
             free.requires_grad_(self.is_trainable and name in self._active_adapter)
 
-    def _free(self, adapter: str, parameter: str, weight: SparseWeight) -> nn.Parameter:
-        """What is trained of a weight; the same parameter as long as it is the same subset, for optimizers hold it."""
+    def _free(self, adapter: str, parameter: str, indices: Tensor, values: Tensor | None = None) -> nn.Parameter:
+        """What is trained of a weight; the same parameter as long as it is the same subset, for optimizers hold it.
+
+        Args:
+            adapter: whose values they are.
+            parameter: the host's parameter.
+            indices: the subset, int64 (k,).
+            values: what a new one starts from, (k,); None takes the live values.
+        """
+        weight = self.weights[parameter]
         if adapter not in self.dst_free:
             self.dst_free[adapter] = FreeValues()
         found = cast(Entries, self.dst_free[adapter])
         free = found._parameters.get(parameter)
-        same = torch.equal(self._positions.get((adapter, parameter), weight.indices), weight.indices)
-        if free is None or not same or free.shape != weight.indices.shape or free.dtype != wide_dtype(weight.data):
+        same = torch.equal(self._positions.get((adapter, parameter), indices), indices)
+        if free is None or not same or free.shape != indices.shape or free.dtype != wide_dtype(weight.data):
             if free is not None:
                 weight.superseded.append(weakref.ref(free))
-            free = free_values(weight.values())
-            found.register_parameter(parameter, free)
-        self._positions[adapter, parameter] = weight.indices
+            free = free_values(weight.values() if values is None else values)
+            found.replace(parameter, free)
+        self._positions[adapter, parameter] = indices
         weight.frees[adapter] = free
         return free
 
@@ -242,6 +284,9 @@ class SparseLayer(nn.Module, BaseTunerLayer):
             indices = positions[parameter].to(weight.data.device)
             own = values[parameter].to(weight.data) if parameter in values else weight.seeds_at(indices)
             self.write_record(adapter, parameter, Record(indices.to(index_dtype(weight.data.numel())), own))
+            if fixed and indices.numel():
+                # Also where another adapter is active: TRL copies trained adapters parameter by parameter.
+                self._free(adapter, parameter, indices, own).requires_grad_(False)
         self.sync()
 
     def forget_seed(self, parameters: Sequence[str]) -> None:
@@ -278,6 +323,10 @@ class SparseLayer(nn.Module, BaseTunerLayer):
                 weight.watched[1].remove()
         delattr(self.host, MARKER)
 
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # Records are stored where their weights are, each in the dtype of its own.
+        return
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLayer:
         # Children are moved and cast before their parents: the host still has the dtype that is about to change.
         for weight in self.weights.values():
@@ -288,6 +337,16 @@ class SparseLayer(nn.Module, BaseTunerLayer):
 
     def get_base_layer(self) -> nn.Module:
         return self.host
+
+    @property
+    def in_features(self) -> int | None:
+        """The host's, if it has any."""
+        return getattr(self.host, "in_features", None)
+
+    @property
+    def out_features(self) -> int | None:
+        """The host's, if it has any."""
+        return getattr(self.host, "out_features", None)
 
     @property
     def active_adapters(self) -> list[str]:
@@ -417,11 +476,11 @@ class SparseLayer(nn.Module, BaseTunerLayer):
             sizes = state_dict.get(f"{prefix}sizes.{adapter}")
             for i, parameter in enumerate(parameters):
                 keys = [f"{prefix}{part}.{adapter}.{parameter}" for part in ("dst_indices", "dst_values")]
-                data = self.weights[parameter].data
+                data, device = self.weights[parameter].data, self.weights[parameter].device
                 if sizes is not None and i < len(sizes) and sizes[i] == 0:
                     # Complete what a saver left out, for the children that load next and are strict.
-                    state_dict[keys[0]] = torch.empty(0, dtype=index_dtype(data.numel()))
-                    state_dict[keys[1]] = torch.empty(0, dtype=data.dtype)
+                    state_dict[keys[0]] = torch.empty(0, dtype=index_dtype(data.numel()), device="cpu")
+                    state_dict[keys[1]] = torch.empty(0, dtype=data.dtype, device="cpu")
                 if all(key in state_dict for key in keys):
                     # No aliases: the caller keeps the tensors of a state dict and may change them.
                     indices, values = (state_dict[key] for key in keys)
@@ -430,10 +489,18 @@ class SparseLayer(nn.Module, BaseTunerLayer):
                     except DeltaError as error:
                         lists[-1].append(str(error))
                         continue
-                    self._store(adapter, parameter, indices.to(data.device, copy=True), values.to(data, copy=True))
-                    self.awaited.discard(adapter)
-                    self.fixed |= self.static & {adapter}
-                    self._stale = True
+                    copied = indices.to(device, copy=True), values.to(device, data.dtype, copy=True)
+                    self._store(adapter, parameter, *copied)
+                    if not self.has_memory(adapter):
+                        if indices.numel() and adapter not in self.awaited:
+                            lists[-1].append(
+                                f"{self.weights[parameter].name!r} has no memory yet (device 'meta'). Load the base model "
+                                "before the adapter, or load the adapter with PeftModel.from_pretrained."
+                            )
+                    else:
+                        self.awaited.discard(adapter)
+                        self.fixed |= self.static & {adapter}
+                        self._stale = True
         overwritten = [self.weights[parameter] for parameter in self._overwritten]
         for weight in overwritten:
             seeds = state_dict.get(f"{prefix}seed_values.{weight.attribute}")

@@ -15,10 +15,10 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from . import exchange, static
-from .config import DSTConfig
+from .config import BY_SEED, DSTConfig
 from .core import Constraint, Silo, partition
 from .core.silos import compile_silo_patterns, read_names
-from .delta import MARKER, DeltaError, Record, Summary, parse_summaries
+from .delta import MARKER, DeltaError, Summary, parse_summaries
 from .layer import SparseLayer, markers
 from .overlay import OverlayWeight
 from .tables import text_table
@@ -44,6 +44,10 @@ def set_training_steps(model: nn.Module, steps: int) -> None:
         raise ValueError(f"steps must be a positive integer, got {steps!r}.")
     for constraint in exchange.constraints(model).values():
         constraint.total_steps = steps
+
+
+# What TRL calls the frozen copy of the adapter `default` that it refers to while it trains that one further (DPO, GRPO).
+REFERENCE, REFERRED_TO = "ref", "default"
 
 
 class DSTModel(BaseTuner):
@@ -124,6 +128,8 @@ class DSTModel(BaseTuner):
         silos = _silo_sizes(model, config, targets)
         budgets = static.budgets(config, silos)
         _check_no_copies(model, config, adapter_name)
+        if config.selection in BY_SEED and config.records is None:
+            static.check_memory(model.get_parameter(target.name) for target in targets)
         summaries = parse_summaries(config.records or {})
         _check_summaries(summaries, silos)
 
@@ -137,6 +143,7 @@ class DSTModel(BaseTuner):
         if state_dict is not None:
             # PEFT finds the hosts in a state dict by cutting its keys at the prefix; the marker is not a host.
             state_dict = {key.replace(f".{MARKER}.", "."): value for key, value in state_dict.items()}
+        required = {target.name: model.get_parameter(target.name).requires_grad for target in targets}
         # PEFT freezes what is active while it adds a frozen adapter, and thaws the parameters afterwards.
         trainable = {marker: marker.is_trainable for _, marker in markers(model)}
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
@@ -147,7 +154,12 @@ class DSTModel(BaseTuner):
             # PEFT does not visit the model itself, nor the first owner of a parameter that was targeted by another name.
             host = model.get_submodule(name)
             if adapter_name not in getattr(getattr(host, MARKER, None), "tuned", ()):
+                known = set(getattr(getattr(host, MARKER, None), "weights", ()))
                 self._mark(host, name, adapter_name)
+                for weight in getattr(host, MARKER).weights.values():
+                    if weight.attribute not in known:
+                        # By now PEFT has frozen it.
+                        weight.requires_grad_before = required[weight.name]
                 getattr(host, MARKER).set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         for target in targets:
             marker = getattr(model.get_submodule(target.host), MARKER)
@@ -169,8 +181,6 @@ class DSTModel(BaseTuner):
         )
         model.__dict__.setdefault(exchange.CONSTRAINTS, {})[adapter_name] = constraint
         _keep_from_ddp(model)
-        if not config.init_weights:
-            _start_at_random(found, constraint)
         if any(target.quantised for target in targets):
             _warn_of_unchecked(adapter_name, targets, summaries)
             for marker in found.values():
@@ -181,6 +191,15 @@ class DSTModel(BaseTuner):
                 marker.static |= {adapter_name} & marker.tuned.keys()
         if config.records is not None:
             exchange.settle_before_forward(model)
+        elif adapter_name == REFERENCE and config is self.peft_config.get(REFERRED_TO):
+            # TRL adds it with the other's own config object, and copies values, but no positions.
+            static.make_room(model, constraint, REFERRED_TO, config.fixed)
+        elif low_cpu_mem_usage:
+            # Its tensors are on no device: they are to be loaded, a fixed subset with them.
+            pass
+        elif not config.init_weights:
+            start = static.choose_by_seed(config, constraint) or static.choose_at_random(config, constraint)
+            static.place(model, constraint, start, _moved_at_random(constraint, start), config.fixed)
         elif (positions := static.choose_by_seed(config, constraint)) is not None:
             static.place(model, constraint, positions)
 
@@ -242,9 +261,10 @@ class DSTModel(BaseTuner):
         # Values stay in the base's dtype. PEFT calls this after loading: the loaded values go into the weights.
         exchange.settle(self.model)
 
-    # Removal
+    # Removal and switching
 
     def delete_adapter(self, adapter_name: str) -> None:
+        self._check_memory()
         super().delete_adapter(adapter_name)
         exchange.constraints(self.model).pop(adapter_name).retire()
 
@@ -255,6 +275,7 @@ class DSTModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
+        self._check_memory()
         if merge:
             self._check_editable()
         names = self._check_mergeable(adapter_names, safe_merge and merge)
@@ -276,7 +297,21 @@ class DSTModel(BaseTuner):
         # Only PEFT's wrappers around dense copies are replaced, and what they wrap need not have a weight of its own.
         setattr(parent, child_name, new_module)
 
+    def _check_memory(self) -> None:
+        """Check that everything can be switched, before anything is."""
+        for _, marker in markers(self.model):
+            marker.check_memory()
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        self._check_memory()
+        super()._enable_adapter_layers(enabled)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        self._check_memory()
+        super().set_adapter(adapter_name, inference_mode)
+
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        self._check_memory()
         self._check_editable()
         self._check_mergeable(adapter_names, safe_merge)
         super().merge_adapter(adapter_names, safe_merge)
@@ -415,18 +450,9 @@ def _keep_from_ddp(model: nn.Module) -> None:
     setattr(model, attribute, {*already, *names, *(f"base_model.model.{name}" for name in names)})
 
 
-def _start_at_random(found: dict[str, SparseLayer], constraint: Constraint) -> None:
-    """Fill every budget with random entries, moved by a standard normal (PEFT's tests need a non-trivial adapter)."""
-    owner = {id(w): (marker, p) for marker in found.values() for p, w in marker.weights.items()}
-    for silo in constraint.silos:
-        chosen = torch.randperm(silo.size)[: silo.budget].sort().values
-        start = 0
-        for weight in silo.weights:
-            marker, parameter = owner[id(weight)]
-            end = start + weight.data.numel()
-            indices = (chosen[(chosen >= start) & (chosen < end)] - start).to(weight.data.device)
-            seeds = weight.seeds_at(indices)
-            marker.write_record(constraint.adapter, parameter, Record(indices.int(), seeds + torch.randn_like(seeds)))
-            start = end
-    for marker in found.values():
-        marker.sync()
+def _moved_at_random(constraint: Constraint, positions: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The seed's values at these positions plus a standard normal (PEFT's tests need a non-trivial adapter)."""
+    seeds = {
+        weight.name: weight.seeds_at(positions[weight.name].to(weight.data.device)) for weight in constraint.weights
+    }
+    return {name: values + torch.randn_like(values) for name, values in seeds.items()}

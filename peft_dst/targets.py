@@ -9,10 +9,18 @@ from dataclasses import dataclass, replace
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from .config import DSTConfig
 from .delta import MARKER
 from .overlay import can_edit, can_overlay
+
+
+_REFUSAL = "DST edits weights in place, which quantised or integer weights do not allow."
+_REMEDY = (
+    "Load the base model in float32, bfloat16 or float16 (without a quantization_config), or leave the module out with "
+    "target_modules or exclude_modules."
+)
 
 
 @dataclass(frozen=True)
@@ -89,9 +97,9 @@ def find_targets(model: nn.Module, config: DSTConfig) -> list[Target]:
     """The parameters that an adapter with this config tunes, in model order, a shared parameter once.
 
     Raises:
-        ValueError: if one of them cannot be edited in place (quantised or integer weights), or belongs to a module that
-            another adapter replaces with a dense copy. A saved adapter that is loaded for inference need not edit the
-            weights of linear layers.
+        ValueError: if one of them cannot be edited in place (quantised, integer or offloaded weights), or belongs to a
+            module that another adapter replaces with a dense copy. A saved adapter that is loaded for inference need
+            not edit the weights of linear layers.
     """
     modules = {name: module for name, module in model.named_modules() if MARKER not in name.split(".")}
     copied = [name for name, module in modules.items() if isinstance(module, AuxiliaryTrainingWrapper)]
@@ -118,15 +126,24 @@ def find_targets(model: nn.Module, config: DSTConfig) -> list[Target]:
                 "its exclude_modules."
             )
         tensor, host = tensors[key], modules[target.host]
+        _check_real(target.name, tensor)
         target = replace(target, aliases=tuple(aliases[1:]), size=tensor.numel())
         if not can_edit(tensor):
             _check_servable(model, config, target, f"{type(tensor).__name__} of {tensor.dtype}")
             target = replace(target, size=host.out_features * host.in_features, quantised=True)
+        if tensor.is_meta and is_offloaded(model, host):
+            raise ValueError(
+                f"{target.name!r} is offloaded: accelerate fetches it anew for every forward pass, so it cannot be edited "
+                "in place. Load the base model whole onto the CPU or GPUs (a device_map without 'disk', nor 'cpu' beside "
+                "GPUs), or tune other modules (target_modules, exclude_modules). To serve an adapter offloaded, merge "
+                "it where the base fits (merge_and_unload), save that, and offload the merged model."
+            )
         targets.append(target)
     for name, module in modules.items():
         if hasattr(module, "qweight") and is_targeted(config, name):
             raise ValueError(f"{name!r} is a {type(module).__name__}: {_REFUSAL} {_REMEDY}")
-        if is_saved_densely(config, name) and not all(can_edit(p) for p in module.parameters(recurse=False)):
+        own = module.named_parameters(recurse=False)
+        if is_saved_densely(config, name) and any(not can_edit(p) and can_overlay(module, part) for part, p in own):
             raise ValueError(
                 f"{name!r} is quantised, but the adapter keeps a dense copy of it (modules_to_save). Quantise the base "
                 "model without it (bitsandbytes: llm_int8_skip_modules, torchao: modules_to_not_convert)."
@@ -134,11 +151,25 @@ def find_targets(model: nn.Module, config: DSTConfig) -> list[Target]:
     return targets
 
 
-_REFUSAL = "DST edits weights in place, which quantised or integer weights do not allow."
-_REMEDY = (
-    "Load the base model in float32, bfloat16 or float16 (without a quantization_config), or leave the module out with "
-    "target_modules or exclude_modules."
-)
+def is_offloaded(model: nn.Module, module: nn.Module) -> bool:
+    """Whether the parameters of a module that are on "meta" are kept elsewhere by accelerate."""
+    hook = getattr(module, "_hf_hook", None)
+    if any(getattr(part, "offload", False) for part in (hook, *getattr(hook, "hooks", ()))):
+        return True
+    # PEFT takes the hooks away before it adds the adapter, and puts them back after it was loaded.
+    return bool({"cpu", "disk"} & {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()})
+
+
+def _check_real(name: str, tensor: nn.Parameter) -> None:
+    if is_lazy(tensor):
+        raise ValueError(
+            f"{name!r} has no shape yet. Call the base model once, on any batch, before adding the adapter."
+        )
+    if tensor.dtype.is_complex:
+        raise ValueError(
+            f"{name!r} is {tensor.dtype}: DST ranks real components, by distances that complex ones do not have. Leave it "
+            "out with target_modules or exclude_modules, or keep it as real pairs (torch.view_as_real)."
+        )
 
 
 def _check_servable(model: nn.Module, config: DSTConfig, target: Target, what: str) -> None:

@@ -3,32 +3,16 @@
 from __future__ import annotations
 
 import copy
-import pickle
 import random
 import warnings
 
-import peft
 import pytest
 import torch
-from peft import AutoPeftModelForSequenceClassification, PeftModel, get_peft_config, get_peft_model
-from peft.utils import PeftType
+from peft import AutoPeftModelForSequenceClassification, PeftModel, get_peft_model
 from torch import nn
 
-import peft_dst
 from peft_dst import DSTConfig, DSTModel
-from tests.models import assert_same, bert, logits, loss, train, tuned_model, weights
-
-
-def test_registration_is_a_real_member_and_idempotent():
-    peft_dst.register()
-    assert PeftType("DST") is PeftType.DST
-    assert PeftType.DST.value == "DST" == PeftType.DST
-    assert PeftType["DST"] in list(PeftType)
-    assert pickle.loads(pickle.dumps(PeftType.DST)) is PeftType.DST
-    assert isinstance(get_peft_config({"peft_type": "DST", "epsilon": 0.1}), DSTConfig)
-    # Other methods' counts are left alone.
-    lora = get_peft_model(bert(), peft.LoraConfig(target_modules=["query"], r=2))
-    assert lora.get_nb_trainable_parameters()[0] == 2 * 2 * (16 + 16)
+from tests.models import assert_same, logits, loss, train, tuned_model, weights
 
 
 def test_counts_tell_the_budget(build, capsys):

@@ -158,7 +158,8 @@ class FixedStep:
         weights = [weight for _, weights in self.constraints for weight in weights]
         rounded = {weight: _rounded(weight) for weight in weights}
         finite = [torch.isfinite(values).all() for values in rounded.values()]
-        if finite and not torch.stack(finite).all():
+        # One wait reads them all, wherever the weights are.
+        if finite and not torch.stack([ok.to(finite[0].device) for ok in finite]).all():
             for weight in weights:
                 assert weight.free is not None
                 weight.free.data.copy_(weight.values())

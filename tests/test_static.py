@@ -1,0 +1,190 @@
+"""Static subsets: where they come from, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+
+from peft_dst import (
+    DSTConfig,
+    fix_subset,
+    start_from,
+)
+from tests.models import BUILDERS, assert_same, logits, loss, weights
+from tests.training.test_fixed import fixed, subset, trained
+
+
+def test_random_subsets_follow_their_seed(build):
+    one, same, other = (subset(fixed(build, selection_seed=seed)) for seed in (0, 0, 1))
+    assert_same(one, same)
+    assert any(not torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize("siloing", ["module_and_layer", "module", "none", "parameter"])
+def test_magnitude_takes_the_largest_of_each_silo(siloing, build):
+    base = build("bert")
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    seed = weights(base)
+    model = get_peft_model(base, DSTConfig(epsilon=0.02, selection="magnitude", siloing=siloing))
+    for silo in model.constraint().silos:
+        values = torch.cat([seed[w.name].flatten().abs() for w in silo.weights])
+        kept = torch.cat([seed[w.name].flatten()[w.indices].abs() for w in silo.weights])
+        assert kept.numel() == silo.budget
+        assert torch.equal(kept.sort().values, values.sort().values[values.numel() - silo.budget :])
+
+
+def test_scores_choose_the_subset(build):
+    model = get_peft_model(build("bert"), DSTConfig(num_free_parameters=3, selection="fisher", siloing="none"))
+    scores = {name: torch.zeros_like(parameter) for name, parameter in build("bert").named_parameters()}
+    scores["bert.pooler.dense.bias"][5] = 2.0
+    scores["bert.encoder.layer.1.output.dense.weight"][3, 4] = 1.0
+    scores["classifier.bias"][1] = 0.5
+    scores["classifier.bias"][0] = 0.25
+    positions = fix_subset(model, scores)
+    assert {name: at.tolist() for name, at in positions.items() if at.numel()} == {
+        "bert.pooler.dense.bias": [5],
+        "bert.encoder.layer.1.output.dense.weight": [3 * 32 + 4],
+        "classifier.bias": [1],
+    }
+    assert [tuple(p.shape) for p in trained(model) if p.dim() == 1 and p.numel() == 1] == [(1,)] * 3
+
+
+def test_the_subset_of_another_adapter(build, tmp_path):
+    dynamic = get_peft_model(build("bert"), DSTConfig(epsilon=0.02))
+    optimizer = torch.optim.AdamW(trained(dynamic), lr=1e-2)
+    loss(dynamic, "bert").backward()
+    optimizer.step()
+    dynamic.save_pretrained(tmp_path / "a")
+    model = get_peft_model(build("bert"), DSTConfig(selection="transfer"))
+    fix_subset(model, tmp_path / "a")
+    assert_same(subset(model), subset(dynamic))
+    assert model.peft_config["default"].num_free_parameters == model.constraint().budget
+    assert_same(weights(model.get_base_model()), weights(build("bert")))
+    optimizer = torch.optim.AdamW(trained(model), lr=1e-2)
+    loss(model, "bert", 1).backward()
+    optimizer.step()
+    model.save_pretrained(tmp_path / "b")
+    again = PeftModel.from_pretrained(build("bert"), tmp_path / "b")
+    assert torch.equal(logits(again, "bert"), logits(model, "bert"))
+
+
+@pytest.mark.parametrize("values", [False, True])
+def test_a_dynamic_run_started_from_a_subset(values, build, tmp_path):
+    first = get_peft_model(build("bert"), DSTConfig(epsilon=0.02))
+    optimizer = torch.optim.AdamW(trained(first), lr=1e-2)
+    loss(first, "bert").backward()
+    optimizer.step()
+    first.save_pretrained(tmp_path / "a")
+    model = get_peft_model(build("bert"), DSTConfig(epsilon=0.02))
+    start_from(model, tmp_path / "a", values=values)
+    assert_same(subset(model), subset(first))
+    wanted = first.get_base_model() if values else build("bert")
+    assert_same(weights(model.get_base_model()), weights(wanted))
+    optimizer = torch.optim.AdamW(trained(model), lr=1e-2)
+    kept = []
+    for step in range(1, 4):
+        loss(model, "bert", step).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        kept.append(all(torch.equal(subset(model)[key], at) for key, at in subset(first).items()))
+    assert kept[0]
+    assert not all(kept)
+
+
+def test_refusals_of_sources(build, tmp_path):
+    model = get_peft_model(build("bert"), DSTConfig(epsilon=0.02))
+    ones = {name: torch.ones_like(parameter) for name, parameter in build("bert").named_parameters()}
+    with pytest.raises(ValueError, match="takes no subset from outside"):
+        fix_subset(model, ones)
+    with pytest.raises(ValueError, match="no DST adapter 'other'"):
+        fix_subset(model, ones, "other")
+    with pytest.raises(ValueError, match="whose budget is"):
+        start_from(model, {"classifier.weight": torch.arange(48)})
+    with pytest.raises(ValueError, match="give its folder"):
+        start_from(model, {"classifier.weight": torch.arange(1)}, values=True)
+    with pytest.raises(ValueError, match="must ascend"):
+        start_from(model, {"classifier.weight": torch.tensor([47, 46])})
+    with pytest.raises(ValueError, match="must ascend"):
+        start_from(model, {"classifier.weight": torch.tensor([48])})
+    with pytest.raises(ValueError, match="does not have"):
+        start_from(model, {"decoder.weight": torch.tensor([1])})
+    with pytest.raises(ValueError, match="sorted positions"):
+        start_from(model, ones)
+    static = fixed(build, selection="transfer")
+    with pytest.raises(ValueError, match="never leaves its subset"):
+        start_from(static, {"classifier.weight": torch.arange(1)})
+    scored = fixed(build, selection="fisher")
+    with pytest.raises(ValueError, match="chooses by scores"):
+        fix_subset(scored, {"classifier.weight": torch.arange(1)})
+    with pytest.raises(ValueError, match=r"classifier\.bias"):
+        fix_subset(scored, {**ones, "classifier.bias": torch.ones(4)})
+    fix_subset(scored, ones)
+    optimizer = torch.optim.SGD(trained(scored), lr=0.1)
+    loss(scored, "bert").backward()
+    optimizer.step()
+    with pytest.raises(ValueError, match="trained values already"):
+        fix_subset(scored, ones)
+
+
+def test_bitfit_needs_biases(build):
+    with pytest.raises(ValueError, match="none of the tuned parameters is one"):
+        get_peft_model(BUILDERS["llama"](), DSTConfig(selection="bitfit"))
+
+
+def test_untrained_is_asked_of_the_adapter_itself(build):
+    """Not of whatever is active: another adapter's training is no obstacle, and its own is one while it is inactive."""
+    ones = {name: torch.ones_like(parameter) for name, parameter in build("bert").named_parameters()}
+    model = get_peft_model(build("bert"), DSTConfig(epsilon=0.02, selection="fisher"))
+    fix_subset(model, ones)
+    optimizer = torch.optim.SGD(trained(model), lr=0.1)
+    loss(model, "bert").backward()
+    optimizer.step()
+    model.add_adapter("b", DSTConfig(epsilon=0.02, selection="fisher"))
+    fix_subset(model, ones, "b")
+    model.set_adapter("b")
+    with pytest.raises(ValueError, match="trained values already"):
+        fix_subset(model, ones)
+
+
+def test_an_empty_subset_is_refused(build):
+    model = get_peft_model(build("bert"), DSTConfig(selection="transfer"))
+    with pytest.raises(ValueError, match="no free parameter"):
+        fix_subset(model, {})
+
+
+def test_values_of_another_base_are_not_taken_over(build, saved):
+    folder, _, _ = saved()
+    other = build("bert")
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.5)
+    model = get_peft_model(other, DSTConfig(epsilon=0.02))
+    with pytest.raises(ValueError, match="values differ"):
+        start_from(model, folder, values=True)
+    assert not any(silo.free() for silo in model.constraint().silos)
+
+
+def test_chosen_under_inference_mode(build):
+    model = fixed(build)
+    model.add_adapter("b", DSTConfig(epsilon=0.02, selection="random"))
+    with torch.inference_mode():
+        model.set_adapter("b")
+    optimizer = torch.optim.SGD(trained(model), lr=0.1)
+    loss(model, "bert").backward()
+    optimizer.step()
+
+
+def test_a_start_survives_a_warm_up(build, saved):
+    folder, _, first = saved()
+    model = get_peft_model(build("bert"), DSTConfig(epsilon=0.02))
+    start_from(model, folder)
+    optimizer = torch.optim.SGD(trained(model), lr=0.0)
+    for lr, kept in ((0.0, True), (0.1, True), (0.1, False)):
+        optimizer.param_groups[0]["lr"] = lr
+        loss(model, "bert", 1).backward()
+        optimizer.step()
+        same = all(torch.equal(subset(model)[key], at) for key, at in subset(first).items())
+        assert same == kept
