@@ -34,9 +34,16 @@ def can_edit(parameter: nn.Parameter) -> bool:
 
 def can_overlay(host: nn.Module, parameter: str) -> bool:
     """Whether a quantised parameter is a linear layer's matrix in a form that can be read, bitsandbytes' or torchao's."""
-    weight = getattr(host, parameter)
+    weight = getattr(host, parameter, None)
     known = get_bnb_param_type(weight) or type(weight).__module__.startswith("torchao.")
     return parameter == "weight" and isinstance(host, nn.Linear) and bool(known)
+
+
+def stored_inputs_first(host: nn.Module) -> bool:
+    """Whether the seed's matrix was stored as (inputs, outputs): transformers puts quantised linear layers in the place of
+    its Conv1D too, and transposes its weight.
+    """
+    return issubclass(getattr(host, "source_cls", nn.Linear), Conv1D)
 
 
 def sparse_weight(host: nn.Module, parameter: str, name: str) -> SparseWeight:
@@ -55,6 +62,7 @@ class OverlayWeight(SparseWeight):
     """
 
     def __init__(self, module: nn.Module, attribute: str, name: str):
+        self._inputs_first = stored_inputs_first(module)
         self._difference: LinearDifference | None = None
         self._hook: Any = None
         self.summaries: dict[str, Summary] = {}
@@ -62,13 +70,6 @@ class OverlayWeight(SparseWeight):
         self._known = torch.empty(0, dtype=torch.int64)
         self._read = torch.empty(0)
         super().__init__(module, attribute, name)
-
-    @property
-    def _inputs_first(self) -> bool:
-        """Whether the seed's matrix was stored as (inputs, outputs): transformers puts quantised linear layers in the place
-        of its Conv1D too, and transposes its weight.
-        """
-        return issubclass(getattr(self.module, "source_cls", nn.Linear), Conv1D)
 
     @property
     def data(self) -> Tensor:

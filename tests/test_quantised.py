@@ -23,6 +23,7 @@ from tests.models import BUILDERS, assert_same, logits, train
 # bitsandbytes' 4-bit kernel wants outputs by 32 and inputs by 64.
 WIDE = {"bert": {"hidden_size": 64, "intermediate_size": 128}, "gpt2": {"n_embd": 64}}
 HEAD = ["classifier"]
+UNQUANTISED = [*HEAD, "lm_head"]
 
 
 class StandIn(torch.Tensor):
@@ -49,7 +50,7 @@ def stand_in(weight):
 
 def with_stand_ins(model):
     for name, module in list(model.named_modules()):
-        if name in HEAD or name == "lm_head":
+        if name in UNQUANTISED:
             continue
         if isinstance(module, nn.Linear):
             module.weight = stand_in(module.weight)
@@ -64,11 +65,11 @@ def with_stand_ins(model):
 def quantization_config(kind):
     if kind == "torchao":
         quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
-        return hf.TorchAoConfig(quantization.Int8WeightOnlyConfig(), modules_to_not_convert=HEAD)
+        return hf.TorchAoConfig(quantization.Int8WeightOnlyConfig(), modules_to_not_convert=UNQUANTISED)
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     if kind == "8-bit":
-        return hf.BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=HEAD)
-    return hf.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=HEAD)
+        return hf.BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=UNQUANTISED)
+    return hf.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=UNQUANTISED)
 
 
 KINDS = ("stand-in", "torchao", "8-bit", "4-bit")
