@@ -28,6 +28,7 @@ from .delta import (
     DeltaError,
     Record,
     Summary,
+    check_entries,
     check_record,
     check_seed,
     index_dtype,
@@ -35,6 +36,7 @@ from .delta import (
     summarize,
 )
 from .layer import markers
+from .overlay import OverlayWeight
 
 
 # Where a base model keeps its adapters' constraints: on the model itself, because transformers' own `load_adapter` and
@@ -65,8 +67,11 @@ def collect(
             if keys[0] in state_dict and state_dict[keys[0]].numel():
                 weight.check_memory()
                 record = Record(*(state_dict[key] for key in keys))
+                if isinstance(weight, OverlayWeight):
+                    record, summaries[weight.name] = weight.original(adapter_name, record)
+                else:
+                    summaries[weight.name] = summarize(record, weight.seeds_at(record.indices.long()))
                 kept |= dict(zip(keys, record, strict=True))
-                summaries[weight.name] = summarize(record, weight.seeds_at(record.indices.long()))
     config.__dict__[COLLECTED] = {name: list(summary) for name, summary in summaries.items()}
     return kept
 
@@ -98,7 +103,7 @@ def check_and_name(
             record = _pair(weight, loaded.pop(weight.name, None))
             # An embedding that PEFT saved whole brings its seed along.
             comparable = announced and weight.name not in dense
-            _check(weight, record, summaries.get(weight.name) if comparable else None)
+            _check(weight, adapter_name, record, summaries.get(weight.name) if comparable else None)
             if announced and record.indices.numel() and weight.name not in summaries:
                 raise DeltaError(
                     f"{weight.name!r} has entries in adapter_model.safetensors but none according to "
@@ -204,7 +209,7 @@ def settle(model: nn.Module) -> bool:
     for marker, adapter in arrived:
         for parameter, record in marker.records(adapter).items():
             weight = marker.weights[parameter]
-            _check(weight, record, summaries[adapter].get(weight.name))
+            _check(weight, adapter, record, summaries[adapter].get(weight.name))
     for marker, adapter in arrived:
         marker.accept(adapter)
         configs[adapter].records = None
@@ -275,9 +280,14 @@ def _pair(weight: SparseWeight, parts: dict[str, Tensor] | None) -> Record:
     return Record(*(parts[part] for part in PARTS))
 
 
-def _check(weight: SparseWeight, record: Record, summary: Summary | None) -> None:
+def _check(weight: SparseWeight, adapter: str, record: Record, summary: Summary | None) -> None:
     data = weight.data
     check_record(weight.name, data, record)
+    if summary is not None and isinstance(weight, OverlayWeight):
+        # The seed is there only as far as its quantisation has kept it.
+        check_entries(weight.name, summary, record)
+        weight.summaries[adapter] = summary
+        return
     if summary is None or data.is_meta:
         return
     seeds = weight.seeds_at(record.indices.long().to(data.device))

@@ -33,6 +33,7 @@ from .core.free import free_values, watch
 from .core.tiles import bits
 from .delta import MARKER, DeltaError, Record, check_record, index_dtype
 from .entries import Entries, FreeValues, Notes
+from .overlay import sparse_weight
 
 
 # What stands in a record whose tensors have their size but are still to be loaded: no valid index.
@@ -64,6 +65,8 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         self.fixed: set[str] = set()
         #: Adapters that are to have one, from when it is chosen or loaded.
         self.static: set[str] = set()
+        #: Adapters that have values for quantised weights somewhere in the model, and so cannot be trained.
+        self.served: set[str] = set()
         self._positions: dict[tuple[str, str], Tensor] = {}
         #: Whether the active adapters are to be trained, as far as a fixed subset decides what that needs.
         self.is_trainable = False
@@ -122,7 +125,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         for parameter in parameters:
             if parameter not in self.weights:
                 name = f"{self.name}.{parameter}" if self.name else parameter
-                self.weights[parameter] = SparseWeight(self.host, parameter, name)
+                self.weights[parameter] = sparse_weight(self.host, parameter, name)
             data, device = self.weights[parameter].data, self.weights[parameter].device
             if entries is None or parameter in entries:
                 size = entries[parameter] if entries else 0
@@ -395,11 +398,14 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         return list(self._active_adapter)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Activate adapters: their values go into the live weights, which become trainable unless `inference_mode`."""
+        """Activate adapters: their values go into the live weights, which become trainable unless `inference_mode`, or
+        unless an adapter can only be served.
+        """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         self._active_adapter = names
         if not self.merged:
             self._merged_model = False
+        inference_mode = inference_mode or not self.served.isdisjoint(names)
         self.is_trainable = not inference_mode
         for parameter, weight in self.weights.items():
             tuned = any(parameter in self.tuned.get(name, ()) for name in names)
@@ -416,8 +422,17 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         self.sync()
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Make the parameters that the named adapters tune trainable or not, if such an adapter is active."""
+        """Make the parameters that the named adapters tune trainable or not, if such an adapter is active.
+
+        Raises:
+            ValueError: if one is to become trainable that has values for quantised weights.
+        """
         names = {adapter_names} if isinstance(adapter_names, str) else set(adapter_names)
+        if requires_grad and (served := sorted(names & self.served)):
+            raise ValueError(
+                f"adapter {served[0]!r} has values for quantised weights, which cannot be trained. Train it on the base "
+                "model in float32, bfloat16 or float16."
+            )
         concerned = names.intersection(self.active_adapters)
         for parameter, weight in self.weights.items():
             if any(parameter in self.tuned.get(name, ()) for name in concerned):
@@ -471,6 +486,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         self.awaited.discard(adapter_name)
         self.fixed.discard(adapter_name)
         self.static.discard(adapter_name)
+        self.served.discard(adapter_name)
         self._forget_free(adapter_name)
         super().delete_adapter(adapter_name)
         self.sync()

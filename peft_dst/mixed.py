@@ -25,10 +25,11 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 from transformers.pytorch_utils import Conv1D
 
 from . import exchange
-from .core import gather, scatter
+from .core import scatter
 from .core.correction import correct_embedding, correct_linear, embedding_entries, linear_difference
 from .core.distances import wide_dtype
 from .layer import SparseLayer
+from .overlay import OverlayWeight
 
 
 #: PEFT's name for samples that no adapter is for.
@@ -60,6 +61,7 @@ class Host:
     method: str = "forward"
     tuned: dict[str, list[Patch]] = field(default_factory=dict)
     parameters: set[int] = field(default_factory=set)
+    overlaid: OverlayWeight | None = None
 
     def __str__(self) -> str:
         return f"{self.name!r} ({type(self.module).__name__})"
@@ -220,10 +222,12 @@ def _hosts(modules: Mapping[str, nn.Module], found: Sequence[SparseLayer], adapt
                     continue
                 weight = marker.weights[parameter]
                 indices = record.indices.to(weight.data.device, torch.int64)
-                values, seeds = record.values.to(weight.data), gather(weight.data, indices)
+                values, seeds = record.values.to(weight.data), weight.seeds_at(indices)
                 for name, module, attribute in owners[id(weight.parameter)]:
                     caller = callers.get(id(module)) or Host(name, module)
                     host = hosts.setdefault(id(caller.module), caller)
+                    if isinstance(weight, OverlayWeight):
+                        host.overlaid = weight
                     patch = Patch(module, attribute, weight.data, indices, values, seeds)
                     host.tuned.setdefault(adapter, []).append(patch)
                     host.parameters.add(id(weight.parameter))
@@ -315,6 +319,8 @@ Correct = Callable[[str, Tensor, Tensor], None]
 def _corrector(host: Host) -> Correct | None:
     """What corrects an adapter's part of a host's output, given its part of the input; None if nothing does."""
     forward = type(host.module).forward
+    if host.overlaid is not None:
+        return _linear_corrector(host, host.overlaid.inputs_first)
     if forward is nn.Linear.forward or forward is Conv1D.forward:
         return _linear_corrector(host, inputs_first=forward is Conv1D.forward)
     if forward is nn.Embedding.forward and host.module.max_norm is None:

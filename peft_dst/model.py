@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -21,8 +22,9 @@ from .core.silos import compile_silo_patterns, read_names
 from .delta import MARKER, DeltaError, Summary, parse_summaries
 from .layer import SparseLayer, markers
 from .mixed import mixed_batch
+from .overlay import OverlayWeight
 from .tables import text_table
-from .targets import find_targets, is_excluded, is_saved_densely, is_targeted
+from .targets import Target, find_targets, is_excluded, is_saved_densely, is_targeted
 
 
 def active_constraints(model: nn.Module) -> list[Constraint]:
@@ -101,10 +103,12 @@ class DSTModel(BaseTuner):
                     chosen = [w.free.numel() for w in silo.weights if w.free is not None]
                     free += sum(chosen) if chosen else silo.budget
         records = {id(p) for _, marker in markers(self.model) for p in marker.parameters()}
+        # Quantised weights may be packed.
+        sizes = {id(w.parameter): w.data.numel() for _, marker in markers(self.model) for w in marker.weights.values()}
         everything = 0
         for parameter in self.model.parameters():
             if id(parameter) not in records:
-                everything += parameter.numel()
+                everything += sizes.get(id(parameter), parameter.numel())
                 if parameter.requires_grad and id(parameter) not in constrained:
                     free += parameter.numel()
         return free, everything
@@ -176,7 +180,7 @@ class DSTModel(BaseTuner):
         # Everything that can be wrong with config and base is found here, before the model is touched.
         config = _maybe_include_all_linear_layers(config, model)
         targets = find_targets(model, config)
-        silos = _silo_sizes(model, config, [target.name for target in targets])
+        silos = _silo_sizes(model, config, targets)
         budgets = static.budgets(config, silos)
         _check_no_copies(model, config, adapter_name)
         if config.selection in BY_SEED and config.records is None:
@@ -223,6 +227,10 @@ class DSTModel(BaseTuner):
         constraint = _constraint(adapter_name, config, silos, budgets, weights)
         model.__dict__.setdefault(exchange.CONSTRAINTS, {})[adapter_name] = constraint
         _keep_from_ddp(model)
+        if any(target.quantised for target in targets):
+            _warn_of_unchecked(adapter_name, targets, summaries)
+            for marker in found.values():
+                marker.served |= {adapter_name} & marker.tuned.keys()
         if config.fixed:
             exchange.watch_before_forward(model)
             for marker in found.values():
@@ -247,15 +255,15 @@ class DSTModel(BaseTuner):
         found = {w.name: w for m in self.model.modules() if isinstance(m, SparseLayer) for w in m.weights.values()}
         if any(adapter_name in marker.merged_adapters for _, marker in markers(self.model)):
             raise ValueError(f"adapter {adapter_name!r} is merged into the base weights. Call unmerge_adapter() first.")
-        names = [target.name for target in find_targets(self.model, config)]
+        targets = find_targets(self.model, config)
         own = [weight.name for weight in self.constraint(adapter_name).weights]
-        if different := sorted(set(names) ^ set(own)):
+        if different := sorted({target.name for target in targets} ^ set(own)):
             raise ValueError(
                 f"the new adapter and {adapter_name!r} do not tune the same parameters; only one of them tunes "
                 f"{different[0]!r} ({len(different)} such tensors). Load it under a name of its own: "
                 "model.load_adapter(path, name)."
             )
-        silos = _silo_sizes(self.model, config, names)
+        silos = _silo_sizes(self.model, config, targets)
         _check_summaries(parse_summaries(config.records or {}), silos)
         return _constraint(adapter_name, config, silos, static.budgets(config, silos), found), config
 
@@ -353,6 +361,8 @@ class DSTModel(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         self._check_memory()
+        if merge:
+            self._check_editable()
         names = self._check_mergeable(adapter_names, safe_merge and merge)
         found = list(markers(self.model))
         for _, marker in found:
@@ -367,6 +377,10 @@ class DSTModel(BaseTuner):
         for constraint in model.__dict__.pop(exchange.CONSTRAINTS).values():
             constraint.retire()
         return model
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # Only PEFT's wrappers around dense copies are replaced, and what they wrap need not have a weight of its own.
+        setattr(parent, child_name, new_module)
 
     def _check_memory(self) -> None:
         """Check that everything can be switched, before anything is."""
@@ -383,6 +397,7 @@ class DSTModel(BaseTuner):
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         self._check_memory()
+        self._check_editable()
         self._check_mergeable(adapter_names, safe_merge)
         super().merge_adapter(adapter_names, safe_merge)
 
@@ -396,6 +411,15 @@ class DSTModel(BaseTuner):
             for _, marker in markers(self.model):
                 marker.check_finite(names)
         return names
+
+    def _check_editable(self) -> None:
+        for _, marker in markers(self.model):
+            for weight in marker.weights.values():
+                if isinstance(weight, OverlayWeight):
+                    raise ValueError(
+                        f"{weight.name!r} is quantised: what an adapter changes is added to its layer's output, and cannot "
+                        "be merged into it. Merge into the base model in float32, bfloat16 or float16, and quantise that."
+                    )
 
     # State dicts
 
@@ -451,9 +475,9 @@ def _constraint(
     )
 
 
-def _silo_sizes(model: nn.Module, config: DSTConfig, names: list[str]) -> dict[str, dict[str, int]]:
+def _silo_sizes(model: nn.Module, config: DSTConfig, targets: list[Target]) -> dict[str, dict[str, int]]:
     """Silo → its parameters' names → their sizes."""
-    if not names:
+    if not targets:
         if config.target_modules is None and not config.target_parameters:
             raise NoMatchingPeftModuleError(
                 "No parameter of the base model is left to tune. Check exclude_modules, layers_to_transform and "
@@ -463,8 +487,9 @@ def _silo_sizes(model: nn.Module, config: DSTConfig, names: list[str]) -> dict[s
             f"Target modules {config.target_modules} not found in the base model, or excluded, and likewise "
             f"target_parameters {config.target_parameters}. Check their names, exclude_modules and layers_to_transform."
         )
-    silos = partition(names, config.siloing, compile_silo_patterns(config.silo_pattern))
-    return {silo: {name: model.get_parameter(name).numel() for name in members} for silo, members in silos.items()}
+    sizes = {target.name: target.size for target in targets}
+    silos = partition([*sizes], config.siloing, compile_silo_patterns(config.silo_pattern))
+    return {silo: {name: sizes[name] for name in members} for silo, members in silos.items()}
 
 
 def _check_summaries(summaries: dict[str, Summary], silos: dict[str, dict[str, int]]) -> None:
@@ -481,6 +506,18 @@ def _check_summaries(summaries: dict[str, Summary], silos: dict[str, dict[str, i
                 f"the adapter has {summary.entries:,} entries for {name!r}, a tensor of {sizes[name]:,} components. It "
                 "was made for a base of another shape, or the file is damaged."
             )
+
+
+def _warn_of_unchecked(adapter_name: str, targets: list[Target], summaries: dict[str, Summary]) -> None:
+    """Say what loading onto a quantised base leaves open."""
+    quantised = sum(target.quantised and target.name in summaries for target in targets)
+    if quantised:
+        warnings.warn(
+            f"{quantised} of the {len(summaries)} tensors that adapter {adapter_name!r} changes are quantised here. Their "
+            "layers' outputs are corrected instead, for inference only; and whether they come from the base that the "
+            "adapter was trained on cannot be checked, as it is for the others.",
+            stacklevel=3,
+        )
 
 
 def _check_no_copies(model: nn.Module, config: DSTConfig, adapter_name: str) -> None:

@@ -19,6 +19,7 @@ ORDER = [
     "tables",
     "config",
     "entries",
+    "overlay",
     "layer",
     "targets",
     "exchange",

@@ -446,3 +446,13 @@ def test_loading_by_name(loader, build, tmp_path):
         loaded = loader(type(base).from_pretrained(tmp_path / "base"), tmp_path / "adapter")
     assert torch.equal(logits(loaded, "bert"), output)
     assert not any(p.requires_grad for p in loaded.parameters())
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_unloading_beside_a_dense_copy_without_a_weight_of_its_own(merge, build):
+    model = get_peft_model(build("bert"), DSTConfig(epsilon=0.05, modules_to_save=["pooler", "classifier"]))
+    train(model, "bert")
+    tuned = logits(model, "bert")
+    left = model.merge_and_unload() if merge else model.unload()
+    assert type(left.bert.pooler) is type(build("bert").bert.pooler)
+    assert torch.equal(logits(left, "bert"), tuned) is merge

@@ -45,6 +45,11 @@ class Summary(NamedTuple):
     digest: str
     seed: Mapping[str, str]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the base which the adapter was saved from, and so of its values."""
+        return next(dtype for dtype, name in _PRECISIONS.items() if name in self.seed)
+
     @classmethod
     def parse(cls, name: str, raw: Any) -> Summary:
         """Read one from JSON.
