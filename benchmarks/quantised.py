@@ -5,8 +5,8 @@
 Trains MiniLM-L6 as `benchmarks.precision` does, and loads each adapter onto the same base in float32, and with its linear
 layers (all but pooler and classifier) quantised by torchao (int8, weights only) and bitsandbytes (LLM.int8, nf4). Beside it
 stand the same without the corrections of the quantised layers' outputs (then only embeddings, norms and biases are
-tuned), and the tuned model quantised as a whole, which needs a base of its own for each task. Needs bitsandbytes and
-torchao, which are not among the tests' requirements.
+tuned), and the tuned model quantised as a whole, which needs a base of its own for each task. One wide layer is timed by
+itself. Needs bitsandbytes and torchao.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 import torchao
 from peft import PeftModel
 from torch import nn
-from torchao.quantization import Int8WeightOnlyConfig
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig, TorchAoConfig
 
 from peft_dst.layer import markers
@@ -70,14 +70,14 @@ def serve(
 ) -> tuple[dict[str, Any], torch.Tensor]:
     """What one adapter is worth over one base, and its logits for the first 100 rows."""
     model = PeftModel.from_pretrained(load(minilm_folder(), name, labels), adapter)
-    found = {"served": accuracy(model, test)}
+    found: dict[str, Any] = {"served": accuracy(model, test)}
     output = logits(model, test)
+    switch = functools.partial(_switch_off_and_on, model)
+    found["switch_off_and_on_ms"] = 1000 * statistics.median(seconds(switch) for _ in range(9))
     if expected is None:
         return found, output
     found["logits_mean_difference"] = float((output - expected).abs().mean())
     found["logits_mean"] = float(expected.abs().mean())
-    switch = functools.partial(_switch_off_and_on, model)
-    found["switch_off_and_on_ms"] = 1000 * statistics.median(seconds(switch) for _ in range(5))
     for weight in overlays(model):
         weight.revert()
     found["without_corrections"] = accuracy(model, test)
@@ -107,10 +107,40 @@ def times(name: str, adapter: Path, labels: int, rounds: int) -> list[dict[str, 
     return found
 
 
+def layer(name: str, width: int) -> nn.Module:
+    """One quantised linear layer by itself, in evaluation mode."""
+    linear = nn.Linear(width, width)
+    if name == "torchao int8":
+        quantize_(linear, Int8WeightOnlyConfig())
+        return linear.eval()
+    if name == "bitsandbytes 8-bit":
+        quantised = bitsandbytes.nn.Linear8bitLt(width, width, has_fp16_weights=False, threshold=6.0)
+    else:
+        quantised = bitsandbytes.nn.Linear4bit(width, width, quant_type="nf4")
+    quantised.load_state_dict(linear.state_dict())
+    return quantised.to("cpu").eval()
+
+
+def layer_times(name: str, epsilon: float, width: int, rounds: int) -> list[dict[str, Any]]:
+    """A wide layer with random entries, beside one without."""
+    torch.manual_seed(0)
+    plain, tuned = layer(name, width), layer(name, width)
+    indices = torch.randperm(width**2)[: round(epsilon * width**2)].sort().values
+    OverlayWeight(tuned, "weight", "weight").apply(indices, torch.randn(indices.numel()))
+    found = []
+    for tokens in (1, 32, 1024):
+        x = torch.randn(tokens, width)
+        with torch.no_grad():
+            compared = {"base": functools.partial(plain, x), "adapter": functools.partial(tuned, x)}
+            found.append({"width": width, "tokens": tokens, **interleaved(compared, rounds)})
+    return found
+
+
 def main(argv: list[str] | None = None) -> None:
     arguments = training_parser(__doc__)
     arguments.add_argument("--epsilons", type=float, nargs="+", default=(1e-3, 1e-4))
     arguments.add_argument("--rounds", type=int, default=15, help="rounds of timing at batch 32; three times that at 1")
+    arguments.add_argument("--width", type=int, default=4096, help="of the layer that is timed by itself")
     arguments.add_argument("--adapters", type=Path, help="folder to keep the trained adapters in, and take them from")
     options = arguments.parse_args(argv)
     if options.data is None:
@@ -122,12 +152,17 @@ def main(argv: list[str] | None = None) -> None:
     record.document["options"] |= {"data": options.data.name, "adapters": None}
     record.document["versions"] |= {module.__name__: module.__version__ for module in (bitsandbytes, torchao)}
     train, test, labels = rows(options.data, options.train_size)
-    kept = options.adapters or Path(tempfile.mkdtemp())
-    results: list[dict[str, Any]] = []
-    timings: list[dict[str, Any]] = []
+    kept = tempfile.TemporaryDirectory()
+    results: dict[str, list[dict[str, Any]]] = {"rows": [], "times": [], "layers": []}
+
+    def note(kind: str, **row: Any) -> None:
+        results[kind].append(row)
+        print({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}, flush=True)
+        record.write(**results, test_size=len(test))
+
     for epsilon in options.epsilons:
         for seed in range(options.seeds):
-            adapter = kept / f"eps{epsilon:g}_seed{seed}"
+            adapter = (options.adapters or Path(kept.name)) / f"eps{epsilon:g}_seed{seed}"
             if not adapter.is_dir():
                 options.epsilon = epsilon
                 tune("float32, hook", seed, train, labels, options).save_pretrained(adapter)
@@ -135,17 +170,13 @@ def main(argv: list[str] | None = None) -> None:
             for name in BASES:
                 found, output = serve(name, adapter, labels, test, expected)
                 expected = output if expected is None else expected
-                results.append({"epsilon": epsilon, "seed": seed, "base": name, **found})
-                figures = {key: round(value, 4) for key, value in found.items()}
-                print(f"epsilon {epsilon:g}, seed {seed}, {name}: {figures}", flush=True)
-                record.write(rows=results, times=timings, test_size=len(test))
+                note("rows", epsilon=epsilon, seed=seed, base=name, **found)
         for name in BASES:
             for row in times(name, adapter, labels, options.rounds):
-                timings.append({"epsilon": epsilon, "base": name, **row})
-                print(
-                    f"epsilon {epsilon:g}, {name}, batch {row['batch']}: {row['adapter']['ratio']:.3f} x the base's time"
-                )
-                record.write(rows=results, times=timings, test_size=len(test))
+                note("times", epsilon=epsilon, base=name, **row)
+            for row in layer_times(name, epsilon, options.width, options.rounds) if name != "float32" else ():
+                note("layers", epsilon=epsilon, base=name, **row)
+    kept.cleanup()
 
 
 if __name__ == "__main__":
