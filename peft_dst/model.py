@@ -384,5 +384,7 @@ def _keep_from_ddp(model: nn.Module) -> None:
 
 def _moved_at_random(constraint: Constraint, positions: dict[str, Tensor]) -> dict[str, Tensor]:
     """The seed's values at these positions plus a standard normal (PEFT's tests need a non-trivial adapter)."""
-    seeds = {weight.name: weight.seeds_at(positions[weight.name].to(weight.data.device)) for weight in constraint.weights}
+    seeds = {
+        weight.name: weight.seeds_at(positions[weight.name].to(weight.data.device)) for weight in constraint.weights
+    }
     return {name: values + torch.randn_like(values) for name, values in seeds.items()}

@@ -46,7 +46,7 @@ def test_the_base_state_dict_has_the_base_s_keys_only(build):
 
 @pytest.mark.parametrize("selection", ["dynamic", "random", "magnitude", "fisher"])
 def test_a_random_start_is_no_seed_and_comes_back(selection, build, tmp_path):
-    """`init_weights=False` moves a fixed subset where it is, and nothing of a saved adapter: its entries are in the file."""
+    """`init_weights=False` moves a fixed subset where it is, and nothing of a saved adapter, whose entries are loaded."""
     base = build("bert")
     seed = weights(base)
     model = get_peft_model(base, DSTConfig(epsilon=0.5, selection=selection, init_weights=False))

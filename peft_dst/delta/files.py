@@ -103,7 +103,9 @@ def read_records(folder: str | os.PathLike[str]) -> dict[str, Record]:
     records = {}
     for name, parts in found.items():
         if parts.keys() != set(PARTS):
-            raise DeltaError(f"{name!r} has no {min(set(PARTS) - parts.keys())} in {path}. It is damaged; save it again.")
+            raise DeltaError(
+                f"{name!r} has no {min(set(PARTS) - parts.keys())} in {path}. It is damaged; save it again."
+            )
         records[name] = Record(*(parts[part] for part in PARTS))
         # Without the base every position that its dtype may hold is a good one.
         indices, values = records[name]
