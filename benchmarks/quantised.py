@@ -149,7 +149,7 @@ def main(argv: list[str] | None = None) -> None:
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     record = Record(options)
-    record.document["options"] |= {"data": options.data.name, "adapters": None}
+    record.document["options"] |= {"data": options.data.name, "adapters": options.adapters and options.adapters.name}
     record.document["versions"] |= {module.__name__: module.__version__ for module in (bitsandbytes, torchao)}
     train, test, labels = rows(options.data, options.train_size)
     kept = tempfile.TemporaryDirectory()

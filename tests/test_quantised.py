@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from peft_dst import DSTConfig
+from peft_dst import DSTConfig, hotswap_adapter
 from peft_dst.delta import DeltaError, read_records
 from tests.models import BUILDERS, assert_same, batch, logits, train
 
@@ -482,3 +482,13 @@ def test_several_adapters_in_one_batch(kind, base, adapter):
         with model.disable_adapter():
             torch.testing.assert_close(mixed[1], model(**inputs).logits[1], rtol=1e-3, atol=1e-4)
     assert not torch.allclose(mixed[0], mixed[1], rtol=1e-2)
+
+
+def test_hot_swapping(base, adapter, tmp_path):
+    folders = {label: adapter(label=label, first=10 * i)[0] for i, label in enumerate("ab")}
+    model = serve(base("stand-in"), folders["a"])
+    hotswap_adapter(model, folders["b"], "default")
+    assert torch.equal(logits(model, "bert"), logits(serve(base("stand-in"), folders["b"]), "bert"))
+    model.save_pretrained(tmp_path / "again")
+    assert_same(*(load_file(f / "adapter_model.safetensors") for f in (folders["b"], tmp_path / "again")))
+    assert len({(f / "adapter_config.json").read_text() for f in (folders["b"], tmp_path / "again")}) == 1
