@@ -134,10 +134,13 @@ def quantised_layers(model):
 
 
 # torchao leaves GPT-2's Conv1D as they are; transformers puts bitsandbytes' layers in their place.
-@pytest.mark.parametrize(
+layers_of_both = pytest.mark.parametrize(
     ("kind", "name"),
     [*((kind, "bert") for kind in KINDS), *((kind, "gpt2") for kind in KINDS if kind != "torchao")],
 )
+
+
+@layers_of_both
 def test_each_layer_computes_with_the_tuned_values(kind, name, base, adapter):
     folder, _ = adapter(name)
     records = read_records(folder)
@@ -463,21 +466,22 @@ def test_counts_are_those_of_the_seed(kind, base, adapter):
     assert model.get_nb_trainable_parameters() == (0, size)
 
 
-def test_several_adapters_in_one_batch(kind, base, adapter):
-    folders = {label: adapter(label=label, first=10 * i)[0] for i, label in enumerate("ab")}
+@layers_of_both
+def test_several_adapters_in_one_batch(kind, name, base, adapter):
+    folders = {label: adapter(name, label=label, first=10 * i)[0] for i, label in enumerate("ab")}
     with pytest.warns(UserWarning, match="are quantised here"):
-        model = PeftModel.from_pretrained(base(kind), folders["a"], "a").eval()
+        model = PeftModel.from_pretrained(base(kind, name), folders["a"], "a").eval()
     with pytest.warns(UserWarning, match="are quantised here"):
         model.load_adapter(folders["b"], "b")
-    inputs = batch("bert", 0)
+    inputs = batch(name)
     inputs.pop("labels", None)
     names = ["a", "__base__", "b", "a"]
-    inputs = {name: tensor[:1].expand(4, *tensor.shape[1:]).contiguous() for name, tensor in inputs.items()}
+    inputs = {key: tensor[:1].expand(4, *tensor.shape[1:]).contiguous() for key, tensor in inputs.items()}
     with torch.no_grad():
         mixed = model(**inputs, adapter_names=names).logits
-        for name in ("a", "b"):
-            model.set_adapter(name)
-            rows = [row for row, own in enumerate(names) if own == name]
+        for label in "ab":
+            model.set_adapter(label)
+            rows = [row for row, own in enumerate(names) if own == label]
             torch.testing.assert_close(mixed[rows], model(**inputs).logits[rows], rtol=1e-3, atol=1e-4)
         with model.disable_adapter():
             torch.testing.assert_close(mixed[1], model(**inputs).logits[1], rtol=1e-3, atol=1e-4)
