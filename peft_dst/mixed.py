@@ -130,6 +130,20 @@ def _count(rows: Rows) -> int:
     return rows.stop - rows.start if isinstance(rows, slice) else rows.numel()
 
 
+def check_length(names: Sequence[str], inputs: Any) -> None:
+    """Check that there is a name for each sample, as far as a model's inputs tell how many those are.
+
+    Raises:
+        ValueError: if no input has as many rows.
+    """
+    sizes = [leaf.shape[0] for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim()]
+    if sizes and len(names) not in sizes:
+        raise ValueError(
+            "Length of `adapter_names` should be the same as the number of inputs, but got "
+            f"{len(names)} names for inputs of {', '.join(map(str, dict.fromkeys(sizes)))} rows."
+        )
+
+
 @contextlib.contextmanager
 def mixed_batch(model: nn.Module, names: Sequence[str], copies: int = 1) -> Iterator[None]:
     """While it lasts, each sample of a batch goes through the model with an adapter of its own.
@@ -402,6 +416,13 @@ def _by_sample(
     first = _first_tensor(args, kwargs)
     names = batch.names_for(host, first)
     assert first is not None
+    # Attention and recurrent layers of torch: what is first need not be the sample, and theirs mix what is not.
+    if not getattr(host.module, "batch_first", True) or (hasattr(host.module, "batch_first") and first.dim() < 3):
+        raise NotImplementedError(
+            f"{host} was given an input of shape {tuple(first.shape)} whose first dimension is not the sample. Make it "
+            "with batch_first=True and call it with batches, call the model with one adapter at a time, or tune the "
+            "adapters with this module in exclude_modules."
+        )
     size = first.shape[0]
     parts = segments(names)
     if len(parts) > 1:

@@ -297,6 +297,28 @@ def test_what_cannot_be_told_apart_is_refused_by_name(case):
     assert_same(before, weights(model))
 
 
+@pytest.mark.parametrize("shape", [(3, 8), (3, 3, 8)], ids=["without batches", "batches second"])
+def test_attention_without_batches_first_is_refused(shape):
+    class Attending(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2)
+
+        def forward(self, x):
+            return self.attention(x, x, x)[0]
+
+    model = with_adapters(Attending(), "a", "b")
+    with pytest.raises(NotImplementedError, match=r"'attention' .*first dimension is not the sample.*batch_first=True"):
+        model(torch.randn(shape), adapter_names=["a", "b", "b"])
+
+
+@pytest.mark.parametrize("names", [["__base__"] * 5, ["a"] * 5, ["a", "b"]])
+def test_as_many_names_as_samples(names):
+    model = with_adapters(nn.Sequential(nn.Linear(4, 2)), "a", "b")
+    with pytest.raises(ValueError, match="should be the same as the number of inputs, but got"):
+        model(torch.randn(3, 4), adapter_names=names)
+
+
 def test_experts_are_refused_by_name(build):
     model = with_adapters(build("mixtral"), "a", "b")
     with pytest.raises(ValueError, match=r"mlp.gate' \(MixtralTopKRouter\) was given an input of shape \(28, 16\)"):

@@ -167,11 +167,9 @@ class _Summary:
             f"{self.outcomes['passed']} passed, {total} expected failures, {self.outcomes['skipped']} skipped, "
             f"{self.outcomes['unexpected']} unexpected"
         )
-        for group in dict.fromkeys(failure.group for failure in expected.FAILURES):
-            found = [f for f in expected.FAILURES if f.group == group and self.happened[f]]
-            if found:
-                write(f"expected failures: {group}")
-            for failure in found:
+        write("expected failures, by reason:")
+        for failure in expected.FAILURES:
+            if self.happened[failure]:
                 where = failure.where and f" [{failure.where}]"
                 write(f"  {self.happened[failure]:>4}  {failure.test}{where}: {failure.reason}")
         write("skipped, by reason:")
