@@ -136,7 +136,7 @@ class _Handler(BaseHTTPRequestHandler):
         return ({"url": f"{self.hub.endpoint}/{name}", "id": name, "name": name},)
 
     def validate(self, body: bytes) -> tuple:
-        errors = _metadata_errors(json.loads(body)["content"])
+        errors = metadata_errors(json.loads(body)["content"])
         answer = json.dumps({"errors": [{"message": error} for error in errors], "warnings": []}).encode()
         return answer, {}, 400 if errors else 200
 
@@ -194,7 +194,7 @@ class _Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
                 files[value["path"]] = self.hub.objects[value["oid"]]
-        if errors := _metadata_errors(files.get("README.md", b"").decode()):
+        if errors := metadata_errors(files.get("README.md", b"").decode()):
             raise _Refused(400, f"Invalid metadata in README.md: {errors}")
         target = "refs/pr/1" if "create_pr=1" in self.path else revision
         repository.branches.setdefault(target, repository.branches["main"])
@@ -232,7 +232,7 @@ _ROUTES = [
 ]
 
 
-def _metadata_errors(readme: str) -> list[str]:
+def metadata_errors(readme: str) -> list[str]:
     """What the hub refuses a model card for, as far as adapters are concerned."""
     found = re.match(r"---\n(.*?)\n---\n", readme, flags=re.DOTALL)
     try:

@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification, Trainer, TrainingAr
 
 from peft_dst import DSTConfig
 from peft_dst.delta import DeltaError, read_metadata
-from tests.hub import HUB, TOKEN
+from tests.hub import HUB, TOKEN, metadata_errors
 from tests.models import assert_same, batch, bert, logits, train, weights
 
 
@@ -210,7 +210,7 @@ def test_the_model_card_says_what_it_is():
     model = tuned(selection="magnitude")
     model.push_to_hub(REPO, token=TOKEN)
     found = card()
-    found.validate()
+    assert metadata_errors(str(found)) == []
     data = found.data.to_dict()
     assert (data["base_model"], data["library_name"], data["pipeline_tag"]) == (BASE, "peft", "text-classification")
     assert {"peft-dst", "dst", "dynamic-subset-tuning", f"base_model:adapter:{BASE}"} <= set(data["tags"])
@@ -268,7 +268,7 @@ def test_what_a_person_wrote_stays():
     for _ in range(2):
         model.push_to_hub(REPO, token=TOKEN)
         found = card()
-        found.validate()
+        assert metadata_errors(str(found)) == []
         assert found.text.startswith("# My adapter\n\nFor questions | and answers.\n\n<!-- peft-dst: begin -->")
         assert "## Notes\n\n\\1 and \\g<0>\n" in found.text
         assert found.text.count("## A Dynamic Subset Tuning adapter") == 1
@@ -289,7 +289,7 @@ def test_folders_of_this_machine_stay_out_of_the_card(tmp_path):
     assert str(tmp_path) not in text
     assert "a base" not in text
     found = ModelCard(text)
-    found.validate()
+    assert metadata_errors(str(found)) == []
     assert found.data.base_model is None
     # What a person says it is stays.
     found.data["base_model"] = BASE
@@ -315,7 +315,7 @@ def test_strange_names_break_nothing(name, tmp_path):
     for _ in range(2):
         model.save_pretrained(tmp_path)
         found = ModelCard.load(tmp_path / "README.md")
-        found.validate()
+        assert metadata_errors(str(found)) == []
         assert found.data.base_model is None
         assert not [tag for tag in found.data.tags if tag.startswith("base_model:")]
         assert "\n| a \\| b | ε = 0.1 | " in found.text
@@ -329,7 +329,7 @@ def test_strange_names_break_nothing(name, tmp_path):
 def test_bases_that_are_not_transformers(other, tmp_path):
     get_peft_model(other, DSTConfig(epsilon=0.5)).save_pretrained(tmp_path)
     found = ModelCard.load(tmp_path / "README.md")
-    found.validate()
+    assert metadata_errors(str(found)) == []
     assert "\nbase = ...  # the base model\n" in found.text
     assert "transformers" not in (found.data.tags or [])
 
@@ -378,7 +378,7 @@ def test_trainer_pushes_adapter_and_results(tmp_path):
     loaded = PeftModel.from_pretrained(base(), REPO, token=TOKEN)
     assert torch.equal(logits(loaded, "bert"), output)
     found = card()
-    found.validate()
+    assert metadata_errors(str(found)) == []
     assert found.text.count("## A Dynamic Subset Tuning adapter") == 1
     # Trainer's own text, hyperparameters and table of losses are there too.
     for heading in ("### Training hyperparameters", "### Training results", "It achieves the following results"):

@@ -131,7 +131,7 @@ assert isinstance(peft.get_peft_config({"peft_type": "DST"}), type(found["config
     script.write_text(
         """
 import torch
-from accelerate import debug_launcher, notebook_launcher
+from accelerate import debug_launcher
 from torch.utils.data import DataLoader, Dataset
 
 class Rows(Dataset):
@@ -151,9 +151,6 @@ def in_a_process(rank, config=None):
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
     assert config.peft_type is PeftType.DST
     assert type(config) is PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.DST]
-
-def launched(config):
-    in_a_process(0, config)
 
 def two_ranks(config):
     import torch
@@ -176,7 +173,6 @@ if __name__ == "__main__":
         assert [i for i, *_ in found] == [0, 1, 2, 3]
         assert all(c == config and c.peft_type is t is PeftType.DST for _, c, t in found)
     torch.multiprocessing.start_processes(in_a_process, (config,), nprocs=2, start_method="fork")
-    notebook_launcher(launched, (config,), num_processes=2)
     debug_launcher(two_ranks, (config,), num_processes=2)
     print("all came back")
 """

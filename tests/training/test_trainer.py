@@ -19,6 +19,12 @@ from peft_dst.core.reference import reference_step
 from tests.models import assert_same, batch, logits, weights
 
 
+# Later versions of transformers have the first name, earlier ones the second.
+CHECKPOINTING = "activation_checkpointing"
+if not hasattr(TrainingArguments, CHECKPOINTING):
+    CHECKPOINTING = "gradient_checkpointing"
+
+
 class Rows(Dataset):
     """Twenty-four rows of one architecture's random batches."""
 
@@ -82,8 +88,8 @@ def make(build, name, **options):
         {"max_grad_norm": 0.01},
         {"optim": "adafactor"},
         {"optim": "sgd"},
-        {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}},
-        {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}},
+        {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": False}},
+        {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": True}},
     ],
     ids=lambda o: "-".join(map(str, o)) or "plain",
 )
