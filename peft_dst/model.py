@@ -240,7 +240,10 @@ class DSTModel(BaseTuner):
         elif adapter_name == REFERENCE and config is self.peft_config.get(REFERRED_TO):
             # TRL adds it with the other's own config object, and copies values, but no positions.
             static.make_room(model, constraint, REFERRED_TO, config.fixed)
-        elif not config.init_weights and not low_cpu_mem_usage:
+        elif low_cpu_mem_usage:
+            # Its tensors are on no device: they are to be loaded, a fixed subset with them.
+            pass
+        elif not config.init_weights:
             start = static.choose_by_seed(config, constraint) or static.choose_at_random(config, constraint)
             static.place(model, constraint, start, _moved_at_random(constraint, start), config.fixed)
         elif (positions := static.choose_by_seed(config, constraint)) is not None:

@@ -119,10 +119,14 @@ def test_a_vocabulary_resized_after(build, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "how", [get_peft_model, lambda base, config, **low: inject_adapter_in_model(config, base, **low)]
+    ("how", "selection"),
+    [
+        (get_peft_model, "dynamic"),
+        (get_peft_model, "random"),
+        (lambda base, config, **low: inject_adapter_in_model(config, base, **low), "dynamic"),
+    ],
 )
-@pytest.mark.parametrize("selection", ["dynamic", "random"])
-def test_adding_with_low_cpu_mem_usage(selection, how, build):
+def test_adding_with_low_cpu_mem_usage(how, selection, build):
     tuned = []
     for low_cpu_mem_usage in (False, True):
         base = build("bert")
@@ -131,6 +135,16 @@ def test_adding_with_low_cpu_mem_usage(selection, how, build):
         train(model, "bert")
         tuned.append(weights(base))
     assert_same(*tuned)
+
+
+def test_subsets_injected_with_low_cpu_mem_usage_are_loaded_not_chosen(build):
+    """As everything that is made with it, the subset is on no device before it is loaded."""
+    base = build("bert")
+    model = inject_adapter_in_model(DSTConfig(epsilon=0.05, selection="random"), base, low_cpu_mem_usage=True)
+    before = weights(base)
+    with pytest.raises(RuntimeError, match=r"low_cpu_mem_usage=True is for adapters that are loaded"):
+        train(model, "bert")
+    assert_same(weights(base), before)
 
 
 def test_injected_and_loaded_with_low_cpu_mem_usage(build, served):

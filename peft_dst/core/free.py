@@ -225,7 +225,8 @@ def _check_not_forgotten(constraint: Constraint, ready: Sequence[SparseWeight]) 
     if not any(weight.frees.get(constraint.adapter) is not None for weight in constraint.weights):
         raise RuntimeError(
             f"the adapter {constraint.adapter!r} has a static selection whose subset was not chosen yet. Choose it with "
-            "peft_dst.fix_subset(model, scores), then make the optimizer."
+            "peft_dst.fix_subset(model, scores), then make the optimizer. (low_cpu_mem_usage=True is for adapters that are "
+            "loaded: with it, none is chosen.)"
         )
     raise RuntimeError(
         f"the optimizer holds {trained[0].name!r} but not the values of its fixed subset, which are what is trained. Make "
