@@ -102,7 +102,7 @@ def times(name: str, adapter: Path, labels: int, rounds: int) -> list[dict[str, 
         inputs = classification_batch(batch, 32)
         del inputs["labels"]
         with torch.no_grad():
-            compared = {"base": functools.partial(plain, **inputs), "adapter": functools.partial(model, **inputs)}
+            compared = {"untuned": functools.partial(plain, **inputs), "adapter": functools.partial(model, **inputs)}
             found.append({"batch": batch, **interleaved(compared, 3 * rounds if batch == 1 else rounds)})
     return found
 
@@ -131,7 +131,7 @@ def layer_times(name: str, epsilon: float, width: int, rounds: int) -> list[dict
     for tokens in (1, 32, 1024):
         x = torch.randn(tokens, width)
         with torch.no_grad():
-            compared = {"base": functools.partial(plain, x), "adapter": functools.partial(tuned, x)}
+            compared = {"untuned": functools.partial(plain, x), "adapter": functools.partial(tuned, x)}
             found.append({"width": width, "tokens": tokens, **interleaved(compared, rounds)})
     return found
 
