@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
+from transformers import Seq2SeqTrainer, Trainer, TrainerCallback, TrainingArguments
 
 from peft_dst import DSTCallback, DSTConfig, DSTOptimizer
 from tests.models import assert_same, batch, logits, loss, native, tuned_model, weights
@@ -26,6 +26,12 @@ class RaggedRows(Rows):
     def __getitem__(self, index: int):
         row = self.rows[index]
         return {**row, "input_ids": row["input_ids"][: 1 + index % 7]}
+
+
+# As transformers 5.23 calls it; before that it was gradient_checkpointing, which is deprecated now.
+CHECKPOINTING = "activation_checkpointing"
+if CHECKPOINTING not in TrainingArguments.__dataclass_fields__:
+    CHECKPOINTING = "gradient_checkpointing"
 
 
 def padded(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -76,8 +82,8 @@ def equal_to_the_twin(
         {"eval_strategy": "steps", "eval_steps": 3},
         {"eval_strategy": "steps", "eval_steps": 2, "bf16": True, "bf16_full_eval": False},
         {"gradient_accumulation_steps": 4},
-        {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}},
-        {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}},
+        {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": True}},
+        {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": False}},
         {"neftune_noise_alpha": 5},
         {"train_sampling_strategy": "group_by_length", "train_dataset": RaggedRows("bert"), "data_collator": padded},
     ],
