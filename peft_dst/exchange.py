@@ -63,7 +63,7 @@ def collect(
             if keys[0] in state_dict and state_dict[keys[0]].numel():
                 record = Record(*(state_dict[key] for key in keys))
                 kept |= dict(zip(keys, record, strict=True))
-                summaries[weight.name] = summarize(record, weight.seeds_at(record.indices.long()))
+                summaries[weight.name] = summarize(record, weight.seeds_at(record.indices.long()), weight.data.shape)
     config.__dict__[COLLECTED] = {name: list(summary) for name, summary in summaries.items()}
     return kept
 

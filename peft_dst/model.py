@@ -17,7 +17,7 @@ from . import exchange, static
 from .config import DSTConfig
 from .core import Constraint, Silo, partition
 from .core.silos import compile_silo_patterns, read_names
-from .delta import MARKER, DeltaError, Record, Summary, parse_summaries
+from .delta import MARKER, DeltaError, Record, Summary, check_shape, parse_summaries
 from .layer import SparseLayer, markers
 from .tables import text_table
 from .targets import find_targets, is_excluded, is_saved_densely, is_targeted
@@ -121,7 +121,7 @@ class DSTModel(BaseTuner):
         budgets = static.budgets(config, silos)
         _check_no_copies(model, config, adapter_name)
         summaries = parse_summaries(config.records or {})
-        _check_summaries(summaries, silos)
+        _check_summaries(summaries, {target.name: model.get_parameter(target.name).shape for target in targets})
 
         if adapter_name in exchange.constraints(model):
             # The model was wrapped before (a notebook's cell run again), of which PEFT has warned: start anew.
@@ -322,20 +322,15 @@ def _silo_sizes(model: nn.Module, config: DSTConfig, names: list[str]) -> dict[s
     return {silo: {name: model.get_parameter(name).numel() for name in members} for silo, members in silos.items()}
 
 
-def _check_summaries(summaries: dict[str, Summary], silos: dict[str, dict[str, int]]) -> None:
+def _check_summaries(summaries: dict[str, Summary], shapes: dict[str, torch.Size]) -> None:
     """A saved adapter's record sizes come from a file: refuse them before any memory is taken for them."""
-    sizes = {name: size for members in silos.values() for name, size in members.items()}
     for name, summary in summaries.items():
-        if name not in sizes:
+        if name not in shapes:
             raise DeltaError(
                 f"the adapter has entries for {name!r}, which the model does not have or the adapter's config does not "
                 "tune. Load it onto the base named in adapter_config.json."
             )
-        if summary.entries > sizes[name]:
-            raise DeltaError(
-                f"the adapter has {summary.entries:,} entries for {name!r}, a tensor of {sizes[name]:,} components. It "
-                "was made for a base of another shape, or the file is damaged."
-            )
+        check_shape(name, summary, shapes[name])
 
 
 def _check_no_copies(model: nn.Module, config: DSTConfig, adapter_name: str) -> None:

@@ -50,7 +50,7 @@ def test_another_shape_is_refused(build, saved):
     narrow.load_state_dict(
         {n: state[n] for n, t in narrow.state_dict().items() if t.shape == state[n].shape}, strict=False
     )
-    assert_refused(narrow, folder, r"intermediate.dense.weight'.*a tensor of 32 components")
+    assert_refused(narrow, folder, r"output.dense.weight.*for a tensor of shape \(16, 32\)")
 
 
 def test_an_architecture_without_the_tensor_is_refused(build, saved):
@@ -92,10 +92,10 @@ def test_damaged_files_are_refused(change, match, build, saved):
 @pytest.mark.parametrize(
     ("records", "match"),
     [
-        ({"bert.pooler.dense.weight": [10**12, "0", {"float32": "0"}]}, "1,000,000,000,000 entries"),
+        ({"bert.pooler.dense.weight": [10**12, "0", {"float32": "0"}, [10**12, 16]]}, "1,000,000,000,000 entries"),
         ({"bert.pooler.dense.weight": "many"}, "malformed entry for 'bert.pooler.dense.weight'"),
         ({"bert.pooler.dense.weight": [-1, "0", {}]}, "malformed entry"),
-        ({"no.such.weight": [1, "0", {"float32": "0"}]}, "'no.such.weight', which the model does not have"),
+        ({"no.such.weight": [1, "0", {"float32": "0"}, [1]]}, "'no.such.weight', which the model does not have"),
     ],
 )
 def test_damaged_configs_are_refused_before_memory_is_taken(records, match, build, saved):

@@ -23,6 +23,7 @@ from .records import (
     check_entries,
     check_record,
     check_seed,
+    check_shape,
     index_dtype,
     summarize,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "check_entries",
     "check_record",
     "check_seed",
+    "check_shape",
     "index_dtype",
     "parse_summaries",
     "read_metadata",

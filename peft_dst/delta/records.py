@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -39,11 +40,13 @@ class Summary(NamedTuple):
         digest: CRC-32 of the positions, in hexadecimal.
         seed: CRC-32 of the seed's values there, in the base's dtype and in every coarser one it may be loaded in,
             dtype → hexadecimal. So an adapter trained in float32 is recognised on the same base in bfloat16.
+        shape: shape of the base's tensor, which gives flat positions their meaning.
     """
 
     entries: int
     digest: str
     seed: Mapping[str, str]
+    shape: tuple[int, ...]
 
     @classmethod
     def parse(cls, name: str, raw: Any) -> Summary:
@@ -53,9 +56,17 @@ class Summary(NamedTuple):
             DeltaError: if it has not the form of one.
         """
         try:
-            entries, digest, seed = raw
-            if type(entries) is int and entries > 0 and type(digest) is str and isinstance(seed, Mapping) and seed:
-                return cls(entries, digest, dict(seed))
+            entries, digest, seed, shape = raw
+            if (
+                type(entries) is int
+                and type(digest) is str
+                and isinstance(seed, Mapping)
+                and seed
+                and isinstance(shape, list | tuple)
+                and all(type(size) is int and size > 0 for size in shape)
+                and 0 < entries <= math.prod(shape)
+            ):
+                return cls(entries, digest, dict(seed), tuple(shape))
         except (TypeError, ValueError):
             pass
         raise DeltaError(
@@ -122,18 +133,36 @@ def _coarser(dtype: torch.dtype) -> list[torch.dtype]:
     return [dtype, *(d for d in _PRECISIONS if torch.finfo(d).bits < torch.finfo(dtype).bits)]
 
 
-def summarize(record: Record, seeds: Tensor) -> Summary:
+def summarize(record: Record, seeds: Tensor, shape: Sequence[int]) -> Summary:
     """Summarise a record for `adapter_config.json`.
 
     Args:
         record: the entries.
         seeds: the seed's values at their positions, (k,) in the base's dtype.
+        shape: shape of the base's tensor.
     """
     return Summary(
         record.indices.numel(),
         _crc(record.indices.to(torch.int64)),
         {_PRECISIONS[dtype]: _crc(seeds.to(dtype)) for dtype in _coarser(seeds.dtype)},
+        tuple(shape),
     )
+
+
+def check_shape(name: str, summary: Summary, shape: Sequence[int]) -> None:
+    """Check that flat positions mean the same components in a tensor as where they were made.
+
+    More or fewer rows are no harm: an embedding that was resized since keeps its positions, and those that lie beyond its end
+    are found by `check_record`.
+
+    Raises:
+        DeltaError: if it has rows of another shape, or fewer components than entries.
+    """
+    if tuple(shape[1:]) != summary.shape[1:] or len(shape) != len(summary.shape) or summary.entries > math.prod(shape):
+        raise DeltaError(
+            f"{name!r} is of shape {tuple(shape)}, and the adapter has {summary.entries:,} entries for a tensor of shape "
+            f"{summary.shape}. It was made for another base; load it onto the one named in adapter_config.json."
+        )
 
 
 def check_entries(name: str, summary: Summary, record: Record) -> None:
