@@ -15,7 +15,7 @@ from .core.distances import DISTANCES, Distance
 from .core.iterative import FLUCTUATION, ITERATIONS
 from .core.schedule import Schedule
 from .core.silos import SILOINGS, Siloing, compile_silo_patterns
-from .delta import FORMAT_VERSION, WEIGHTS_NAME, stamp
+from .delta import FORMAT_VERSION, WEIGHTS_NAME, read_metadata, stamp
 
 
 DEFAULT_EPSILON = 1e-3
@@ -296,6 +296,15 @@ class DSTConfig(PeftConfig):
             return None
         return self.threshold_iterations, self.threshold_range
 
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """Read adapter_config.json. A save that was cut short leaves it behind the tensors; what their file says counts."""
+        config = super().from_json_file(path_json_file, **kwargs)
+        tensors = Path(path_json_file).with_name(WEIGHTS_NAME)
+        if tensors.is_file():
+            config["records"] = read_metadata(tensors).get("records", config.get("records"))
+        return config
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write adapter_config.json, and its format metadata into an adapter_model.safetensors beside it.
 
@@ -307,18 +316,7 @@ class DSTConfig(PeftConfig):
             # Only the config is saved again; the tensors beside it are still those that the old one describes.
             self.records = json.loads(path.read_text()).get("records")
         super().save_pretrained(save_directory, **kwargs)
-        stamp(
-            save_directory,
-            {
-                "epsilon": self.epsilon,
-                "num_free_parameters": self.num_free_parameters,
-                "siloing": self.siloing,
-                "distance": self.distance,
-                "base_model_name_or_path": self.base_model_name_or_path,
-                "revision": self.revision,
-                "records": self.records,
-            },
-        )
+        stamp(save_directory)
         # They describe what was just written. Another model made from this config starts without any.
         self.records = None
 

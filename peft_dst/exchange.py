@@ -85,7 +85,7 @@ def check_and_name(
             named[key] = tensor
     named = _check_dense(model, adapter_name, named)
     dense = {key.removeprefix(PEFT_PREFIX) for key in named}
-    summaries = parse_summaries(config.records or {})
+    summaries = parse_summaries(config.records)
     entries = 0
     for name, marker in markers(model):
         # An adapter that is loaded again (Trainer: resume, best checkpoint) was not announced by a config.
@@ -186,7 +186,7 @@ def settle(model: nn.Module) -> bool:
     missing = {adapter for marker, adapter in awaited if not marker.has_arrived(adapter)}
     arrived = [(marker, adapter) for marker, adapter in awaited if adapter not in missing]
     configs: Any = model.peft_config
-    summaries = {adapter: parse_summaries(configs[adapter].records or {}) for _, adapter in arrived}
+    summaries = {adapter: parse_summaries(configs[adapter].records) for _, adapter in arrived}
     for marker, adapter in arrived:
         for parameter, record in marker.records(adapter).items():
             weight = marker.weights[parameter]

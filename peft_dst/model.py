@@ -120,7 +120,7 @@ class DSTModel(BaseTuner):
         silos = _silo_sizes(model, config, [target.name for target in targets])
         budgets = static.budgets(config, silos)
         _check_no_copies(model, config, adapter_name)
-        summaries = parse_summaries(config.records or {})
+        summaries = parse_summaries(config.records)
         _check_summaries(summaries, {target.name: model.get_parameter(target.name).shape for target in targets})
 
         if adapter_name in exchange.constraints(model):

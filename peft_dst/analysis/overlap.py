@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.silos import compile_silo_patterns, read_names
-from ..delta import read_records
+from ..delta import SparseDelta
 from ..exchange import settle
 from ..layer import markers
 from ..tables import text_table
@@ -156,7 +156,7 @@ def _positions(source: Subset, which: str) -> dict[str, Tensor]:
             _check_sorted(name, positions, which)
         return {name: positions.long() for name, positions in found.items()}
     if not isinstance(source, tuple):
-        return {name: record.indices.long() for name, record in read_records(source).items()}
+        return {name: tensor.indices for name, tensor in SparseDelta.load(source).items()}
     model, adapter = source
     settle(model)
     owners = [marker for _, marker in markers(model) if adapter in marker.tuned]

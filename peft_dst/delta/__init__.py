@@ -1,9 +1,10 @@
 """The finished artefact: records of indices and values, what a reader must check, and the file they stand in.
 
-Imports torch, safetensors and the standard library only.
+Imports torch, numpy, safetensors and the standard library only.
 """
 
 from .files import (
+    CONFIG_NAME,
     MARKER,
     PARTS,
     PEFT_PREFIX,
@@ -11,8 +12,6 @@ from .files import (
     WEIGHTS_NAME,
     parse_summaries,
     read_metadata,
-    read_records,
-    read_summaries,
     stamp,
 )
 from .records import (
@@ -27,9 +26,11 @@ from .records import (
     index_dtype,
     summarize,
 )
+from .sparse import SparseDelta, SparseTensor
 
 
 __all__ = [
+    "CONFIG_NAME",
     "FORMAT_VERSION",
     "MARKER",
     "PARTS",
@@ -38,6 +39,8 @@ __all__ = [
     "WEIGHTS_NAME",
     "DeltaError",
     "Record",
+    "SparseDelta",
+    "SparseTensor",
     "Summary",
     "check_entries",
     "check_record",
@@ -46,8 +49,6 @@ __all__ = [
     "index_dtype",
     "parse_summaries",
     "read_metadata",
-    "read_records",
-    "read_summaries",
     "stamp",
     "summarize",
 ]

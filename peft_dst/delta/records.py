@@ -80,7 +80,7 @@ def index_dtype(numel: int) -> torch.dtype:
     return torch.int32 if numel <= 2**31 - 1 else torch.int64
 
 
-def check_record(name: str, tensor: Tensor, record: Record) -> None:
+def check_record(name: str, tensor: Tensor, record: Record, *, allow_nonfinite: bool = False) -> None:
     """Check that entries can be written into a tensor (any shape; only its size and dtype are looked at).
 
     Raises:
@@ -115,12 +115,17 @@ def check_record(name: str, tensor: Tensor, record: Record) -> None:
             f"{int(indices[at - 1])}). The file is damaged; save or download it again."
         )
     strange = ~torch.isfinite(values.to(tensor.dtype))
-    if strange.any():
+    if not allow_nonfinite and strange.any():
         at = int(strange.nonzero()[0])
         raise DeltaError(
             f"{name!r}: entry {at} has the value {float(values[at])}, which is not finite in {tensor.dtype}. An adapter "
             "may not write non-finite weights; train it again with a lower learning rate, or load a base of a wider dtype."
         )
+
+
+def digest(indices: Tensor) -> str:
+    """CRC-32 of positions, (k,) in int32 or int64, in hexadecimal."""
+    return _crc(indices.to(torch.int64))
 
 
 def _crc(tensor: Tensor) -> str:
@@ -143,7 +148,7 @@ def summarize(record: Record, seeds: Tensor, shape: Sequence[int]) -> Summary:
     """
     return Summary(
         record.indices.numel(),
-        _crc(record.indices.to(torch.int64)),
+        digest(record.indices),
         {_PRECISIONS[dtype]: _crc(seeds.to(dtype)) for dtype in _coarser(seeds.dtype)},
         tuple(shape),
     )
@@ -152,8 +157,8 @@ def summarize(record: Record, seeds: Tensor, shape: Sequence[int]) -> Summary:
 def check_shape(name: str, summary: Summary, shape: Sequence[int]) -> None:
     """Check that flat positions mean the same components in a tensor as where they were made.
 
-    More or fewer rows are no harm: an embedding that was resized since keeps its positions, and those that lie beyond its end
-    are found by `check_record`.
+    More or fewer rows are no harm: an embedding that was resized since keeps its positions, and those that lie beyond its
+    end are found by `check_record`.
 
     Raises:
         DeltaError: if it has rows of another shape, or fewer components than entries.
@@ -171,7 +176,7 @@ def check_entries(name: str, summary: Summary, record: Record) -> None:
     Raises:
         DeltaError: if it is not.
     """
-    if record.indices.numel() != summary.entries or _crc(record.indices.to(torch.int64)) != summary.digest:
+    if record.indices.numel() != summary.entries or digest(record.indices) != summary.digest:
         raise DeltaError(
             f"{name!r}: the entries in adapter_model.safetensors are not those that adapter_config.json describes. The "
             "two files come from different saves; copy or download both again."
