@@ -348,30 +348,35 @@ class SparseDelta(Mapping[str, SparseTensor]):
     def compose(self, *others: SparseDelta) -> SparseDelta:
         """One delta, then others over it: a component that several change has the last one's value.
 
-        Needs all seeds. What comes out equal to its seed is left out.
+        Each of the others belongs to the same base or to what those before it made of that (`difference`). Needs all seeds;
+        what comes out equal to its seed is left out.
         """
-        return self._combine(others, lambda values, seeds: _last(values), "composition")
+        composed = self
+        for other in others:
+            composed._check_fit(other, "composition", chained=True)
+            composed = composed._combine([other], lambda aligned, seeds: _last(aligned))
+        return composed.reduced()
 
     def add(self, *others: SparseDelta) -> SparseDelta:
         """The sum: a component that one changes has its value, one that several change seed + Σ (value − seed).
 
-        Needs all seeds. Summed in float64; what comes out equal to its seed is left out.
+        All belong to one base. Needs all seeds; summed in float64; what comes out equal to its seed is left out.
         """
-        return self._combine(others, _sum, "sum")
+        for other in others:
+            self._check_fit(other, "sum")
+        return self._combine(others, _sum)
 
     def difference(self, other: SparseDelta) -> SparseDelta:
-        """What leads from this one to another: `a.compose(a.difference(b)) == b`, for a `b` without entries that equal
-        their seed.
+        """What leads from this delta's weights to another's: `a.compose(a.difference(b)) == b.reduced()`.
 
-        Where only this one has an entry the difference has the seed's value. Needs both seeds.
+        Its seeds are this delta's values, so it is applied to weights that this one was applied to. Needs both seeds.
         """
         self._check_fit(other, "difference")
         found = {}
         for name in dict.fromkeys([*self, *other]):
             indices, seeds, (mine, theirs) = _align([self.get(name), other.get(name)])
-            differ = bits(mine.where_absent(seeds)) != bits(theirs.where_absent(seeds))
             shape = (self.get(name) or other[name]).shape
-            found[name] = SparseTensor(shape, indices, theirs.where_absent(seeds), seeds).take(differ)
+            found[name] = _changed(SparseTensor(shape, indices, theirs.where_absent(seeds), mine.where_absent(seeds)))
         return self._calculated(found)
 
     def scale(self, factor: float) -> SparseDelta:
@@ -379,11 +384,11 @@ class SparseDelta(Mapping[str, SparseTensor]):
         self._need_seeds("to scale it")
         if not math.isfinite(factor):
             raise ValueError(f"factor must be finite, got {factor}.")
+        if factor == 1:
+            return self.reduced()
         return self._with(
             {
-                name: _without_seeds_values(
-                    replace(t, values=torch.lerp(t.seeds.double(), t.values.double(), factor).to(t.values))
-                )
+                name: _changed(replace(t, values=torch.lerp(t.seeds.double(), t.values.double(), factor).to(t.values)))
                 for name, t in self.items()
                 if t.seeds is not None
             }
@@ -392,7 +397,7 @@ class SparseDelta(Mapping[str, SparseTensor]):
     def reduced(self) -> SparseDelta:
         """Without the entries whose value is their seed's, bit for bit. Needs the seeds."""
         self._need_seeds("to tell what equals it")
-        return self._with({name: _without_seeds_values(tensor) for name, tensor in self.items()})
+        return self._with({name: _changed(tensor) for name, tensor in self.items()})
 
     def restrict(self, keep: Callable[[str], bool] | Sequence[str]) -> SparseDelta:
         """Only some tensors.
@@ -465,16 +470,16 @@ class SparseDelta(Mapping[str, SparseTensor]):
         return replace(made, config={**self.config, **made._default_config(), "epsilon": None, "modules_to_save": None})
 
     def _combine(
-        self, others: Sequence[SparseDelta], join: Callable[[Sequence[_Aligned], Tensor], Tensor], what: str
+        self, others: Sequence[SparseDelta], join: Callable[[Sequence[_Aligned], Tensor], Tensor]
     ) -> SparseDelta:
-        for other in others:
-            self._check_fit(other, what)
+        for delta in (self, *others):
+            delta._need_seeds("to calculate with it")
         deltas = (self, *others)
         found = {}
         for name in dict.fromkeys(name for delta in deltas for name in delta):
             there = [delta[name] for delta in deltas if name in delta]
             indices, seeds, aligned = _align(there)
-            found[name] = _without_seeds_values(SparseTensor(there[0].shape, indices, join(aligned, seeds), seeds))
+            found[name] = _changed(SparseTensor(there[0].shape, indices, join(aligned, seeds), seeds))
         return self._calculated(found)
 
     def _need_seeds(self, what: str) -> None:
@@ -484,7 +489,8 @@ class SparseDelta(Mapping[str, SparseTensor]):
                 "the base with delta.with_seeds(base)."
             )
 
-    def _check_fit(self, other: SparseDelta, what: str) -> None:
+    def _check_fit(self, other: SparseDelta, what: str, chained: bool = False) -> None:
+        """Check that another delta has this one's base, or (`chained`) what this one makes of it."""
         for delta in (self, other):
             delta._need_seeds(f"for a {what}")
         for name in self.keys() & other.keys():
@@ -497,7 +503,11 @@ class SparseDelta(Mapping[str, SparseTensor]):
             _, where, at = _shared(mine.indices, theirs.indices)
             assert mine.seeds is not None
             assert theirs.seeds is not None
-            if not torch.equal(bits(mine.seeds[where]), bits(theirs.seeds[at].to(mine.seeds))):
+            found = bits(theirs.seeds[at].to(mine.seeds))
+            fits = found == bits(mine.seeds[where])
+            if chained:
+                fits |= found == bits(mine.values[where].to(mine.seeds))
+            if not fits.all():
                 raise DeltaError(f"the two deltas have different seeds in {name!r}: they belong to different bases.")
 
 
@@ -513,21 +523,24 @@ class _Aligned:
 
 
 def _align(tensors: Sequence[SparseTensor | None]) -> tuple[Tensor, Tensor, list[_Aligned]]:
-    """Bring several on the union of their positions: (positions, seeds there, each one's values there)."""
+    """Bring several on the union of their positions: (positions, the first's seeds there, each one's values there)."""
     there = [tensor for tensor in tensors if tensor is not None]
     indices = torch.cat([tensor.indices for tensor in there]).unique()
     first = there[0].seeds
     assert first is not None
     seeds = torch.zeros(indices.numel(), dtype=first.dtype, device=indices.device)
+    # The first one's seeds count.
+    for earlier in reversed(there):
+        if earlier.seeds is not None:
+            seeds[torch.searchsorted(indices, earlier.indices)] = earlier.seeds.to(seeds)
     aligned = []
     for tensor in tensors:
         has = torch.zeros(indices.numel(), dtype=torch.bool, device=indices.device)
         values = torch.zeros(indices.numel(), dtype=there[0].values.dtype, device=indices.device)
-        if tensor is not None and tensor.seeds is not None:
+        if tensor is not None:
             at = torch.searchsorted(indices, tensor.indices)
             has[at] = True
             values[at] = tensor.values
-            seeds[at] = tensor.seeds
         aligned.append(_Aligned(values, has))
     return indices, seeds, aligned
 
@@ -541,9 +554,10 @@ def _last(aligned: Sequence[_Aligned]) -> Tensor:
 
 def _sum(aligned: Sequence[_Aligned], seeds: Tensor) -> Tensor:
     count = torch.stack([one.has for one in aligned]).sum(dim=0)
-    total = seeds.double()
+    shift = torch.zeros_like(seeds, dtype=torch.float64)
     for one in aligned:
-        total = total + torch.where(one.has, one.values.double() - seeds.double(), 0.0)
+        shift += torch.where(one.has, one.values.double() - seeds.double(), 0.0)
+    total = seeds.double() + shift
     # Exact where only one has an entry.
     return torch.where(count == 1, _last(aligned), total.to(aligned[0].values))
 
@@ -554,7 +568,7 @@ def _shared(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return a[where], where, torch.searchsorted(b, a[where])
 
 
-def _without_seeds_values(tensor: SparseTensor) -> SparseTensor:
+def _changed(tensor: SparseTensor) -> SparseTensor:
     assert tensor.seeds is not None
     return tensor.take(bits(tensor.values) != bits(tensor.seeds.to(tensor.values)))
 
