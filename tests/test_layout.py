@@ -34,7 +34,7 @@ ORDER = [
 ]
 MAY_IMPORT = {
     "core": {"torch"},
-    "delta": {"torch", "safetensors"},
+    "delta": {"torch", "numpy", "safetensors"},
     "subsets": {"torch", "numpy", "safetensors", "tqdm"},
 }
 

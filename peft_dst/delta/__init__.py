@@ -1,8 +1,10 @@
-"""The finished artefact: records of indices and values, what a reader must check, and the file they stand in.
+"""The finished artefact: records of indices and values, what a reader must check, the file they stand in, and
+a code for indices.
 
-Imports torch, safetensors and the standard library only.
+Imports torch, numpy, safetensors and the standard library only.
 """
 
+from .codec import MAX_COMPONENTS, decode_indices, encode_indices
 from .files import (
     MARKER,
     PARTS,
@@ -31,6 +33,7 @@ from .records import (
 __all__ = [
     "FORMAT_VERSION",
     "MARKER",
+    "MAX_COMPONENTS",
     "PARTS",
     "PEFT_PREFIX",
     "RECORD_KEY",
@@ -41,6 +44,8 @@ __all__ = [
     "check_entries",
     "check_record",
     "check_seed",
+    "decode_indices",
+    "encode_indices",
     "index_dtype",
     "parse_summaries",
     "read_metadata",
