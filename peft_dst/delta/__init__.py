@@ -1,8 +1,10 @@
-"""The finished artefact: records of indices and values, what a reader must check, and the file they stand in.
+"""The finished artefact: records of indices and values, what a reader must check, the file they stand in, and
+a code for indices.
 
 Imports torch, numpy, safetensors and the standard library only.
 """
 
+from .codec import MAX_COMPONENTS, decode_indices, encode_indices
 from .files import (
     CONFIG_NAME,
     MARKER,
@@ -33,6 +35,7 @@ __all__ = [
     "CONFIG_NAME",
     "FORMAT_VERSION",
     "MARKER",
+    "MAX_COMPONENTS",
     "PARTS",
     "PEFT_PREFIX",
     "RECORD_KEY",
@@ -46,6 +49,8 @@ __all__ = [
     "check_record",
     "check_seed",
     "check_shape",
+    "decode_indices",
+    "encode_indices",
     "index_dtype",
     "parse_summaries",
     "read_metadata",
