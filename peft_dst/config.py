@@ -168,6 +168,13 @@ class DSTConfig(PeftConfig):
             "help": "Start from the seed. False starts from a random subset slightly moved, which only tests want."
         },
     )
+    packed: bool = field(
+        default=False,
+        metadata={
+            "help": "Save positions coded, in a quarter of the bytes. PEFT's loading opens such a file, transformers' own "
+            "(`model.load_adapter`, `AutoModel.from_pretrained` of an adapter) does not."
+        },
+    )
     # What follows is written by saving, for loading; it is not for users to set.
     records: dict[str, Any] | None = field(
         default=None,

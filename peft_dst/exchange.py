@@ -23,13 +23,15 @@ from .delta import (
     MARKER,
     PARTS,
     PEFT_PREFIX,
-    RECORD_KEY,
     DeltaError,
     Record,
     Summary,
     check_record,
     check_seed,
+    find_records,
     index_dtype,
+    pack,
+    pair,
     parse_summaries,
     summarize,
 )
@@ -51,6 +53,7 @@ def collect(
         RuntimeError: if weights were changed that the constraint never saw.
     """
     kept: dict[str, Tensor] = {}
+    records: dict[str, Record] = {}
     summaries: dict[str, Summary] = {}
     for _, marker in markers(model):
         for weight in marker.weights.values():
@@ -63,9 +66,10 @@ def collect(
             if keys[0] in state_dict and state_dict[keys[0]].numel():
                 record = Record(*(state_dict[key] for key in keys))
                 kept |= dict(zip(keys, record, strict=True))
+                records[weight.name] = record
                 summaries[weight.name] = summarize(record, weight.seeds_at(record.indices.long()), weight.data.shape)
     config.__dict__[COLLECTED] = {name: list(summary) for name, summary in summaries.items()}
-    return kept
+    return pack(records, summaries) if config.packed else kept
 
 
 def check_and_name(
@@ -76,14 +80,8 @@ def check_and_name(
     Raises:
         DeltaError: if a record is malformed or the base is another one; nothing has been changed by then.
     """
-    loaded: dict[str, dict[str, Tensor]] = {}
-    named: dict[str, Tensor] = {}
-    for key, tensor in state_dict.items():
-        if found := RECORD_KEY.fullmatch(key.removeprefix(PEFT_PREFIX)):
-            loaded.setdefault(found["host"] + found["parameter"], {})[found["part"]] = tensor
-        else:
-            named[key] = tensor
-    named = _check_dense(model, adapter_name, named)
+    loaded, others = find_records(state_dict)
+    named = _check_dense(model, adapter_name, others)
     dense = {key.removeprefix(PEFT_PREFIX) for key in named}
     summaries = parse_summaries(config.records)
     entries = 0
@@ -234,7 +232,8 @@ def _look(model: nn.Module, *unused: Any) -> None:
         if missing := [name for name in marker.active_adapters if name in marker.awaited]:
             raise RuntimeError(
                 f"adapter {missing[0]!r} was added from a saved config, but its tensors were not loaded. Load them "
-                "with load_adapter; or, to start a new adapter from that config, set its `records` to None first."
+                "with load_adapter; or, to start a new adapter from that config, set its `records` to None first. A packed "
+                "file is opened by peft's PeftModel.from_pretrained and load_adapter, not by transformers' own."
             )
 
 
@@ -242,10 +241,7 @@ def _pair(weight: SparseWeight, parts: dict[str, Tensor] | None) -> Record:
     if parts is None:
         data = weight.data
         return Record(torch.empty(0, dtype=index_dtype(data.numel())), torch.empty(0, dtype=data.dtype))
-    missing = set(PARTS) - parts.keys()
-    if missing:
-        raise DeltaError(f"{weight.name!r} has no {missing.pop()} in the adapter file. It is damaged; save it again.")
-    return Record(*(parts[part] for part in PARTS))
+    return pair(weight.name, parts)
 
 
 def _check(weight: SparseWeight, record: Record, summary: Summary | None) -> None:

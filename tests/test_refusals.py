@@ -92,10 +92,16 @@ def test_damaged_files_are_refused(change, match, build, saved):
 @pytest.mark.parametrize(
     ("records", "match"),
     [
-        ({"bert.pooler.dense.weight": [10**12, "0", {"float32": "0"}, [10**12, 16]]}, "1,000,000,000,000 entries"),
+        (
+            {"bert.pooler.dense.weight": [10**12, "0", {"float32": "0"}, [10**12, 16], "float32"]},
+            "1,000,000,000,000 entries",
+        ),
         ({"bert.pooler.dense.weight": "many"}, "malformed entry for 'bert.pooler.dense.weight'"),
         ({"bert.pooler.dense.weight": [-1, "0", {}]}, "malformed entry"),
-        ({"no.such.weight": [1, "0", {"float32": "0"}, [1]]}, "'no.such.weight', which the model does not have"),
+        (
+            {"no.such.weight": [1, "0", {"float32": "0"}, [1], "float32"]},
+            "'no.such.weight', which the model does not have",
+        ),
     ],
 )
 @pytest.mark.parametrize("where", ["config", "metadata"])

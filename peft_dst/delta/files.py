@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .packed import DESCRIPTION, describe, is_packed, unpack
 from .records import FORMAT_VERSION, DeltaError, Record, Summary, check_entries, check_record
 
 
@@ -69,10 +70,12 @@ def write_file(
         path: the file.
         tensors: key → tensor.
         config: adapter_config.json without `records`.
-        records: parameter's name → Summary, or its JSON.
+        records: parameter's name → Summary, or its JSON. Packed tensors bring it along.
     """
     path = Path(path)
-    fields = {"format_version": FORMAT_VERSION, "config": dict(config), "records": records}
+    fields = {"format_version": FORMAT_VERSION, "config": dict(config)}
+    if DESCRIPTION not in tensors:
+        fields["records"] = records
     metadata = {f"dst_{name}": json.dumps(value, separators=(",", ":")) for name, value in fields.items()}
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
     os.close(handle)
@@ -114,7 +117,9 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-        return {k.removeprefix("dst_"): json.loads(v) for k, v in metadata.items() if k.startswith("dst_")}
+            packed = {key: file.get_tensor(key) for key in file.keys() if key == DESCRIPTION}  # noqa: SIM118
+        found = {k.removeprefix("dst_"): json.loads(v) for k, v in metadata.items() if k.startswith("dst_")}
+        return {**found, "records": describe(packed)} if packed else found
     except (SafetensorError, OSError) as error:
         raise DeltaError(f"{path} cannot be read ({error}). It is damaged; save or download it again.") from error
     except (ValueError, RecursionError) as error:
@@ -193,13 +198,7 @@ def read(path: str | os.PathLike[str], *, allow_nonfinite: bool = False) -> Cont
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise DeltaError(f"{path} cannot be read ({error}). It is damaged; save or download it again.") from error
-    found: dict[str, dict[str, Tensor]] = {}
-    dense = {}
-    for key, tensor in tensors.items():
-        if key.startswith(PEFT_PREFIX) and (match := RECORD_KEY.fullmatch(key.removeprefix(PEFT_PREFIX))):
-            found.setdefault(match["host"] + match["parameter"], {})[match["part"]] = tensor
-        else:
-            dense[key] = tensor
+    found, dense = find_records(tensors)
     if found.keys() != summaries.keys():
         name = min(found.keys() ^ summaries.keys())
         wrong = (
@@ -211,12 +210,58 @@ def read(path: str | os.PathLike[str], *, allow_nonfinite: bool = False) -> Cont
         )
     records = {}
     for name, parts in found.items():
-        if parts.keys() != set(PARTS):
-            raise DeltaError(
-                f"{name!r} has no {min(set(PARTS) - parts.keys())} in {path}. It is damaged; save it again."
-            )
-        records[name] = Record(*(parts[part] for part in PARTS))
-        like = torch.empty(summaries[name].shape, dtype=records[name].values.dtype, device="meta")
-        check_record(name, like, records[name], allow_nonfinite=allow_nonfinite)
-        check_entries(name, summaries[name], records[name])
+        records[name] = record = pair(name, parts)
+        like = torch.empty(summaries[name].shape, dtype=record.values.dtype, device="meta")
+        check_record(name, like, record, allow_nonfinite=allow_nonfinite)
+        check_entries(name, summaries[name], record)
     return Contents(records, summaries, dense, config)
+
+
+def name_records(records: Mapping[str, Record]) -> dict[str, Tensor]:
+    """The tensors of plain records, by their keys in a file."""
+    tensors = {}
+    for name, record in records.items():
+        host, _, parameter = name.rpartition(".")
+        marker = f"{host}.{MARKER}" if host else MARKER
+        for part, entries in zip(PARTS, record, strict=True):
+            tensors[f"{PEFT_PREFIX}{marker}.{part}.{parameter}"] = entries.contiguous()
+    return tensors
+
+
+def find_records(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """Part a file's tensors into those of records, plain or packed, and dense ones.
+
+    Args:
+        tensors: key → tensor.
+
+    Returns:
+        Parameter's name → part → tensor; key → dense tensor.
+
+    Raises:
+        DeltaError: if packed records are damaged.
+    """
+    found: dict[str, dict[str, Tensor]] = {}
+    dense, packed = {}, {}
+    for key, tensor in tensors.items():
+        if match := RECORD_KEY.fullmatch(key.removeprefix(PEFT_PREFIX)):
+            found.setdefault(match["host"] + match["parameter"], {})[match["part"]] = tensor
+        elif is_packed(key):
+            packed[key] = tensor
+        else:
+            dense[key] = tensor
+    if packed:
+        if found:
+            raise DeltaError("the file has plain and packed records. It is damaged or edited; save it again.")
+        found = {name: dict(zip(PARTS, record, strict=True)) for name, record in unpack(packed).items()}
+    return found, dense
+
+
+def pair(name: str, parts: Mapping[str, Tensor]) -> Record:
+    """A record from its two parts.
+
+    Raises:
+        DeltaError: if one is missing.
+    """
+    if missing := set(PARTS) - parts.keys():
+        raise DeltaError(f"{name!r} has no {min(missing)} in the adapter file. It is damaged; save it again.")
+    return Record(*(parts[part] for part in PARTS))

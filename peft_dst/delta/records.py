@@ -19,6 +19,7 @@ _PRECISIONS: dict[torch.dtype, str] = {
     torch.float16: "float16",
     torch.bfloat16: "bfloat16",
 }
+DTYPES = {name: dtype for dtype, name in _PRECISIONS.items()}
 
 
 class DeltaError(ValueError):
@@ -41,12 +42,14 @@ class Summary(NamedTuple):
         seed: CRC-32 of the seed's values there, in the base's dtype and in every coarser one it may be loaded in,
             dtype → hexadecimal. So an adapter trained in float32 is recognised on the same base in bfloat16.
         shape: shape of the base's tensor, which gives flat positions their meaning.
+        dtype: of the values, e.g. "bfloat16".
     """
 
     entries: int
     digest: str
     seed: Mapping[str, str]
     shape: tuple[int, ...]
+    dtype: str
 
     @classmethod
     def parse(cls, name: str, raw: Any) -> Summary:
@@ -56,7 +59,7 @@ class Summary(NamedTuple):
             DeltaError: if it has not the form of one.
         """
         try:
-            entries, digest, seed, shape = raw
+            entries, digest, seed, shape, dtype = raw
             if (
                 type(entries) is int
                 and type(digest) is str
@@ -64,9 +67,10 @@ class Summary(NamedTuple):
                 and seed
                 and isinstance(shape, list | tuple)
                 and all(type(size) is int and size > 0 for size in shape)
-                and 0 < entries <= math.prod(shape)
+                and 0 < entries <= math.prod(shape) < 2**62
+                and dtype in DTYPES
             ):
-                return cls(entries, digest, dict(seed), tuple(shape))
+                return cls(entries, digest, dict(seed), tuple(shape), dtype)
         except (TypeError, ValueError):
             pass
         raise DeltaError(
@@ -151,6 +155,7 @@ def summarize(record: Record, seeds: Tensor, shape: Sequence[int]) -> Summary:
         digest(record.indices),
         {_PRECISIONS[dtype]: _crc(seeds.to(dtype)) for dtype in _coarser(seeds.dtype)},
         tuple(shape),
+        _PRECISIONS[record.values.dtype],
     )
 
 
@@ -176,7 +181,8 @@ def check_entries(name: str, summary: Summary, record: Record) -> None:
     Raises:
         DeltaError: if it is not.
     """
-    if record.indices.numel() != summary.entries or digest(record.indices) != summary.digest:
+    dtype = _PRECISIONS.get(record.values.dtype)
+    if (record.indices.numel(), digest(record.indices), dtype) != (summary.entries, summary.digest, summary.dtype):
         raise DeltaError(
             f"{name!r}: the entries in adapter_model.safetensors are not those that adapter_config.json describes. The "
             "two files come from different saves; copy or download both again."

@@ -25,14 +25,13 @@ from ..core.distances import distance
 from ..core.tiles import bits
 from ..core.weights import gather, scatter
 from .files import (
-    MARKER,
-    PARTS,
-    PEFT_PREFIX,
     WEIGHTS_NAME,
+    name_records,
     read,
     write_config,
     write_file,
 )
+from .packed import pack
 from .records import (
     FORMAT_VERSION,
     DeltaError,
@@ -41,7 +40,6 @@ from .records import (
     check_record,
     check_seed,
     check_shape,
-    digest,
     index_dtype,
     summarize,
 )
@@ -101,7 +99,7 @@ class SparseTensor:
             return summarize(self.record(), self.seeds, self.shape)
         if self.digests is None:
             return None
-        return Summary(len(self), digest(self.indices), self.digests, self.shape)
+        return summarize(self.record(), self.values[:0], self.shape)._replace(seed=self.digests)
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,7 +177,7 @@ class SparseDelta(Mapping[str, SparseTensor]):
         }
         return cls(tensors, found.dense, found.config)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], *, packed: bool = False) -> None:
         """Write it as an adapter that PEFT can load.
 
         Each file is replaced in one step, the tensors first: a kill at any moment leaves the old adapter or the new one.
@@ -187,29 +185,24 @@ class SparseDelta(Mapping[str, SparseTensor]):
         Args:
             path: a folder, which is made if it is not there, and gets adapter_model.safetensors and adapter_config.json;
                 or a file, if it ends in ".safetensors".
+            packed: code positions in few bytes; PEFT's loading opens such a file, transformers' own does not.
 
         Raises:
             ValueError: if neither seeds nor their checksums are known, without which a base cannot be recognised.
         """
-        tensors = dict(self.dense)
-        records = {}
-        for name, tensor in sorted(self.items()):
-            summary = tensor.summary()
-            if summary is None:
-                self._need_seeds("to let a reader recognise its base")
-            records[name] = summary
-            host, _, parameter = name.rpartition(".")
-            key = f"{PEFT_PREFIX}{host}.{MARKER}" if host else f"{PEFT_PREFIX}{MARKER}"
-            for part, entries in zip(PARTS, tensor.record(), strict=True):
-                tensors[f"{key}.{part}.{parameter}"] = entries.contiguous()
+        summaries = {name: summary for name in sorted(self) if (summary := self[name].summary()) is not None}
+        if len(summaries) < len(self):
+            self._need_seeds("to let a reader recognise its base")
+        entries = {name: tensor.record() for name, tensor in self.items()}
+        tensors = {**self.dense, **(pack(entries, summaries) if packed else name_records(entries))}
         config = dict(self.config) or self._default_config()
         path = Path(path)
         if path.suffix == ".safetensors":
-            write_file(path, tensors, config, records)
+            write_file(path, tensors, config, summaries)
             return
         path.mkdir(parents=True, exist_ok=True)
-        write_file(path / WEIGHTS_NAME, tensors, config, records)
-        write_config(path, config, records)
+        write_file(path / WEIGHTS_NAME, tensors, config, summaries)
+        write_config(path, config, summaries)
 
     def _default_config(self) -> dict[str, Any]:
         return {
@@ -324,7 +317,7 @@ class SparseDelta(Mapping[str, SparseTensor]):
                     "their names carry a prefix."
                 )
             target = there[name].detach()
-            summary = tensor.summary() or Summary(len(tensor), "", {}, tensor.shape)
+            summary = tensor.summary() or summarize(tensor.record(), tensor.values[:0], tensor.shape)._replace(seed={})
             check_shape(name, summary, target.shape)
             check_record(name, target, tensor.record())
             if check and summary.seed:

@@ -67,7 +67,7 @@ def test_summaries_recognise_their_base_in_any_coarser_dtype():
 def test_summaries_recognise_their_entries():
     seeds = torch.randn(2)
     summary = summarize(record([1, 5], [0.0, 0.0]), seeds, (6,))
-    for other in (record([1, 6], [0.0, 0.0]), record([1], [0.0])):
+    for other in (record([1, 6], [0.0, 0.0]), record([1], [0.0]), record([1, 5], [0.0, 0.0], torch.float64)):
         with pytest.raises(DeltaError, match=r"not those that adapter_config\.json describes"):
             check_seed("w", summary, other, seeds[: len(other.indices)])
     # Positions are the same in 32 and in 64 bits.
@@ -82,16 +82,20 @@ def test_summaries_recognise_their_entries():
         3,
         "abc",
         [1, "x", {"float32": "0"}],
-        ["1", "x", {"float32": "0"}, [2]],
-        [0, "x", {"float32": "0"}, [2]],
-        [True, "x", {"float32": "0"}, [2]],
-        [1, "x", [], [2]],
-        [1, "x", {}, [2]],
-        [1, "x", {"float32": "0"}, 2],
-        [1, "x", {"float32": "0"}, [2, 0]],
-        [1, "x", {"float32": "0"}, [-2, -2]],
-        [1, "x", {"float32": "0"}, [2.0]],
-        [3, "x", {"float32": "0"}, [2]],
+        ["1", "x", {"float32": "0"}, [2], "float32"],
+        [0, "x", {"float32": "0"}, [2], "float32"],
+        [True, "x", {"float32": "0"}, [2], "float32"],
+        [1, "x", [], [2], "float32"],
+        [1, "x", {}, [2], "float32"],
+        [1, "x", {"float32": "0"}, 2, "float32"],
+        [1, "x", {"float32": "0"}, [2, 0], "float32"],
+        [1, "x", {"float32": "0"}, [-2, -2], "float32"],
+        [1, "x", {"float32": "0"}, [2.0], "float32"],
+        [3, "x", {"float32": "0"}, [2], "float32"],
+        [3, "x", {"float32": "0"}, [2**40, 2**40], "float32"],
+        [1, "x", {"float32": "0"}, [2], "int8"],
+        [1, "x", {"float32": "0"}, [2], 4],
+        [1, "x", {"float32": "0"}, [2], []],
     ],
 )
 def test_malformed_summaries_are_named(raw):
