@@ -98,7 +98,7 @@ def main(arguments: list[str] | None = None) -> None:
         # Its epsilon is that of the coin, not of how often it fell this way.
         least = entropy(epsilon)
         rows.append({**row, "epsilon": epsilon, "entropy": least, "ratio": row["bits"] / least})
-    for name, (positions, n) in clustered(generator, min(max(args.k), 1 << 17)).items():
+    for name, (positions, n) in clustered(generator, min(max(*args.k, 1 << 12), 1 << 17)).items():
         rows.append(measure(name, positions, n, args.rounds))
     for row in rows:
         into, out = row["encoded_per_s"] / 1e6, row["decoded_per_s"] / 1e6

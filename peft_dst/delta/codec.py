@@ -1,7 +1,7 @@
 """Strictly ascending positions as few bytes: gaps in a Golomb-like code whose parameter follows the data.
 
 What is coded is the gap before each position, the number of components skipped: `g[0] = p[0]` and
-`g[i] = p[i] - p[i-1] - 1`. The code is exact for any set of positions. On uniformly random ones it stays within 3 % of
+`g[i] = p[i] - p[i-1] - 1`. On uniformly random positions, up to a tenth of all, it takes some 3 % more bits at worst than
 the entropy: their gaps are geometric, for which Rice's code is good, and for small quotients this is Rice's code. Where
 positions crowd into some rows or columns, the parameter, chosen per block of 256, falls; and a jump from one crowd to the
 next costs bits in the logarithm of its length, not in the length. `benchmarks/codec.py` measures both.
@@ -53,7 +53,7 @@ BLOCK = 1 << 8
 # Entries that are coded together: their temporaries stay in the cache.
 SEGMENT = 1 << 14
 MAX_WIDTH = 40
-# Quotients below have a class of their own.
+# Quotients up to this one have a class of their own.
 LINEAR = 3
 _MAX_CLASS = LINEAR + MAX_WIDTH
 _VARINT_BYTES = 6
