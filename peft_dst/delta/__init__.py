@@ -1,9 +1,10 @@
-"""The finished artefact: records of indices and values, what a reader must check, the file they stand in, and
-a code for indices.
+"""The finished artefact: records of indices and values, what a reader must check, the file they stand in, a code for
+indices, and what becomes of a base's checkpoint with them.
 
 Imports torch, numpy, safetensors and the standard library only.
 """
 
+from .checkpoint import Checkpoint, place
 from .codec import MAX_COMPONENTS, decode_indices, encode_indices
 from .files import (
     CONFIG_NAME,
@@ -17,7 +18,9 @@ from .files import (
     read_metadata,
     stamp,
 )
+from .merging import Merged, check_free, copy_others, merge
 from .packed import pack
+from .patches import export_patches
 from .records import (
     FORMAT_VERSION,
     DeltaError,
@@ -41,22 +44,29 @@ __all__ = [
     "PARTS",
     "PEFT_PREFIX",
     "WEIGHTS_NAME",
+    "Checkpoint",
     "DeltaError",
+    "Merged",
     "Record",
     "SparseDelta",
     "SparseTensor",
     "Summary",
     "check_entries",
+    "check_free",
     "check_record",
     "check_seed",
     "check_shape",
+    "copy_others",
     "decode_indices",
     "encode_indices",
+    "export_patches",
     "find_records",
     "index_dtype",
+    "merge",
     "pack",
     "pair",
     "parse_summaries",
+    "place",
     "read_metadata",
     "stamp",
     "summarize",

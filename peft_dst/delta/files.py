@@ -76,24 +76,31 @@ def write_file(
     fields = {"format_version": FORMAT_VERSION, "config": dict(config)}
     if DESCRIPTION not in tensors:
         fields["records"] = records
-    metadata = {f"dst_{name}": json.dumps(value, separators=(",", ":")) for name, value in fields.items()}
+    replace_file(
+        path, tensors, {f"dst_{key}": json.dumps(value, separators=(",", ":")) for key, value in fields.items()}
+    )
+
+
+def replace_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file beside its place, and rename it when it is whole."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
     os.close(handle)
     try:
         save_file(dict(tensors), temporary, metadata={"format": "pt", **metadata})
         # mkstemp's file is private; the adapter keeps the permissions it was saved with, or gets the usual ones.
-        os.chmod(temporary, path.stat().st_mode if path.exists() else 0o666 & ~_umask())
+        os.chmod(temporary, path.stat().st_mode if path.exists() else usual_mode(0o666))
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
         raise
 
 
-def _umask() -> int:
-    # There is no way to read it but to set it.
+def usual_mode(mode: int) -> int:
+    """The permissions that a new file or folder would have got."""
+    # There is no way to read the mask but to set it.
     mask = os.umask(0)
     os.umask(mask)
-    return mask
+    return mode & ~mask
 
 
 def write_config(folder: str | os.PathLike[str], config: Mapping[str, Any], records: Mapping[str, Any]) -> None:

@@ -214,6 +214,10 @@ class SparseDelta(Mapping[str, SparseTensor]):
             "inference_mode": True,
         }
 
+    def described(self, **config: Any) -> SparseDelta:
+        """The same with a config made for its entries, as of something that was never trained, and what is given of it."""
+        return replace(self, config={**self._default_config(), **config})
+
     # To and from weights
 
     @classmethod

@@ -20,7 +20,7 @@ import transformers
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from .checkpoint import Checkpoint
+from ..delta import Checkpoint
 
 
 Source: TypeAlias = "str | PathLike[str] | nn.Module | Mapping[str, Tensor]"

@@ -116,7 +116,10 @@ DAMAGES = {
     ),
     "not announced": (described(lambda found: found.clear()), "which it does not announce"),
     "fewer": (described(lambda found: found.popitem()), "values of float32 in tensors of"),
-    "huge": (described(lambda found: next(iter(found.values()))[3].append(2**41)), "components were announced|of shape"),
+    "huge": (
+        described(lambda found: next(iter(found.values()))[3].append(2**41)),
+        "components were announced|of shape",
+    ),
     "no values": (lambda t: t.pop(VALUES), f"no '{VALUES}'"),
     "values cut": (cut(VALUES), "values of float32 in tensors of"),
     "values dtype": (lambda t: t.update({VALUES: t[VALUES].half()}), "float16 of shape"),

@@ -22,9 +22,8 @@ from peft_dst import DSTConfig
 from peft_dst.core import DISTANCES, SILOINGS
 from peft_dst.core.constraint import Constraint
 from peft_dst.core.reference import reference_step
-from peft_dst.delta import SparseDelta, read_metadata
+from peft_dst.delta import Checkpoint, SparseDelta, read_metadata
 from peft_dst.extraction import extract
-from peft_dst.extraction.checkpoint import Checkpoint
 from tests.models import BUILDERS, assert_same, bert, logits, train, weights
 
 
