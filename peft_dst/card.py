@@ -16,7 +16,7 @@ _BEGIN, _END = "<!-- peft-dst: begin -->", "<!-- peft-dst: end -->"
 _TAGS = ("dst", "dynamic-subset-tuning", "peft-dst")
 
 # What a reader loads with, by task; PEFT's own names.
-_AUTO_CLASSES = {
+AUTO_CLASSES = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "TOKEN_CLS": "AutoModelForTokenClassification",
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -66,7 +66,7 @@ def update_model_card(directory: str | os.PathLike[str], model: PeftModel) -> No
         begin=_BEGIN,
         end=_END,
         base=config.base_model_name_or_path or "the base model",
-        auto_class=_AUTO_CLASSES.get(str(getattr(config.task_type, "value", config.task_type)), "AutoModel"),
+        auto_class=AUTO_CLASSES.get(str(getattr(config.task_type, "value", config.task_type)), "AutoModel"),
         rows="\n".join(_row(name, config, model) for name, config in model.peft_config.items()),
     )
     body = re.sub(rf"{_BEGIN}.*?{_END}\n?", "", card.text, flags=re.DOTALL).lstrip("\n")

@@ -26,11 +26,14 @@ ORDER = [
     "model",
     "card",
     "extraction",
+    "conversion",
     "baselines",
     "training",
     "analysis",
     "registration",
+    "cli",
     "__init__",
+    "__main__",
 ]
 MAY_IMPORT = {
     "core": {"torch"},

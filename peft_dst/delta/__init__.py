@@ -4,7 +4,7 @@ indices, and what becomes of a base's checkpoint with them.
 Imports torch, numpy, safetensors and the standard library only.
 """
 
-from .checkpoint import Checkpoint, place
+from .checkpoint import Checkpoint, open_file, place
 from .codec import MAX_COMPONENTS, decode_indices, encode_indices
 from .files import (
     CONFIG_NAME,
@@ -63,6 +63,7 @@ __all__ = [
     "find_records",
     "index_dtype",
     "merge",
+    "open_file",
     "pack",
     "pair",
     "parse_summaries",

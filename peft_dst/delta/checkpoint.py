@@ -44,7 +44,7 @@ class Checkpoint(Mapping[str, Tensor]):
     def __init__(self, folder: str | PathLike[str]):
         self.folder = folder = Path(folder)
         if (folder / SINGLE).is_file():
-            file = _open(folder / SINGLE)
+            file = open_file(folder / SINGLE)
             self._files: dict[str, Any] = dict.fromkeys(file.keys(), file)
             #: Name → the file it stands in.
             self.shards: dict[str, str] = dict.fromkeys(self._files, SINGLE)
@@ -66,7 +66,12 @@ class Checkpoint(Mapping[str, Tensor]):
         return len(self._files)
 
 
-def _open(path: Path) -> Any:
+def open_file(path: Path) -> Any:
+    """Open a safetensors file.
+
+    Raises:
+        ValueError: if it cannot be read.
+    """
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
@@ -86,7 +91,7 @@ def _open_shards(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
             raise ValueError(
                 f"{path} names a shard {shard!r} outside its folder. Use a checkpoint from a trusted source."
             )
-    shards = {shard: _open(folder / shard) for shard in sorted(set(places.values()))}
+    shards = {shard: open_file(folder / shard) for shard in sorted(set(places.values()))}
     found = {shard: set(file.keys()) for shard, file in shards.items()}
     for name, shard in places.items():
         if name not in found[shard]:
@@ -172,8 +177,8 @@ def _spelling(delta: SparseDelta, base: Checkpoint, twins: Mapping[str, Sequence
             return spelling
     raise DeltaError(
         f"{lost[0]!r}: the checkpoint {base.folder} has no tensor of that name ({len(lost)} such tensors). Either the "
-        "delta belongs to another base, or transformers renames or joins tensors when it loads this one, so that the delta's "
-        "positions mean nothing in the file. Then merge in memory, and save: PeftModel.from_pretrained(model, "
+        "delta belongs to another base, or transformers renames or joins tensors when it loads this one, so that the "
+        "delta's positions mean nothing in the file. Then merge in memory, and save: PeftModel.from_pretrained(model, "
         "adapter).merge_and_unload().save_pretrained(folder)."
     )
 

@@ -7,6 +7,7 @@
 
 from .extract import extract
 from .figures import Extraction, SiloFigures
+from .skeleton import tied_names
 
 
-__all__ = ["Extraction", "SiloFigures", "extract"]
+__all__ = ["Extraction", "SiloFigures", "extract", "tied_names"]

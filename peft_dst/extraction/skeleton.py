@@ -115,6 +115,15 @@ def _build_on_meta(folder: Path, model_class: Callable[[Any], nn.Module] | None)
         return model_class(config)
 
 
+def tied_names(folder: str | PathLike[str]) -> list[list[str]]:
+    """All names of each parameter that the model of a checkpoint's config.json has more than once.
+
+    Raises:
+        ValueError: if nothing says what the architecture is.
+    """
+    return [names for names in names_of(_build_on_meta(Path(folder), None)).values() if len(names) > 1]
+
+
 def names_of(structure: nn.Module) -> dict[str, list[str]]:
     """First name of every parameter, in model order → all its names; a tied one has several."""
     names: dict[int, list[str]] = {}
