@@ -94,7 +94,8 @@ def _inspect(
 ) -> None:
     """Show what a delta holds.
 
-    Entries, values and bytes, by kind of module and by tensor."""
+    Entries, values and bytes, by kind of module and by tensor.
+    """
     found = inspect(SparseDelta.load(delta))
     if plot is not None:
         found.plot(plot)
@@ -125,7 +126,8 @@ def _diff(
 ) -> None:
     """Make a delta of a fully fine-tuned checkpoint.
 
-    Each silo's largest changes stay, all else goes back to the base."""
+    Each silo's largest changes stay, all else goes back to the base.
+    """
     check_free(output)
     config = DSTConfig(
         epsilon=epsilon,
@@ -145,7 +147,8 @@ def _diff(
 def _merge(base: Base, delta: Delta, output: Output, quiet: Quiet = False) -> None:
     """Write the full checkpoint of a base and a delta.
 
-    `merge` and `apply` are the same. It streams from file to file, so a checkpoint of any size takes little memory. Everything is checked first.
+    `merge` and `apply` are the same. It streams from file to file, so a checkpoint of any size takes little memory.
+    Everything is checked before anything is written, and the folder appears when it is whole.
     """
     _merge_into(base, SparseDelta.load(delta), output, quiet)
 
@@ -154,7 +157,8 @@ def _merge(base: Base, delta: Delta, output: Output, quiet: Quiet = False) -> No
 def _overlap(a: Delta, b: Delta) -> None:
     """Compare the subsets of two deltas of one base.
 
-    How much they have in common stands beside what chance would give."""
+    How much they have in common stands beside what chance would give.
+    """
     print(overlap(a, b))
 
 
@@ -183,7 +187,8 @@ def _verify(
 ) -> None:
     """Check a delta, alone or against its base.
 
-    Its file is whole and holds what it says; with --base: its base has the values that it was made from."""
+    Its file is whole and holds what it says; with --base: its base has the values that it was made from.
+    """
     found = SparseDelta.load(delta)
     if base is not None:
         place(found, Checkpoint(base), _tied(base))
@@ -248,8 +253,8 @@ def _export(
 ) -> None:
     """Write sparse patches for an inference engine.
 
-    They are in the coordinates of the base's checkpoint: vLLM's checkpoint patches (name, shape, dtype, flat int32 indices, values) in one safetensors file. Where the engine
-    takes no patches, merge.
+    They are in the coordinates of the base's checkpoint: vLLM's checkpoint patches (name, shape, dtype, flat int32 indices,
+    values) in one safetensors file. Where the engine takes no patches, merge.
     """
     if form != "vllm":
         raise typer.BadParameter(f"{form!r} is not known; only vllm is.", param_hint="--form")
@@ -270,8 +275,8 @@ def _merge_into(base: Path, delta: SparseDelta, output: Path, quiet: bool) -> No
                 print(f"{note}: {', '.join(names)}")
     if new := [*merged.reshaped, *merged.added]:
         print(
-            f"note: config.json is the base's, and knows nothing of the shape of {', '.join(new)}. Load the result with the "
-            "class and options of the fine-tuned model (num_labels, …).",
+            f"note: config.json is the base's, and knows nothing of the shape of {', '.join(new)}. Load the result with "
+            "the class and options of the fine-tuned model (num_labels, …).",
             file=sys.stderr,
         )
 
