@@ -26,6 +26,7 @@ from .delta import (
     CONFIG_NAME,
     WEIGHTS_NAME,
     Checkpoint,
+    Layout,
     SparseDelta,
     check_free,
     copy_others,
@@ -33,7 +34,7 @@ from .delta import (
     merge,
     place,
 )
-from .extraction import Extraction, extract, tied_names
+from .extraction import Extraction, extract, layout_of
 
 
 app = typer.Typer(
@@ -191,7 +192,7 @@ def _verify(
     """
     found = SparseDelta.load(delta)
     if base is not None:
-        place(found, Checkpoint(base), _tied(base))
+        place(found, Checkpoint(base), _layout(base))
     against = "" if base is None else f", and belongs to {base}"
     print(f"{delta} is good: {found.num_entries:,} entries in {len(found)} tensors, {len(found.dense)} dense{against}.")
 
@@ -258,16 +259,16 @@ def _export(
     """
     if form != "vllm":
         raise typer.BadParameter(f"{form!r} is not known; only vllm is.", param_hint="--form")
-    count = export_patches(base, SparseDelta.load(delta), output, tied=_tied(base))
+    count = export_patches(base, SparseDelta.load(delta), output, layout=_layout(base))
     print(f"{output}: {count} patches.")
 
 
 def _merge_into(base: Path, delta: SparseDelta, output: Path, quiet: bool) -> None:
     check_free(output)
-    tied = _tied(base)
+    layout = _layout(base)
     total = sum(path.stat().st_size for path in base.glob("*.safetensors"))
     with _bar("merge", total, quiet) as advance:
-        merged = merge(base, delta, output, tied=tied, on_bytes=advance)
+        merged = merge(base, delta, output, layout=layout, on_bytes=advance)
     if not quiet:
         print(f"{output}: {merged.entries:,} values in {len(merged.tensors)} tensors; {merged.size:,} bytes in all.")
         for note, names in (("replaced whole", merged.replaced), ("added", merged.added)):
@@ -281,14 +282,12 @@ def _merge_into(base: Path, delta: SparseDelta, output: Path, quiet: bool) -> No
         )
 
 
-def _tied(base: Path) -> list[list[str]]:
+def _layout(base: Path) -> Layout | None:
     try:
-        return tied_names(base)
+        return layout_of(base)
     except ValueError as error:
-        print(
-            f"note: which tensors of {base} are tied is not known, each is taken for itself ({error})", file=sys.stderr
-        )
-        return []
+        print(f"note: tensors are taken by their names in the file, each for itself: {error}", file=sys.stderr)
+        return None
 
 
 def _rewrite(source: Path, output: Path | None, packed: bool) -> None:

@@ -20,8 +20,8 @@ from .card import AUTO_CLASSES
 from .config import DSTConfig
 from .core.distances import Distance
 from .core.silos import Siloing
-from .delta import WEIGHTS_NAME, Checkpoint, SparseDelta, check_free, open_file
-from .extraction import Extraction, extract, skeleton, tied_names
+from .delta import WEIGHTS_NAME, Checkpoint, Layout, SparseDelta, check_free, open_file
+from .extraction import Extraction, extract, layout_of, skeleton
 from .targets import is_saved_densely
 
 
@@ -115,12 +115,20 @@ def convert_checkpoint(
     if not delta:
         raise ValueError(f"{tuned} has the same weights as {base}: there is nothing to convert.")
     try:
-        twins = {name for names in tied_names(base) for name in names[1:] if names[0] in delta}
+        layout = layout_of(base)
     except ValueError:
-        # Without a model class every tensor is one of its own.
-        twins = set()
-    kept = delta.restrict(lambda name: name not in twins)
-    kept.described(base_model_name_or_path=str(base)).save(output)
+        # Without a model class names are taken as they are.
+        layout = Layout({name: name for name in delta})
+    if joined := [name for name in delta if name not in layout.names]:
+        raise ValueError(
+            f"{joined[0]!r} is joined with others or turned when transformers loads it, so positions in the file mean nothing "
+            "in the model. Load both models and pass them to peft_dst.extract."
+        )
+    renamed = {layout.names[name]: tensor for name, tensor in delta.items()}
+    twins = {name for names in layout.tied for name in names[1:] if names[0] in renamed}
+    kept = SparseDelta({name: tensor for name, tensor in renamed.items() if name not in twins})
+    kept = kept.described(base_model_name_or_path=str(base))
+    kept.save(output)
     return kept
 
 
@@ -159,7 +167,7 @@ def _number_of_labels(adapter: Path) -> int | None:
 
 def _changed(merged: nn.Module, base: Path, config: PeftConfig) -> dict[str, int]:
     """Name of each parameter outside dense modules that differs from the base's → number of components that do."""
-    seeds = skeleton.read(merged, Checkpoint(base), "base").found
+    seeds = skeleton.read(merged, skeleton.tensors_of(base, "base"), "base").found
     changed = {}
     for name, parameter in merged.named_parameters():
         seed = seeds.get(name)

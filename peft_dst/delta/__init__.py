@@ -4,7 +4,7 @@ indices, and what becomes of a base's checkpoint with them.
 Imports torch, numpy, safetensors and the standard library only.
 """
 
-from .checkpoint import Checkpoint, open_file, place
+from .checkpoint import Checkpoint, Layout, open_file, place
 from .codec import MAX_COMPONENTS, decode_indices, encode_indices
 from .files import (
     CONFIG_NAME,
@@ -46,6 +46,7 @@ __all__ = [
     "WEIGHTS_NAME",
     "Checkpoint",
     "DeltaError",
+    "Layout",
     "Merged",
     "Record",
     "SparseDelta",

@@ -4,7 +4,8 @@
 as the process's own memory. So a list of all tensors of a model costs nothing, and `select` works on it as on any other.
 
 A delta's names are those of a model's parameters; a checkpoint's may lack the prefix of the body (`bert.`), have one more,
-or name a tied tensor twice. `place` finds where each tensor of a delta stands, and checks everything that takes a base.
+be older ones, or name a tied tensor twice. `place` finds where each tensor of a delta stands, and checks everything that
+takes a base.
 """
 
 from __future__ import annotations
@@ -99,6 +100,19 @@ def _open_shards(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
     return {name: shards[shard] for name, shard in places.items()}, places
 
 
+class Layout(NamedTuple):
+    """What a model class knows of its checkpoint, and a file does not say. Without it, names are taken as they are.
+
+    Attributes:
+        names: checkpoint's name → parameter's name, of the tensors that loading takes as they are; those that it joins,
+            splits or turns are not there. Empty if all names are the same.
+        tied: names of parameters that are one and the same.
+    """
+
+    names: Mapping[str, str] = {}
+    tied: Sequence[Sequence[str]] = ()
+
+
 @dataclass(frozen=True)
 class Placement:
     """Where a delta's tensors stand in a checkpoint. All has been checked.
@@ -117,28 +131,31 @@ class Placement:
     prefix: str
 
 
-def place(delta: SparseDelta, base: Checkpoint, tied: Sequence[Sequence[str]] = ()) -> Placement:
+def place(delta: SparseDelta, base: Checkpoint, layout: Layout | None = None) -> Placement:
     """Find a delta's tensors in the checkpoint of its base, and check that it is its base.
 
     Args:
         delta: the delta.
         base: the checkpoint; only read.
-        tied: names of one and the same parameter, as the model class has them.
+        layout: what the base's model class knows of it.
 
     Raises:
         DeltaError: naming the tensor, if the checkpoint does not have it, or in another shape, or with other values than
             the delta was made from; or if a dense tensor would overwrite what is not in modules_to_save.
     """
-    twins = {name: tuple(group) for group in tied for name in group}
-    spelling = _spelling(delta, base, twins)
-    places = {name: _copies(base, spelling.of(name), twins) for name in delta}
+    layout = layout or Layout()
+    # As a parameter is called in the base's own class → in the file.
+    there = {layout.names[name]: name for name in base if name in layout.names} or {name: name for name in base}
+    twins = {name: tuple(group) for group in layout.tied for name in group}
+    spelling = _spelling(delta, base, there, twins)
+    places = {name: _copies(base, spelling.of(name), there, twins) for name in delta}
     seeded = delta.with_seeds({name: base[copies[0]] for name, copies in places.items()})
     entries = {
         copy: SparseTensor(tuple(base[copy].shape), tensor.indices, tensor.values.to(base[copy].dtype), tensor.seeds)
         for name, tensor in seeded.items()
         for copy in places[name]
     }
-    replaced, added = _place_dense(delta, base, spelling)
+    replaced, added = _place_dense(delta, base, there, spelling)
     if both := entries.keys() & replaced.keys():
         raise DeltaError(
             f"{min(both)!r} has entries, and a dense tensor in its place. The file was edited; save it again."
@@ -147,7 +164,7 @@ def place(delta: SparseDelta, base: Checkpoint, tied: Sequence[Sequence[str]] = 
 
 
 class _Spelling(NamedTuple):
-    """How the checkpoint writes the delta's names: a prefix less, or one more."""
+    """How the base's class calls the delta's parameters: by a prefix less, or one more."""
 
     dropped: str = ""
     more: str = ""
@@ -156,7 +173,9 @@ class _Spelling(NamedTuple):
         return self.more + name.removeprefix(self.dropped)
 
 
-def _spelling(delta: SparseDelta, base: Checkpoint, twins: Mapping[str, Sequence[str]]) -> _Spelling:
+def _spelling(
+    delta: SparseDelta, base: Checkpoint, there: Mapping[str, str], twins: Mapping[str, Sequence[str]]
+) -> _Spelling:
     """Find it: the checkpoint of a body lacks the prefix of a model with a head, and the other way round.
 
     `from_pretrained` knows the prefix from the class; here it is the one that makes all names fit.
@@ -164,30 +183,30 @@ def _spelling(delta: SparseDelta, base: Checkpoint, twins: Mapping[str, Sequence
 
     def missing(spelling: _Spelling) -> list[str]:
         names = [(name, spelling.of(name)) for name in delta]
-        return [name for name, own in names if not any(twin in base for twin in (own, *twins.get(own, ())))]
+        return [name for name, own in names if not any(twin in there for twin in (own, *twins.get(own, ())))]
 
     lost = missing(_Spelling())
     if not lost:
         return _Spelling()
     first = lost[0].partition(".")[0] + "."
     candidates = [_Spelling(dropped=first)] if all(name.startswith(first) for name in delta) else []
-    candidates += [_Spelling(more=more) for more in sorted({name.partition(".")[0] + "." for name in base})]
+    candidates += [_Spelling(more=more) for more in sorted({name.partition(".")[0] + "." for name in there})]
     for spelling in candidates:
         if not missing(spelling):
             return spelling
     raise DeltaError(
-        f"{lost[0]!r}: the checkpoint {base.folder} has no tensor of that name ({len(lost)} such tensors). Either the "
-        "delta belongs to another base, or transformers renames or joins tensors when it loads this one, so that the "
-        "delta's positions mean nothing in the file. Then merge in memory, and save: PeftModel.from_pretrained(model, "
+        f"{lost[0]!r}: the checkpoint {base.folder} has no such tensor ({len(lost)} of the delta's). Either the delta "
+        "belongs to another base, or transformers joins or turns tensors when it loads this one, so that the delta's positions "
+        "mean nothing in the file. Then merge in memory, and save: PeftModel.from_pretrained(model, "
         "adapter).merge_and_unload().save_pretrained(folder)."
     )
 
 
-def _copies(base: Checkpoint, name: str, twins: Mapping[str, Sequence[str]]) -> list[str]:
-    """The names under which the checkpoint holds a parameter; a twin with other values is a tensor of its own."""
-    found = [twin for twin in dict.fromkeys((name, *twins.get(name, ()))) if twin in base]
+def _copies(base: Checkpoint, name: str, there: Mapping[str, str], twins: Mapping[str, Sequence[str]]) -> list[str]:
+    """Where the checkpoint holds a parameter; a twin with other values is a tensor of its own."""
+    found = [there[twin] for twin in dict.fromkeys((name, *twins.get(name, ()))) if twin in there]
     first = base[found[0]]
-    return [twin for twin in found if twin == found[0] or _same(first, base[twin])]
+    return [copy for copy in found if copy == found[0] or _same(first, base[copy])]
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
@@ -195,7 +214,7 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 
 def _place_dense(
-    delta: SparseDelta, base: Checkpoint, spelling: _Spelling
+    delta: SparseDelta, base: Checkpoint, there: Mapping[str, str], spelling: _Spelling
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     kept = tuple(delta.config.get("modules_to_save") or ())
     floating = {base[name].dtype for name in base if base[name].is_floating_point()}
@@ -211,8 +230,8 @@ def _place_dense(
                 "and merge in memory: PeftModel.from_pretrained(model, adapter).merge_and_unload()."
             )
         # In the dtype of the model that PEFT would load them into.
-        if spelling.of(name) in base:
-            replaced[spelling.of(name)] = tensor.to(base[spelling.of(name)].dtype)
+        if copy := there.get(spelling.of(name)):
+            replaced[copy] = tensor.to(base[copy].dtype)
         elif len(floating) == 1 and tensor.is_floating_point():
             added[name] = tensor.to(min(floating, key=str))
         else:

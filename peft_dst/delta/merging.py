@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from .checkpoint import INDEX, SINGLE, Checkpoint, Placement, place
+from .checkpoint import INDEX, SINGLE, Checkpoint, Layout, Placement, place
 from .files import usual_mode
 from .records import DeltaError
 from .sparse import SparseDelta, SparseTensor
@@ -87,7 +87,7 @@ def merge(
     delta: SparseDelta,
     output: str | PathLike[str],
     *,
-    tied: Sequence[Sequence[str]] = (),
+    layout: Layout | None = None,
     on_bytes: Callable[[int], object] | None = None,
 ) -> Merged:
     """Write the checkpoint of a base with a delta in it. Takes the memory of the delta, whatever the size of the base.
@@ -99,7 +99,7 @@ def merge(
         base: folder of the base's checkpoint, with `model.safetensors` or its shards; only read.
         delta: what to put into it.
         output: a folder that is not there yet, or is empty.
-        tied: names of one and the same parameter, as the model class has them: a checkpoint may hold it under several.
+        layout: what the base's model class knows of the checkpoint.
         on_bytes: called with the number of bytes after each chunk, for a progress bar.
 
     Raises:
@@ -109,7 +109,7 @@ def merge(
     output = Path(output)
     check_free(output)
     checkpoint = Checkpoint(base)
-    placement = place(delta, checkpoint, tied)
+    placement = place(delta, checkpoint, layout)
     reshaped = tuple(placement.prefix + n for n, t in placement.replaced.items() if t.shape != checkpoint[n].shape)
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))

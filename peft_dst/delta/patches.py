@@ -12,20 +12,19 @@ positions, values. Its weight loaders map them to its own joined and sharded par
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 
 from torch import Tensor
 
-from .checkpoint import Checkpoint, place
+from .checkpoint import Checkpoint, Layout, place
 from .files import replace_file
 from .merging import check_free
 from .sparse import SparseDelta
 
 
 def export_patches(
-    base: str | PathLike[str], delta: SparseDelta, path: str | PathLike[str], *, tied: Sequence[Sequence[str]] = ()
+    base: str | PathLike[str], delta: SparseDelta, path: str | PathLike[str], *, layout: Layout | None = None
 ) -> int:
     """Write a delta as patches of its base's checkpoint.
 
@@ -33,7 +32,7 @@ def export_patches(
         base: folder of the checkpoint that the engine has loaded; only read.
         delta: what leads from it to the tuned weights.
         path: the file, which is not there yet.
-        tied: names of one and the same parameter, as the model class has them.
+        layout: what the base's model class knows of the checkpoint.
 
     Returns:
         Number of patches.
@@ -44,7 +43,7 @@ def export_patches(
     """
     path = Path(path)
     check_free(path)
-    placement = place(delta, Checkpoint(base), tied)
+    placement = place(delta, Checkpoint(base), layout)
     tensors: dict[str, Tensor] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for name, entries in placement.entries.items():

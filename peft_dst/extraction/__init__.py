@@ -7,7 +7,7 @@
 
 from .extract import extract
 from .figures import Extraction, SiloFigures
-from .skeleton import tied_names
+from .skeleton import layout_of
 
 
-__all__ = ["Extraction", "SiloFigures", "extract", "tied_names"]
+__all__ = ["Extraction", "SiloFigures", "extract", "layout_of"]
