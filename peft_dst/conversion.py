@@ -12,6 +12,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from peft import PeftConfig, PeftModel
 from torch import nn
@@ -121,8 +122,8 @@ def convert_checkpoint(
         layout = Layout({name: name for name in delta})
     if joined := [name for name in delta if name not in layout.names]:
         raise ValueError(
-            f"{joined[0]!r} is joined with others or turned when transformers loads it, so positions in the file mean nothing "
-            "in the model. Load both models and pass them to peft_dst.extract."
+            f"{joined[0]!r} is joined with others or turned when transformers loads it, so positions in the file mean "
+            "nothing in the model. Load both models and pass them to peft_dst.extract."
         )
     renamed = {layout.names[name]: tensor for name, tensor in delta.items()}
     twins = {name for names in layout.tied for name in names[1:] if names[0] in renamed}
@@ -138,8 +139,10 @@ def _merged(adapter: Path, base: Path, config: PeftConfig, progress: bool) -> nn
     options = {} if labels is None else {"num_labels": labels}
     model = _class_for(base, config).from_pretrained(base, dtype="auto", **options)
     try:
-        return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(progressbar=progress)
-    except (AttributeError, NotImplementedError, TypeError) as error:
+        # SHiRA's merge trusts the positions in its file otherwise.
+        with torch.sparse.check_sparse_tensor_invariants():
+            return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(progressbar=progress)
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError) as error:
         raise ValueError(
             f"{adapter} is a {config.peft_type} adapter, which PEFT cannot merge into its base ({error}). Only what can be "
             "merged can be converted."

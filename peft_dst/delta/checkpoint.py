@@ -196,8 +196,8 @@ def _spelling(
             return spelling
     raise DeltaError(
         f"{lost[0]!r}: the checkpoint {base.folder} has no such tensor ({len(lost)} of the delta's). Either the delta "
-        "belongs to another base, or transformers joins or turns tensors when it loads this one, so that the delta's positions "
-        "mean nothing in the file. Then merge in memory, and save: PeftModel.from_pretrained(model, "
+        "belongs to another base, or transformers joins or turns tensors when it loads this one, so that the delta's "
+        "positions mean nothing in the file. Then merge in memory, and save: PeftModel.from_pretrained(model, "
         "adapter).merge_and_unload().save_pretrained(folder)."
     )
 

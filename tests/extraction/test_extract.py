@@ -443,6 +443,20 @@ class TestOutput:
         assert {p.name for p in tmp_path.iterdir()} == {"base", "tuned", "out"}
 
 
+def renamed(model, name):
+    return {n.replace("LayerNorm.weight", f"LayerNorm.{name}"): t.contiguous() for n, t in model.state_dict().items()}
+
+
+def test_names_that_transformers_changed(pair, tmp_path):
+    _, base, _ = pair()
+    run(tmp_path)
+    expected = SparseDelta.load(tmp_path / "out")
+    save_file(renamed(base, "gamma"), tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    shutil.rmtree(tmp_path / "out")
+    run(tmp_path)
+    assert SparseDelta.load(tmp_path / "out") == expected
+
+
 class TestRefusals:
     @pytest.fixture(autouse=True)
     def _nothing_is_written(self, tmp_path):
@@ -516,12 +530,11 @@ class TestRefusals:
         )
         assert report.total.free > 0
 
-    def test_old_names(self, pair, tmp_path):
+    def test_names_that_nobody_knows(self, pair, tmp_path):
         _, base, _ = pair()
-        old = {n.replace("LayerNorm.weight", "LayerNorm.gamma"): t.contiguous() for n, t in base.state_dict().items()}
-        save_file(old, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+        save_file(renamed(base, "scale"), tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(
-            ValueError, match=r"LayerNorm.weight.*LayerNorm.gamma.*load both models with from_pretrained"
+            ValueError, match=r"LayerNorm.weight.*LayerNorm.scale.*load both models with from_pretrained"
         ):
             run(tmp_path)
 
