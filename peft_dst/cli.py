@@ -103,7 +103,7 @@ def _inspect(
     print(_json(found.to_json()) if as_json else found)
 
 
-@app.command("diff", epilog="Example: peft-dst diff base tuned -o my-adapter --epsilon 0.001")
+@app.command("diff", epilog="Example: peft-dst diff base tuned -o extracted --epsilon 0.01")
 def _diff(
     base: Base,
     tuned: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Folder of the fine-tuned checkpoint.")],
@@ -144,7 +144,7 @@ def _diff(
 
 
 @app.command("merge", epilog="Example: peft-dst merge base my-adapter -o merged")
-@app.command("apply", epilog="Example: peft-dst apply base my-adapter -o merged")
+@app.command("apply", epilog="Example: peft-dst apply base my-adapter -o applied")
 def _merge(base: Base, delta: Delta, output: Output, quiet: Quiet = False) -> None:
     """Write the full checkpoint of a base and a delta.
 
@@ -154,7 +154,7 @@ def _merge(base: Base, delta: Delta, output: Output, quiet: Quiet = False) -> No
     _merge_into(base, SparseDelta.load(delta), output, quiet)
 
 
-@app.command("overlap", epilog="Example: peft-dst overlap one-adapter another-adapter")
+@app.command("overlap", epilog="Example: peft-dst overlap my-adapter another-adapter")
 def _overlap(a: Delta, b: Delta) -> None:
     """Compare the subsets of two deltas of one base.
 
@@ -171,7 +171,7 @@ def _pack(
     _rewrite(delta, output, packed=True)
 
 
-@app.command("unpack", epilog="Example: peft-dst unpack my-adapter plain-adapter")
+@app.command("unpack", epilog="Example: peft-dst unpack my-adapter plain")
 def _unpack(
     delta: Delta, output: Annotated[Path | None, typer.Argument(help="Where to; in place if not given.")] = None
 ) -> None:
@@ -197,7 +197,7 @@ def _verify(
     print(f"{delta} is good: {found.num_entries:,} entries in {len(found)} tensors, {len(found.dense)} dense{against}.")
 
 
-@app.command("convert", epilog="Example: peft-dst convert my-lora --base base -o my-adapter --epsilon 0.01")
+@app.command("convert", epilog="Example: peft-dst convert my-lora --base base -o from-lora --epsilon 0.1")
 def _convert(
     source: Annotated[
         Path,
