@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import transformers
 from datasets import disable_progress_bars, load_dataset
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import nn
 from tqdm import tqdm
 
@@ -70,10 +70,8 @@ def accuracy(model: nn.Module, test: list[dict[str, Any]]) -> float:
     return right / len(test)
 
 
-def run(
-    way: str, seed: int, train: list[dict[str, Any]], test: list[dict[str, Any]], labels: int, options: Any
-) -> float:
-    """Train one model and return its accuracy."""
+def tune(way: str, seed: int, train: list[dict[str, Any]], labels: int, options: Any) -> PeftModel:
+    """Train one model."""
     dtype, silo_by_silo = WAYS[way]
     torch.manual_seed(seed)
     base = transformers.AutoModelForSequenceClassification.from_pretrained(
@@ -99,19 +97,25 @@ def run(
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-    return accuracy(model, test)
+    return model
 
 
-def main(argv: list[str] | None = None) -> None:
-    arguments: argparse.ArgumentParser = parser(__doc__)
+def training_parser(doc: str | None) -> argparse.ArgumentParser:
+    """A command line with the options of training."""
+    arguments: argparse.ArgumentParser = parser(doc)
     arguments.add_argument("--data", type=Path, default=os.environ.get("PEFT_DST_DATA"), help="folder of the data set")
     arguments.add_argument("--seeds", type=int, default=3)
     arguments.add_argument("--epochs", type=int, default=2)
     arguments.add_argument("--batch", type=int, default=16)
     arguments.add_argument("--train-size", type=int, default=2000)
-    arguments.add_argument("--epsilon", type=float, default=1e-3)
     arguments.add_argument("--lr", type=float, default=2e-2)
     arguments.add_argument("--head-lr", type=float, default=1e-3)
+    return arguments
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = training_parser(__doc__)
+    arguments.add_argument("--epsilon", type=float, default=1e-3)
     options = arguments.parse_args(argv)
     if options.data is None:
         arguments.error("--data is needed: a folder with train.jsonl and test.jsonl, such as TREC's")
@@ -121,7 +125,7 @@ def main(argv: list[str] | None = None) -> None:
     train, test, labels = rows(options.data, options.train_size)
     results = []
     for way in WAYS:
-        found = [run(way, seed, train, test, labels, options) for seed in range(options.seeds)]
+        found = [accuracy(tune(way, seed, train, labels, options), test) for seed in range(options.seeds)]
         results.append({"way": way, "accuracies": found, "mean": statistics.mean(found)})
         print(f"{way:24s} {' '.join(f'{a:.3f}' for a in found)}  mean {results[-1]['mean']:.3f}", flush=True)
         record.write(rows=results, test_size=len(test))

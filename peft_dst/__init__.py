@@ -11,7 +11,9 @@ register()
 from .analysis import overlap  # noqa: E402
 from .config import DSTConfig  # noqa: E402
 from .extraction import extract  # noqa: E402
+from .hotswap import hotswap_adapter  # noqa: E402
 from .model import DSTModel, set_training_steps  # noqa: E402
+from .rescale import rescale_adapter_scale  # noqa: E402
 from .static import fix_subset, start_from  # noqa: E402
 from .subsets import change_scores, combined_scores, load_scores, save_scores, score_parameters  # noqa: E402
 from .training import DSTCallback, DSTOptimizer, create_dst_optimizer, parameter_groups  # noqa: E402
@@ -28,10 +30,12 @@ __all__ = [
     "create_dst_optimizer",
     "extract",
     "fix_subset",
+    "hotswap_adapter",
     "load_scores",
     "overlap",
     "parameter_groups",
     "register",
+    "rescale_adapter_scale",
     "save_scores",
     "score_parameters",
     "set_training_steps",

@@ -279,6 +279,20 @@ class DSTConfig(PeftConfig):
         """At which steps the subset is chosen."""
         return Schedule(stop=1) if self.selection == "first_step" else Schedule(self.churn_interval, self.churn_stop)
 
+    @property
+    def trainable_token_indices(self) -> None:
+        """Other methods' option, which TRL looks for when a chat template brings tokens of its own. DST has none."""
+        return
+
+    @trainable_token_indices.setter
+    def trainable_token_indices(self, tokens: object) -> None:
+        raise ValueError(
+            f"trainable_token_indices={tokens!r} asks for single rows of an embedding to be trained densely, but DST "
+            "trains whole modules densely or not at all. Add the tokens first (for TRL's chat_template_path: model, "
+            "tokenizer, _ = trl.clone_chat_template(model, tokenizer, path)), then train without that option and with "
+            "modules_to_save=['embed_tokens', 'lm_head'] in DSTConfig."
+        )
+
     def _check_threshold(self) -> None:
         _check_choice("threshold", self.threshold, ("exact", "iterative"))
         m, r = self.threshold_iterations, self.threshold_range

@@ -16,10 +16,16 @@ class Entries(nn.Module):
 
     def put(self, parameter: str, tensor: Tensor) -> None:
         """Add or replace one: a frozen parameter if it is floating, which is what PEFT looks for, else a buffer."""
-        if tensor.dtype.is_floating_point:
+        if tensor.dtype.is_floating_point and parameter in self._parameters:
+            self.replace(parameter, nn.Parameter(tensor, requires_grad=False))
+        elif tensor.dtype.is_floating_point:
             self.register_parameter(parameter, nn.Parameter(tensor, requires_grad=False))
         else:
             self.register_buffer(parameter, tensor)
+
+    def replace(self, parameter: str, value: nn.Parameter) -> None:
+        """Add or replace a parameter as it is, also where PEFT makes new ones on "meta" (low_cpu_mem_usage)."""
+        self._parameters[parameter] = value
 
     def tensors(self) -> dict[str, Tensor]:
         return {
@@ -27,6 +33,26 @@ class Entries(nn.Module):
             for name, tensor in [*self._parameters.items(), *self._buffers.items()]
             if tensor is not None
         }
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Entries:
+        # They go where the model goes, but keep what they hold where it comes to have no memory, or new and empty one
+        # (`to_empty`): their weights are about to be loaded, and they may have been already.
+        for name, tensor in self.tensors().items():
+            like = fn(tensor[:0])
+            if tensor.is_meta:
+                self.put(name, fn(tensor))
+            elif not like.is_meta:
+                self.put(name, tensor.to(like))
+        return self
+
+
+class Notes(nn.Module):
+    """Stands for what a marker writes into state dicts and reads from them by itself: PEFT takes keys that no child of the
+    marker is named by for the base model's.
+    """
+
+    def _load_from_state_dict(self, *unused: Any) -> None:
+        return
 
 
 class FreeValues(Entries):

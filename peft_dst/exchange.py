@@ -10,6 +10,7 @@ first use.
 from __future__ import annotations
 
 import functools
+from collections.abc import Set
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from .delta import (
     DeltaError,
     Record,
     Summary,
+    check_entries,
     check_record,
     check_seed,
     find_records,
@@ -36,6 +38,7 @@ from .delta import (
     summarize,
 )
 from .layer import markers
+from .overlay import OverlayWeight
 
 
 # Where a base model keeps its adapters' constraints: on the model itself, because transformers' own `load_adapter` and
@@ -55,6 +58,7 @@ def collect(
     kept: dict[str, Tensor] = {}
     records: dict[str, Record] = {}
     summaries: dict[str, Summary] = {}
+    _check_complete(model, adapter_name)
     for _, marker in markers(model):
         for weight in marker.weights.values():
             _check_seen(weight)
@@ -64,10 +68,15 @@ def collect(
             weight = marker.weights[parameter]
             keys = [f"{name}.{part}.{adapter_name}.{parameter}" for part in PARTS]
             if keys[0] in state_dict and state_dict[keys[0]].numel():
+                weight.check_memory()
                 record = Record(*(state_dict[key] for key in keys))
+                if isinstance(weight, OverlayWeight):
+                    record, summaries[weight.name] = weight.original(adapter_name, record)
+                else:
+                    seeds = weight.seeds_at(record.indices.long())
+                    summaries[weight.name] = summarize(record, seeds, weight.data.shape)
                 kept |= dict(zip(keys, record, strict=True))
                 records[weight.name] = record
-                summaries[weight.name] = summarize(record, weight.seeds_at(record.indices.long()), weight.data.shape)
     config.__dict__[COLLECTED] = {name: list(summary) for name, summary in summaries.items()}
     return pack(records, summaries) if config.packed else kept
 
@@ -84,16 +93,16 @@ def check_and_name(
     named = _check_dense(model, adapter_name, others)
     dense = {key.removeprefix(PEFT_PREFIX) for key in named}
     summaries = parse_summaries(config.records)
+    # An adapter that is loaded again (Trainer: resume, best checkpoint) was not announced by a config.
+    announced = config.records is not None
     entries = 0
     for name, marker in markers(model):
-        # An adapter that is loaded again (Trainer: resume, best checkpoint) was not announced by a config.
-        announced = adapter_name in marker.awaited
         for parameter in marker.tuned.get(adapter_name, ()):
             weight = marker.weights[parameter]
             record = _pair(weight, loaded.pop(weight.name, None))
             # An embedding that PEFT saved whole brings its seed along.
             comparable = announced and weight.name not in dense
-            _check(weight, record, summaries.get(weight.name) if comparable else None)
+            _check(weight, adapter_name, record, summaries.get(weight.name) if comparable else None)
             if announced and record.indices.numel() and weight.name not in summaries:
                 raise DeltaError(
                     f"{weight.name!r} has entries in adapter_model.safetensors but none according to "
@@ -112,9 +121,12 @@ def check_and_name(
     if entries > budget and not constraint.tracking:
         raise DeltaError(
             f"the adapter file has {entries:,} entries, but the config of {adapter_name!r} allows {budget:,} free "
-            "parameters. It was saved with another epsilon; load it under a name of its own, with its own config."
+            "parameters. It was saved with another epsilon, or for a base of another size (a resized vocabulary); load it "
+            "under a name of its own, with its own config, onto its own base."
         )
-    config.records = None
+    if all(marker.has_memory(adapter_name) for _, marker in markers(model) if adapter_name in marker.tuned):
+        # Otherwise the base is still to be loaded, and is compared when it is there.
+        config.records = None
     # What is loaded was trained already.
     constraint.begun = False
     return named
@@ -147,13 +159,21 @@ def _check_dense(model: nn.Module, adapter_name: str, tensors: dict[str, Tensor]
     return kept
 
 
+def _check_complete(model: nn.Module, adapter_name: str) -> None:
+    """A module that is replaced takes its marker along, and leaves the adapter without what it tuned there."""
+    present = {id(weight) for _, marker in markers(model) for weight in marker.weights.values()}
+    for weight in constraints(model)[adapter_name].weights:
+        if id(weight) not in present:
+            raise RuntimeError(
+                f"the module of {weight.name!r} was replaced since the adapter {adapter_name!r} was added, so what was "
+                "trained there cannot be saved. Change the base model (resize_token_embeddings replaces an output head) "
+                "before get_peft_model."
+            )
+
+
 def _check_seen(weight: SparseWeight) -> None:
     weight.recover()
-    if weight.is_resized():
-        raise RuntimeError(
-            f"{weight.name!r} has changed its shape since the adapter was added, so its positions and budget no longer "
-            "hold. Resize the base model (resize_token_embeddings) before get_peft_model."
-        )
+    weight.check_shape()
     if not weight.seed_is_intact():
         raise RuntimeError(
             f"{weight.name!r} differs from the seed outside the subset: its weights were changed without the constraint "
@@ -188,7 +208,7 @@ def settle(model: nn.Module) -> bool:
     for marker, adapter in arrived:
         for parameter, record in marker.records(adapter).items():
             weight = marker.weights[parameter]
-            _check(weight, record, summaries[adapter].get(weight.name))
+            _check(weight, adapter, record, summaries[adapter].get(weight.name))
     for marker, adapter in arrived:
         marker.accept(adapter)
         configs[adapter].records = None
@@ -226,10 +246,22 @@ def forget_to_settle(model: nn.Module) -> None:
         handle.remove()
 
 
+@torch.compiler.disable  # looks at values, and changes weights
 def _look(model: nn.Module, *unused: Any) -> None:
+    check_loaded(model, {name for _, marker in markers(model) for name in marker.active_adapters})
+
+
+def check_loaded(model: nn.Module, adapters: Set[str]) -> None:
+    """Settle, and check that none of these adapters is still awaited.
+
+    Raises:
+        RuntimeError: if one is.
+    """
     settle(model)
     for _, marker in markers(model):
-        if missing := [name for name in marker.active_adapters if name in marker.awaited]:
+        if missing := sorted(adapters & marker.awaited):
+            for weight in marker.weights.values():
+                weight.check_memory()
             raise RuntimeError(
                 f"adapter {missing[0]!r} was added from a saved config, but its tensors were not loaded. Load them "
                 "with load_adapter; or, to start a new adapter from that config, set its `records` to None first. A packed "
@@ -240,12 +272,30 @@ def _look(model: nn.Module, *unused: Any) -> None:
 def _pair(weight: SparseWeight, parts: dict[str, Tensor] | None) -> Record:
     if parts is None:
         data = weight.data
-        return Record(torch.empty(0, dtype=index_dtype(data.numel())), torch.empty(0, dtype=data.dtype))
+        indices = torch.empty(0, dtype=index_dtype(data.numel()), device="cpu")
+        return Record(indices, torch.empty(0, dtype=data.dtype, device="cpu"))
     return pair(weight.name, parts)
 
 
-def _check(weight: SparseWeight, record: Record, summary: Summary | None) -> None:
+def _check(weight: SparseWeight, adapter: str, record: Record, summary: Summary | None) -> None:
     data = weight.data
     check_record(weight.name, data, record)
-    if summary is not None and not data.is_meta:
-        check_seed(weight.name, summary, record, weight.seeds_at(record.indices.long().to(data.device)))
+    if summary is not None and isinstance(weight, OverlayWeight):
+        # The seed is there only as far as its quantisation has kept it.
+        check_entries(weight.name, summary, record)
+        weight.summaries[adapter] = summary
+        return
+    if summary is None or data.is_meta:
+        return
+    seeds = weight.seeds_at(record.indices.long().to(data.device))
+    try:
+        check_seed(weight.name, summary, record, seeds)
+    except DeltaError as error:
+        if torch.equal(seeds, record.values.to(seeds)):
+            raise DeltaError(
+                f"{weight.name!r} has the adapter's values already. The adapter was merged into this base, or "
+                "transformers' own loader has just put an embedding there that PEFT saved whole beside the records (as "
+                "it does after resize_token_embeddings). Load the base again, and the adapter with "
+                "PeftModel.from_pretrained."
+            ) from error
+        raise

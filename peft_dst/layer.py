@@ -32,7 +32,8 @@ from .core.distances import wide_dtype
 from .core.free import free_values, watch
 from .core.tiles import bits
 from .delta import MARKER, DeltaError, Record, check_record, index_dtype
-from .entries import Entries, FreeValues
+from .entries import Entries, FreeValues, Notes
+from .overlay import sparse_weight
 
 
 # What stands in a record whose tensors have their size but are still to be loaded: no valid index.
@@ -59,10 +60,13 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         self.dst_values = nn.ModuleDict({})
         #: What is trained of the adapters in `fixed`.
         self.dst_free = nn.ModuleDict({})
+        self.sizes, self.seed_indices, self.seed_values = Notes(), Notes(), Notes()
         #: Adapters whose subset was chosen once, and never changes.
         self.fixed: set[str] = set()
         #: Adapters that are to have one, from when it is chosen or loaded.
         self.static: set[str] = set()
+        #: Adapters that have values for quantised weights somewhere in the model, and so cannot be trained.
+        self.served: set[str] = set()
         self._positions: dict[tuple[str, str], Tensor] = {}
         #: Whether the active adapters are to be trained, as far as a fixed subset decides what that needs.
         self.is_trainable = False
@@ -73,6 +77,8 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         self._merged_model = False
         self._active_adapter: list[str] = []
         self._disable_adapters = False
+        self._shown: tuple[str, ...] | None = None
+        self._scale = 1.0
         self._written: tuple[str, ...] = ()
         self._stale = False
         #: Adapters that were added from a saved config and whose tensors are still to be loaded or checked.
@@ -88,6 +94,16 @@ class SparseLayer(nn.Module, BaseTunerLayer):
     @property
     def host(self) -> nn.Module:
         return self._host[0]
+
+    def forward(self, x: Any) -> Any:
+        """Hand on what an nn.Sequential, which calls all of its children in turn, has come to."""
+        if not isinstance(self.host, nn.Sequential):
+            raise TypeError(
+                f"{self.name!r} is a {type(self.host).__name__} with parameters of its own, and its children were called "
+                f"in turn. The one that marks tuned parameters, {MARKER!r}, cannot be: leave it out of the loop, or tune "
+                "other modules (target_modules, exclude_modules)."
+            )
+        return x
 
     # Records
 
@@ -109,17 +125,37 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         for parameter in parameters:
             if parameter not in self.weights:
                 name = f"{self.name}.{parameter}" if self.name else parameter
-                self.weights[parameter] = SparseWeight(self.host, parameter, name)
-            data = self.weights[parameter].data
+                self.weights[parameter] = sparse_weight(self.host, parameter, name)
+            data, device = self.weights[parameter].data, self.weights[parameter].device
             if entries is None or parameter in entries:
                 size = entries[parameter] if entries else 0
-                indices = torch.full((size,), NOT_LOADED, dtype=index_dtype(data.numel()), device=data.device)
-                self._store(adapter, parameter, indices, torch.zeros(size, dtype=data.dtype, device=data.device))
+                indices = torch.full((size,), NOT_LOADED, dtype=index_dtype(data.numel()), device=device)
+                self._store(adapter, parameter, indices, torch.zeros(size, dtype=data.dtype, device=device))
 
     def has_arrived(self, adapter: str) -> bool:
-        """Whether the tensors of an awaited adapter are there, for `accept` to take in once they have been checked."""
+        """Whether the tensors of an awaited adapter are there, for `accept` to take in once they have been checked, and
+        so are the weights that they are for.
+        """
+        if not self.has_memory(adapter):
+            return False
         indices = [record.indices for record in self._records(adapter).values()]
         return not any(i.is_meta or (i.numel() and int(i[0]) == NOT_LOADED) for i in indices)
+
+    def has_memory(self, adapter: str) -> bool:
+        """Whether the weights that an adapter tunes are anywhere but on the device "meta"."""
+        return not any(self.weights[parameter].data.is_meta for parameter in self.tuned[adapter])
+
+    def check_memory(self) -> None:
+        """Check that the weights which adapters change here can be read and written.
+
+        Raises:
+            RuntimeError: if one has no memory.
+        """
+        for parameter, weight in self.weights.items():
+            if weight.data.is_meta:
+                found = [self._records(name).get(parameter) for name in self.tuned.keys() - self.awaited]
+                if weight.indices.numel() or any(record is not None and record.indices.numel() for record in found):
+                    weight.check_memory()
 
     def accept(self, adapter: str) -> None:
         """Take in an awaited adapter's records: they have been checked, and may be written into the weights."""
@@ -152,6 +188,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         for parameter, weight in self.weights.items():
             weight.recover()
             if weight.stepped and len(weight.adapters) == 1 and weight.adapters[0] in self.tuned:
+                weight.check_memory()
                 indices = weight.indices.to(index_dtype(weight.data.numel()))
                 self._store(weight.adapters[0], parameter, indices, weight.values())
             weight.stepped = False
@@ -160,10 +197,39 @@ class SparseLayer(nn.Module, BaseTunerLayer):
 
     def effective_adapters(self) -> tuple[str, ...]:
         """The adapters whose values the live weights should have now."""
-        if self._disable_adapters:
+        names: Sequence[str]
+        if self._shown is not None:
+            names = self._shown
+        elif self._disable_adapters:
             return ()
-        names = self.merged_adapters if self._merged_model else self.active_adapters
+        else:
+            names = self.merged_adapters if self._merged_model else self.active_adapters
         return tuple(name for name in names if name in self.tuned and name not in self.awaited)
+
+    def show(self, adapters: tuple[str, ...] | None) -> None:
+        """Have the live weights be those of these adapters for a while, whatever is active; None ends that."""
+        self._shown = adapters
+        self.sync()
+
+    @property
+    def scale(self) -> float:
+        """What differences to the seed are multiplied with in the live weights."""
+        return self._scale
+
+    @scale.setter
+    def scale(self, scale: float) -> None:
+        self.refresh()
+        self._scale, self._stale = scale, True
+        self.sync()
+
+    def scaled_records(self, adapter: str) -> dict[str, Record]:
+        """The adapter's records with seed + scale · (value − seed) for their values."""
+        records = self._records(adapter)
+        if self._scale == 1:
+            return records
+        return {
+            parameter: _scaled(self.weights[parameter], record, self._scale) for parameter, record in records.items()
+        }
 
     def sync(self) -> None:
         """Make the live weights those of the effective adapters, starting from the seed. Bit-exact both ways."""
@@ -171,10 +237,12 @@ class SparseLayer(nn.Module, BaseTunerLayer):
             weight.recover()
         wanted = self.effective_adapters()
         if wanted != self._written or self._stale:
+            self.check_memory()
             self.refresh()
-            by_adapter = [self._records(name) for name in wanted]
+            by_adapter = [self.scaled_records(name) for name in wanted]
             for parameter, weight in self.weights.items():
-                records = [found[parameter] for found in by_adapter if parameter in found]
+                # A new adapter of a model that is to be loaded (low_cpu_mem_usage) has its empty record on no device.
+                records = [f[parameter] for f in by_adapter if parameter in f and not f[parameter].values.is_meta]
                 if not records:
                     weight.revert()
                 elif len(records) == 1:
@@ -185,8 +253,8 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         self._written, self._stale = wanted, False
         for parameter, weight in self.weights.items():
             weight.adapters = tuple(name for name in wanted if parameter in self.tuned[name])
-            weight.disabled = self._disable_adapters
-        if not self._disable_adapters:
+            weight.disabled = self._disable_adapters or self._shown is not None or self._scale != 1
+        if not self._disable_adapters and self._shown is None and self._scale == 1:
             self._train_fixed()
 
     def _train_fixed(self) -> None:
@@ -199,7 +267,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):
             trainable = self.is_trainable and weight.indices.numel() > 0
             weight.parameter.requires_grad_(trainable)
             if trainable:
-                weight.free, weight.free_at = self._free(weight.adapters[0], parameter, weight), weight.indices
+                weight.free, weight.free_at = self._free(weight.adapters[0], parameter, weight.indices), weight.indices
                 watch(weight)
             if weight.free is not before:
                 # A gradient from before belongs to something else.
@@ -207,19 +275,27 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         for name, free in self.dst_free.items():
             free.requires_grad_(self.is_trainable and name in self._active_adapter)
 
-    def _free(self, adapter: str, parameter: str, weight: SparseWeight) -> nn.Parameter:
-        """What is trained of a weight; the same parameter as long as it is the same subset, for optimizers hold it."""
+    def _free(self, adapter: str, parameter: str, indices: Tensor, values: Tensor | None = None) -> nn.Parameter:
+        """What is trained of a weight; the same parameter as long as it is the same subset, for optimizers hold it.
+
+        Args:
+            adapter: whose values they are.
+            parameter: the host's parameter.
+            indices: the subset, int64 (k,).
+            values: what a new one starts from, (k,); None takes the live values.
+        """
+        weight = self.weights[parameter]
         if adapter not in self.dst_free:
             self.dst_free[adapter] = FreeValues()
         found = cast(Entries, self.dst_free[adapter])
         free = found._parameters.get(parameter)
-        same = torch.equal(self._positions.get((adapter, parameter), weight.indices), weight.indices)
-        if free is None or not same or free.shape != weight.indices.shape or free.dtype != wide_dtype(weight.data):
+        same = torch.equal(self._positions.get((adapter, parameter), indices), indices)
+        if free is None or not same or free.shape != indices.shape or free.dtype != wide_dtype(weight.data):
             if free is not None:
                 weight.superseded.append(weakref.ref(free))
-            free = free_values(weight.values())
-            found.register_parameter(parameter, free)
-        self._positions[adapter, parameter] = weight.indices
+            free = free_values(weight.values() if values is None else values)
+            found.replace(parameter, free)
+        self._positions[adapter, parameter] = indices
         weight.frees[adapter] = free
         return free
 
@@ -239,7 +315,24 @@ class SparseLayer(nn.Module, BaseTunerLayer):
             indices = positions[parameter].to(weight.data.device)
             own = values[parameter].to(weight.data) if parameter in values else weight.seeds_at(indices)
             self.write_record(adapter, parameter, Record(indices.to(index_dtype(weight.data.numel())), own))
+            if fixed and indices.numel():
+                # Also where another adapter is active: TRL copies trained adapters parameter by parameter.
+                self._free(adapter, parameter, indices, own).requires_grad_(False)
         self.sync()
+
+    def release(self, adapter: str) -> None:
+        """Let the weights be trained as a whole again where the adapter's subset is no longer a fixed one."""
+        if adapter in self.fixed - self.static:
+            self.fixed.discard(adapter)
+            self._forget_free(adapter)
+            self.set_adapter(self.active_adapters, inference_mode=not self.is_trainable)
+
+    def _forget_free(self, adapter: str) -> None:
+        for parameter, weight in self.weights.items():
+            weight.frees.pop(adapter, None)
+            self._positions.pop((adapter, parameter), None)
+        if adapter in self.dst_free:
+            del self.dst_free[adapter]
 
     def forget_seed(self, parameters: Sequence[str]) -> None:
         """Dense weights are about to be loaded over these parameters: keep what training made, let go of the seed."""
@@ -275,6 +368,10 @@ class SparseLayer(nn.Module, BaseTunerLayer):
                 weight.watched[1].remove()
         delattr(self.host, MARKER)
 
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # Records are stored where their weights are, each in the dtype of its own.
+        return
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLayer:
         # Children are moved and cast before their parents: the host still has the dtype that is about to change.
         for weight in self.weights.values():
@@ -287,15 +384,28 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         return self.host
 
     @property
+    def in_features(self) -> int | None:
+        """The host's, if it has any."""
+        return getattr(self.host, "in_features", None)
+
+    @property
+    def out_features(self) -> int | None:
+        """The host's, if it has any."""
+        return getattr(self.host, "out_features", None)
+
+    @property
     def active_adapters(self) -> list[str]:
         return list(self._active_adapter)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Activate adapters: their values go into the live weights, which become trainable unless `inference_mode`."""
+        """Activate adapters: their values go into the live weights, which become trainable unless `inference_mode`, or
+        unless an adapter can only be served.
+        """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         self._active_adapter = names
         if not self.merged:
             self._merged_model = False
+        inference_mode = inference_mode or not self.served.isdisjoint(names)
         self.is_trainable = not inference_mode
         for parameter, weight in self.weights.items():
             tuned = any(parameter in self.tuned.get(name, ()) for name in names)
@@ -312,8 +422,17 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         self.sync()
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Make the parameters that the named adapters tune trainable or not, if such an adapter is active."""
+        """Make the parameters that the named adapters tune trainable or not, if such an adapter is active.
+
+        Raises:
+            ValueError: if one is to become trainable that has values for quantised weights.
+        """
         names = {adapter_names} if isinstance(adapter_names, str) else set(adapter_names)
+        if requires_grad and (served := sorted(names & self.served)):
+            raise ValueError(
+                f"adapter {served[0]!r} has values for quantised weights, which cannot be trained. Train it on the base "
+                "model in float32, bfloat16 or float16."
+            )
         concerned = names.intersection(self.active_adapters)
         for parameter, weight in self.weights.items():
             if any(parameter in self.tuned.get(name, ()) for name in concerned):
@@ -367,11 +486,8 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         self.awaited.discard(adapter_name)
         self.fixed.discard(adapter_name)
         self.static.discard(adapter_name)
-        for parameter, weight in self.weights.items():
-            weight.frees.pop(adapter_name, None)
-            self._positions.pop((adapter_name, parameter), None)
-        if adapter_name in self.dst_free:
-            del self.dst_free[adapter_name]
+        self.served.discard(adapter_name)
+        self._forget_free(adapter_name)
         super().delete_adapter(adapter_name)
         self.sync()
 
@@ -401,11 +517,11 @@ class SparseLayer(nn.Module, BaseTunerLayer):
             sizes = state_dict.get(f"{prefix}sizes.{adapter}")
             for i, parameter in enumerate(parameters):
                 keys = [f"{prefix}{part}.{adapter}.{parameter}" for part in ("dst_indices", "dst_values")]
-                data = self.weights[parameter].data
+                data, device = self.weights[parameter].data, self.weights[parameter].device
                 if sizes is not None and i < len(sizes) and sizes[i] == 0:
                     # Complete what a saver left out, for the children that load next and are strict.
-                    state_dict[keys[0]] = torch.empty(0, dtype=index_dtype(data.numel()))
-                    state_dict[keys[1]] = torch.empty(0, dtype=data.dtype)
+                    state_dict[keys[0]] = torch.empty(0, dtype=index_dtype(data.numel()), device="cpu")
+                    state_dict[keys[1]] = torch.empty(0, dtype=data.dtype, device="cpu")
                 if all(key in state_dict for key in keys):
                     # No aliases: the caller keeps the tensors of a state dict and may change them.
                     indices, values = (state_dict[key] for key in keys)
@@ -414,10 +530,18 @@ class SparseLayer(nn.Module, BaseTunerLayer):
                     except DeltaError as error:
                         lists[-1].append(str(error))
                         continue
-                    self._store(adapter, parameter, indices.to(data.device, copy=True), values.to(data, copy=True))
-                    self.awaited.discard(adapter)
-                    self.fixed |= self.static & {adapter}
-                    self._stale = True
+                    copied = indices.to(device, copy=True), values.to(device, data.dtype, copy=True)
+                    self._store(adapter, parameter, *copied)
+                    if not self.has_memory(adapter):
+                        if indices.numel() and adapter not in self.awaited:
+                            lists[-1].append(
+                                f"{self.weights[parameter].name!r} has no memory yet (device 'meta'). Load the base model "
+                                "before the adapter, or load the adapter with PeftModel.from_pretrained."
+                            )
+                    else:
+                        self.awaited.discard(adapter)
+                        self.fixed |= self.static & {adapter}
+                        self._stale = True
         overwritten = [self.weights[parameter] for parameter in self._overwritten]
         for weight in overwritten:
             seeds = state_dict.get(f"{prefix}seed_values.{weight.attribute}")
@@ -427,6 +551,12 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         self.sync()
         for weight in overwritten:
             weight.remember_seed_again()
+
+
+def _scaled(weight: SparseWeight, record: Record, scale: float) -> Record:
+    seeds = weight.seeds_at(record.indices.long().to(weight.data.device))
+    values = seeds.double() + scale * (record.values.double() - seeds.double())
+    return Record(record.indices, values.to(record.values.dtype))
 
 
 def _add_up(weight: SparseWeight, records: Sequence[Record]) -> tuple[Tensor, Tensor]:
@@ -479,4 +609,6 @@ def _bit_sum(tensor: Tensor) -> int:
 
 def markers(model: nn.Module) -> Iterator[tuple[str, SparseLayer]]:
     """The marker children of a model with their names, in model order."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, SparseLayer))
+    # By name: after a second import of the package there are two classes of them.
+    found = ((name, module) for name, module in model.named_modules() if name.rpartition(".")[2] == MARKER)
+    return ((name, cast(SparseLayer, module)) for name, module in found if isinstance(module, BaseTunerLayer))

@@ -2,80 +2,151 @@
 
 PEFT has no entry points, and its enum of methods is closed: a name that is not in it is refused by
 `register_peft_method`, and a plain string in the mappings breaks transformers, which reads `peft_type.value`. So DST
-becomes a real member of the enum, and two methods of PeftModel learn to ask the tuner.
+becomes a real member of the enum, three methods of PeftModel learn what DST adds to them, and two functions that look for
+LoRA's layers find DST's.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
-from peft import PeftModel
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.utils import PeftType, register_peft_method
+from peft import PeftModel, helpers
+from peft import __version__ as peft_version
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils import PeftType, hotswap, register_peft_method
+from torch import nn
 
 from .core.hook import install
 
 
+NAME = "DST"
+
+
+def register() -> None:
+    """Register DST with PEFT. Importing `peft_dst` does this; calling it again changes nothing.
+
+    Raises:
+        ImportError: if PEFT, or another plugin, has a method of that name, or PEFT's enum is none that can be extended.
+    """
+    from .config import DSTConfig
+    from .hotswap import hotswap_adapter
+    from .model import DSTModel
+    from .rescale import rescale_adapter_scale
+
+    known = _registered_config()
+    if known is not None and known.__module__ != DSTConfig.__module__:
+        raise ImportError(
+            f"peft {peft_version} already knows a method {NAME!r}, {known.__module__}.{known.__qualname__}, so peft_dst "
+            "cannot register its own under that name. Use that one, or uninstall what brings it."
+        )
+    _extend_peft_type()
+    if known is None:
+        register_peft_method(name=NAME.lower(), config_cls=DSTConfig, model_cls=DSTModel)
+    else:
+        # The package may have been imported anew, and its classes with it.
+        PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(NAME)] = DSTConfig
+        PEFT_TYPE_TO_TUNER_MAPPING[PeftType(NAME)] = DSTModel
+    install()
+    _extend("get_nb_trainable_parameters", _count)
+    _extend("create_or_update_model_card", _write_model_card)
+    _extend("_upload_modified_files", _upload)
+    _stand_in(hotswap, "hotswap_adapter", hotswap_adapter)
+    _stand_in(helpers, "rescale_adapter_scale", rescale_adapter_scale)
+
+
+def _registered_config() -> type | None:
+    member = PeftType.__members__.get(NAME)
+    return None if member is None else PEFT_TYPE_TO_CONFIG_MAPPING.get(member)
+
+
+# The member
+
+
 def _extend_peft_type() -> None:
-    if "DST" in PeftType.__members__:
+    if NAME in PeftType.__members__:
         return
-    member = str.__new__(PeftType, "DST")
-    member._name_ = member._value_ = "DST"
-    member.__objclass__ = PeftType
-    member._sort_order_ = len(PeftType)
-    PeftType._member_names_.append("DST")
-    PeftType._member_map_["DST"] = member
-    PeftType._value2member_map_["DST"] = member
-    # Attribute access finds members in the class; the enum's metaclass forbids setting them the ordinary way.
-    type.__setattr__(PeftType, "DST", member)
+    try:
+        member = str.__new__(PeftType, NAME)
+        member._name_ = member._value_ = NAME
+        member.__objclass__ = PeftType
+        member._sort_order_ = len(PeftType)
+        # Pickles of it are read by processes that have imported nothing but peft.
+        member.__reduce_ex__ = lambda protocol: (_member, ())
+        PeftType._member_names_.append(NAME)
+        PeftType._member_map_[NAME] = member
+        PeftType._value2member_map_[NAME] = member
+        # Attribute access finds members in the class; the enum's metaclass forbids setting them the ordinary way.
+        type.__setattr__(PeftType, NAME, member)
+        extended = PeftType(NAME) is PeftType[NAME] is getattr(PeftType, NAME) is list(PeftType)[-1] is member
+    except (AttributeError, TypeError, ValueError, KeyError) as error:
+        raise ImportError(_NO_MEMBER) from error
+    if not extended:
+        raise ImportError(_NO_MEMBER)
 
 
-def _ask_the_tuner(method: str) -> None:
-    """Let a method of PeftModel defer to the tuner's own, where the tuner is DST's."""
-    original = getattr(PeftModel, method)
-    if hasattr(original, "dst_original"):
+_NO_MEMBER = (
+    f"peft_dst cannot add {NAME!r} to peft {peft_version}'s PeftType: it, or Python's enum, is made otherwise than in the "
+    "versions that peft_dst is tested with. Install one of those: see its constraints.txt."
+)
+
+
+def _member() -> PeftType:
+    """What a pickled PeftType.DST comes back as; to find this function unpickling imports the package, which registers."""
+    return PeftType(NAME)
+
+
+# What is added to PeftModel
+
+
+def _extend(method: str, replacement: Any) -> None:
+    """Let `replacement` stand before a method of PeftModel, for models of DST's; it is given the original first."""
+    original = getattr(PeftModel, method, None)
+    if original is None or hasattr(original, "dst_original"):
         return
 
     @functools.wraps(original)
     def wrapper(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
-        from .model import DSTModel
-
-        tuner = self.base_model
-        if isinstance(tuner, DSTModel):
-            return getattr(tuner, method)(*args, **kwargs)
+        # By its prefix: after a second import of the package there are two classes of the name.
+        if getattr(self.base_model, "prefix", None) == f"{NAME.lower()}_":
+            return replacement(original, self, *args, **kwargs)
         return original(self, *args, **kwargs)
 
     wrapper.__dict__["dst_original"] = original
     setattr(PeftModel, method, wrapper)
 
 
-def _extend_model_card() -> None:
-    original = PeftModel.create_or_update_model_card
+def _count(original: Any, model: PeftModel) -> tuple[int, int]:
+    return model.base_model.get_nb_trainable_parameters()
+
+
+def _write_model_card(original: Any, model: PeftModel, output_dir: str) -> None:
+    from .card import read_metadata, update_model_card
+
+    before = read_metadata(output_dir)
+    original(model, output_dir)
+    update_model_card(output_dir, model, before)
+
+
+def _upload(original: Any, model: PeftModel, working_dir: str, *args: Any, **kwargs: Any) -> Any:
+    """`push_to_hub` saves the adapter and then writes the hub's own README over the new one: bring it up to date."""
+    model.create_or_update_model_card(working_dir)
+    return original(model, working_dir, *args, **kwargs)
+
+
+def _stand_in(module: ModuleType, name: str, ours: Callable[..., Any]) -> None:
+    """Let a function of PEFT that knows LoRA's layers only do what it is for with models that have DST's."""
+    original = getattr(module, name)
     if hasattr(original, "dst_original"):
         return
 
     @functools.wraps(original)
-    def wrapper(self: PeftModel, output_dir: str) -> None:
-        from .card import update_model_card
-        from .model import DSTModel
+    def wrapper(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        from .layer import markers
 
-        original(self, output_dir)
-        if isinstance(self.base_model, DSTModel):
-            update_model_card(output_dir, self)
+        return (ours if any(markers(model)) else original)(model, *args, **kwargs)
 
     wrapper.__dict__["dst_original"] = original
-    PeftModel.create_or_update_model_card = wrapper
-
-
-def register() -> None:
-    """Register DST with PEFT. Importing `peft_dst` does this; calling it again changes nothing."""
-    _extend_peft_type()
-    if PeftType("DST") not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        from .config import DSTConfig
-        from .model import DSTModel
-
-        register_peft_method(name="dst", config_cls=DSTConfig, model_cls=DSTModel)
-    install()
-    _ask_the_tuner("get_nb_trainable_parameters")
-    _extend_model_card()
+    setattr(module, name, wrapper)

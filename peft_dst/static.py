@@ -7,7 +7,7 @@ from data, which `fix_subset` takes, as it takes the subset of another adapter.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
@@ -64,6 +64,25 @@ def choose_by_seed(config: DSTConfig, constraint: Constraint) -> dict[str, Tenso
     return _choose(_SeedScores(config, constraint), constraint)
 
 
+def check_memory(parameters: Iterable[nn.Parameter]) -> None:
+    """Check that a subset can be given to these parameters, which starts from their values.
+
+    Raises:
+        ValueError: if one has no memory.
+    """
+    if any(parameter.is_meta for parameter in parameters):
+        raise ValueError(
+            "a static selection, or a subset to start from, takes the values of the base model, which has none yet (device "
+            "'meta'). Load the base model first."
+        )
+
+
+def choose_at_random(config: DSTConfig, constraint: Constraint) -> dict[str, Tensor]:
+    """A random subset of the budget, whatever the config's selection; as `choose_by_seed` returns it."""
+    shapes = {weight.name: weight.data.shape for weight in constraint.weights}
+    return _choose({n: random_scores(n, shape, config.selection_seed) for n, shape in shapes.items()}, constraint)
+
+
 class _SeedScores(Mapping[str, Tensor]):
     """Scores made when they are asked for, a tensor at a time."""
 
@@ -118,11 +137,28 @@ def place(
         values: the values there, (k,); the seed's for parameters that are not in it.
         fixed: whether it keeps that subset.
     """
+    check_memory(weight.parameter for weight in constraint.weights)
     for _, marker in markers(model):
         if constraint.adapter in marker.tuned:
             names = {parameter: marker.weights[parameter].name for parameter in marker.tuned[constraint.adapter]}
             own = {parameter: values[name] for parameter, name in names.items() if name in values}
             marker.place(constraint.adapter, {p: positions[name] for p, name in names.items()}, own, fixed)
+
+
+def make_room(model: nn.Module, constraint: Constraint, adapter_name: str, fixed: bool) -> None:
+    """Give a new adapter the positions that another one has by now, with the seed's values.
+
+    Args:
+        model: the model.
+        constraint: of the new adapter.
+        adapter_name: the other one, which tunes the same parameters.
+        fixed: whether the new adapter keeps that subset.
+    """
+    positions = {weight.name: torch.empty(0, dtype=torch.int64) for weight in constraint.weights}
+    for _, marker in markers(model):
+        records = marker.records(adapter_name) if adapter_name in marker.tuned else {}
+        positions |= {marker.weights[parameter].name: record.indices.long() for parameter, record in records.items()}
+    place(model, constraint, positions, fixed=fixed)
 
 
 def fix_subset(
@@ -167,11 +203,16 @@ def fix_subset(
     if not any(at.numel() for at in positions.values()):
         raise ValueError("the source leaves no free parameter: it is empty, or all of its scores are zero.")
     if config.selection == "transfer":
-        for silo in constraint.silos:
-            silo.budget = sum(positions[weight.name].numel() for weight in silo.weights)
-        config.epsilon, config.num_free_parameters = None, constraint.budget
+        take_over(constraint, config, positions)
     place(model, constraint, positions)
     return positions
+
+
+def take_over(constraint: Constraint, config: DSTConfig, positions: Mapping[str, Tensor]) -> None:
+    """Make the budgets of an adapter those of a subset that it is given, int64 (k,) for each of its parameters."""
+    for silo in constraint.silos:
+        silo.budget = sum(positions[weight.name].numel() for weight in silo.weights)
+    config.epsilon, config.num_free_parameters = None, constraint.budget
 
 
 def start_from(

@@ -2,34 +2,48 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-import torch
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
-from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
 
 from .config import DSTConfig
 from .delta import MARKER
+from .overlay import can_edit, can_overlay, original_shape
 
 
-_TUNABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_REFUSAL = "DST edits weights in place, which quantised or integer weights do not allow."
+_REMEDY = (
+    "Load the base model in float32, bfloat16 or float16 (without a quantization_config), or leave the module out with "
+    "target_modules or exclude_modules."
+)
 
 
 @dataclass(frozen=True)
 class Target:
-    """A parameter to tune: its host's name ("" for the model itself), its own, and the other owners of a shared one."""
+    """A parameter to tune: its host's name ("" for the model itself), its own, and the other owners of a shared one.
+
+    A quantised one is a linear layer's matrix: a saved adapter is served over it, without editing it.
+    """
 
     host: str
     parameter: str
     aliases: tuple[Target, ...] = ()
+    shape: tuple[int, ...] = ()
+    quantised: bool = False
 
     @property
     def name(self) -> str:
         return f"{self.host}.{self.parameter}" if self.host else self.parameter
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
 
 
 def is_targeted(config: DSTConfig, module_name: str) -> bool:
@@ -88,8 +102,9 @@ def find_targets(model: nn.Module, config: DSTConfig) -> list[Target]:
     """The parameters that an adapter with this config tunes, in model order, a shared parameter once.
 
     Raises:
-        ValueError: if one of them cannot be edited in place (quantised or integer weights), or belongs to a module that
-            another adapter replaces with a dense copy.
+        ValueError: if one of them cannot be edited in place (quantised, integer or offloaded weights), or belongs to a
+            module that another adapter replaces with a dense copy. A saved adapter that is loaded for inference need
+            not edit the weights of linear layers.
     """
     modules = {name: module for name, module in model.named_modules() if MARKER not in name.split(".")}
     copied = [name for name, module in modules.items() if isinstance(module, AuxiliaryTrainingWrapper)]
@@ -115,23 +130,73 @@ def find_targets(model: nn.Module, config: DSTConfig) -> list[Target]:
                 f"(modules_to_save). Add {wrapper.rpartition('.')[-1]!r} to this adapter's modules_to_save, or to "
                 "its exclude_modules."
             )
-        _check_tunable(target.name, tensors[key])
-        targets.append(replace(target, aliases=tuple(aliases[1:])))
-    for host, module in modules.items():
-        if hasattr(module, "qweight") and is_targeted(config, host):
-            _refuse_quantised(host, type(module).__name__)
+        tensor, host = tensors[key], modules[target.host]
+        _check_real(target.name, tensor)
+        target = replace(target, aliases=tuple(aliases[1:]), shape=tuple(tensor.shape))
+        if not can_edit(tensor):
+            _check_servable(model, config, target, f"{type(tensor).__name__} of {tensor.dtype}")
+            target = replace(target, shape=original_shape(host), quantised=True)
+        if tensor.is_meta and is_offloaded(model, host):
+            raise ValueError(
+                f"{target.name!r} is offloaded: accelerate fetches it anew for every forward pass, so it cannot be edited "
+                "in place. Load the base model whole onto the CPU or GPUs (a device_map without 'disk', nor 'cpu' beside "
+                "GPUs), or tune other modules (target_modules, exclude_modules). To serve an adapter offloaded, merge "
+                "it where the base fits (merge_and_unload), save that, and offload the merged model."
+            )
+        targets.append(target)
+    for name, module in modules.items():
+        if hasattr(module, "qweight") and is_targeted(config, name):
+            raise ValueError(f"{name!r} is a {type(module).__name__}: {_REFUSAL} {_REMEDY}")
+        own = module.named_parameters(recurse=False)
+        if is_saved_densely(config, name) and any(not can_edit(p) and can_overlay(module, part) for part, p in own):
+            raise ValueError(
+                f"{name!r} is quantised, but the adapter keeps a dense copy of it (modules_to_save). Quantise the base "
+                "model without it (bitsandbytes: llm_int8_skip_modules, torchao: modules_to_not_convert)."
+            )
     return targets
 
 
-def _check_tunable(name: str, tensor: nn.Parameter) -> None:
-    data = tensor.data
-    if data.dtype not in _TUNABLE or type(data) not in (torch.Tensor, DTensor):
-        _refuse_quantised(name, f"{type(tensor).__name__} of {data.dtype}")
+def is_offloaded(model: nn.Module, module: nn.Module) -> bool:
+    """Whether the parameters of a module that are on "meta" are kept elsewhere by accelerate."""
+    hook = getattr(module, "_hf_hook", None)
+    if any(getattr(part, "offload", False) for part in (hook, *getattr(hook, "hooks", ()))):
+        return True
+    # PEFT takes the hooks away before it adds the adapter, and puts them back after it was loaded.
+    return bool({"cpu", "disk"} & {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()})
 
 
-def _refuse_quantised(name: str, what: str) -> None:
-    raise ValueError(
-        f"{name!r} is {what}: DST edits weights in place, which quantised or integer weights do not allow. Load the base "
-        "model in float32, bfloat16 or float16 (without a quantization_config), or leave the module out with "
-        "target_modules or exclude_modules."
-    )
+def _check_real(name: str, tensor: nn.Parameter) -> None:
+    if is_lazy(tensor):
+        raise ValueError(
+            f"{name!r} has no shape yet. Call the base model once, on any batch, before adding the adapter."
+        )
+    if tensor.dtype.is_complex:
+        raise ValueError(
+            f"{name!r} is {tensor.dtype}: DST ranks real components, by distances that complex ones do not have. Leave it "
+            "out with target_modules or exclude_modules, or keep it as real pairs (torch.view_as_real)."
+        )
+
+
+def _check_servable(model: nn.Module, config: DSTConfig, target: Target, what: str) -> None:
+    """Check that a saved adapter can be served over a quantised parameter, and that this is what is wanted."""
+    what = f"{target.name!r} is {what}"
+    host = model.get_submodule(target.host)
+    if not can_overlay(host, target.parameter):
+        raise ValueError(
+            f"{what}: {_REFUSAL} Nor is it the weight of a linear layer that bitsandbytes or torchao quantised, over "
+            f"which a saved adapter could be served. {_REMEDY}"
+        )
+    if config.records is None or not config.inference_mode:
+        raise ValueError(
+            f"{what}: {_REFUSAL} Train the adapter on the base model in float32, bfloat16 or float16; once saved it loads "
+            "onto this quantised one for inference (PeftModel.from_pretrained, is_trainable=False). Or leave quantised "
+            "modules out with target_modules or exclude_modules."
+        )
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    tied = host is head and getattr(model.config, "tie_word_embeddings", False)
+    if tied or target.aliases:
+        raise ValueError(
+            f"{what}, and was one parameter with another module's before it was quantised, or is still. An adapter "
+            "changes both, but has values for one. Quantise the base model without this module (bitsandbytes: "
+            "llm_int8_skip_modules, torchao: modules_to_not_convert)."
+        )

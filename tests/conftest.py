@@ -6,6 +6,12 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+# Before anything imports huggingface_hub, which reads its environment once.
+import tests.hub  # noqa: F401
+
+
+# isort: split
+
 import pytest
 import torch
 from peft import get_peft_model

@@ -149,7 +149,7 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
     return {
         name: parameter.detach().clone()
         for name, parameter in model.named_parameters()
-        if "._sparse." not in name and ".modules_to_save." not in name
+        if "_sparse" not in name.split(".") and ".modules_to_save." not in name
     }
 
 

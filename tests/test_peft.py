@@ -3,32 +3,16 @@
 from __future__ import annotations
 
 import copy
-import pickle
 import random
 import warnings
 
-import peft
 import pytest
 import torch
-from peft import AutoPeftModelForSequenceClassification, PeftModel, get_peft_config, get_peft_model
-from peft.utils import PeftType
+from peft import AutoPeftModelForSequenceClassification, PeftModel, get_peft_model
 from torch import nn
 
-import peft_dst
 from peft_dst import DSTConfig, DSTModel
-from tests.models import assert_same, bert, logits, loss, train, tuned_model, weights
-
-
-def test_registration_is_a_real_member_and_idempotent():
-    peft_dst.register()
-    assert PeftType("DST") is PeftType.DST
-    assert PeftType.DST.value == "DST" == PeftType.DST
-    assert PeftType["DST"] in list(PeftType)
-    assert pickle.loads(pickle.dumps(PeftType.DST)) is PeftType.DST
-    assert isinstance(get_peft_config({"peft_type": "DST", "epsilon": 0.1}), DSTConfig)
-    # Other methods' counts are left alone.
-    lora = get_peft_model(bert(), peft.LoraConfig(target_modules=["query"], r=2))
-    assert lora.get_nb_trainable_parameters()[0] == 2 * 2 * (16 + 16)
+from tests.models import assert_same, batch, logits, loss, train, tuned_model, weights
 
 
 def test_counts_tell_the_budget(build, capsys):
@@ -212,6 +196,49 @@ def test_several_active_adapters_add_up(build):
     with pytest.raises(RuntimeError, match="adapters a, b are all active"):
         optimizer.step()
     assert_same(weights(base), before)
+
+
+def test_several_active_adapters_with_fixed_and_other_subsets(build):
+    """A dynamic one over everything, a fixed one in the queries, all biases, and dense copies besides."""
+    base = build("bert")
+    model = get_peft_model(base, DSTConfig(epsilon=0.1), "dynamic")
+    train(model, "bert")
+    for name, options in {
+        "fixed": {"selection": "random", "epsilon": 0.3, "target_modules": ["query"]},
+        "biases": {"selection": "bitfit"},
+    }.items():
+        model.add_adapter(name, DSTConfig(**options))
+        model.set_adapter(name)
+        train(model, "bert", first=7)
+    with model.disable_adapter():
+        seed = weights(base)
+    names = ["dynamic", "fixed", "biases"]
+    tuned = {}
+    for name in names:
+        model.set_adapter(name)
+        tuned[name] = weights(base)
+    for order in (names, names[::-1], names[:2]):
+        model.base_model.set_adapter(order)
+        counts = set()
+        for key, value in weights(base).items():
+            total, count, only = seed[key].double(), torch.zeros_like(value), seed[key]
+            for name in order:
+                moved = tuned[name][key] != seed[key]
+                total = total + (tuned[name][key].double() - seed[key].double())
+                count, only = count + moved, torch.where(moved, tuned[name][key], only)
+            counts |= set(count.unique().tolist())
+            assert torch.equal(value[count < 2], only[count < 2])
+            assert torch.allclose(value.double(), total, rtol=0, atol=1e-7)
+        assert counts >= {0, 1, 2}
+    model.set_adapter("fixed")
+    assert_same(weights(base), tuned["fixed"])
+    model.eval()
+    tokens = batch("bert")["input_ids"]
+    mixed = model(input_ids=tokens, adapter_names=["biases", "fixed", "dynamic", "__base__"]).logits
+    for row, name in enumerate(["biases", "fixed", "dynamic"]):
+        model.set_adapter(name)
+        assert torch.allclose(model(input_ids=tokens).logits[row], mixed[row], atol=1e-6)
+    assert_same(model.unload().state_dict() | {}, dict(build("bert").state_dict()))
 
 
 def test_merge_and_unload(build):
@@ -419,3 +446,13 @@ def test_loading_by_name(loader, build, tmp_path):
         loaded = loader(type(base).from_pretrained(tmp_path / "base"), tmp_path / "adapter")
     assert torch.equal(logits(loaded, "bert"), output)
     assert not any(p.requires_grad for p in loaded.parameters())
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_unloading_beside_a_dense_copy_without_a_weight_of_its_own(merge, build):
+    model = get_peft_model(build("bert"), DSTConfig(epsilon=0.05, modules_to_save=["pooler", "classifier"]))
+    train(model, "bert")
+    tuned = logits(model, "bert")
+    left = model.merge_and_unload() if merge else model.unload()
+    assert type(left.bert.pooler) is type(build("bert").bert.pooler)
+    assert torch.equal(logits(left, "bert"), tuned) is merge

@@ -77,17 +77,6 @@ def test_config_and_metadata_describe_the_file(saved):
     assert {"float32", "bfloat16", "float16"} == set(next(iter(config["records"].values()))[2])
 
 
-def test_the_model_card_says_what_to_import(saved):
-    folder, _, model = saved(task_type="SEQ_CLS")
-    model.save_pretrained(folder)
-    card = (folder / "README.md").read_text()
-    assert card.count("import peft_dst") == 1
-    assert "pip install peft-dst" in card
-    assert "AutoModelForSequenceClassification" in card
-    assert "dynamic-subset-tuning" in card
-    assert f"| default | ε = 0.02 | {model.constraint().budget:,} | module_and_layer | inverse_relative |" in card
-
-
 def test_a_config_can_be_used_again(build, tmp_path):
     config = DSTConfig(epsilon=0.02)
     for _ in range(2):

@@ -15,6 +15,7 @@ kernel is wanted.
 * `schedule`   at which steps the subset is chosen
 * `constraint` one adapter's constraint: what happens around an optimizer step
 * `free`       training a subset that never changes
+* `correction` what changed entries change in a layer's output
 * `hook`       the global optimizer hook that calls it, for any `torch.optim` optimizer
 * `reference`  the same step, dense and plain, to test the fast one against
 * `kernels`    AdamW's step and the choice in one on a GPU (with `kernels_triton`, and its plain `kernels_reference`)

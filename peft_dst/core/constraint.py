@@ -239,7 +239,7 @@ def concerned(param_groups: Iterable[Mapping[str, Any]]) -> list[tuple[Constrain
 
     Raises:
         RuntimeError: if a weight is in no state to be stepped: its adapter is disabled, or not the only active one.
-        NotImplementedError: if a weight is sharded.
+        NotImplementedError: if a weight is sharded, or a silo spans several devices.
     """
     parameters = {id(parameter) for group in param_groups for parameter in group["params"]}
     found = [(c, _to_step(c, parameters)) for c in list(Constraint.live) if not c.fixed]
@@ -249,10 +249,18 @@ def concerned(param_groups: Iterable[Mapping[str, Any]]) -> list[tuple[Constrain
 def _to_step(constraint: Constraint, parameters: set[int]) -> list[Silo]:
     silos = constraint.silos_of(parameters)
     for silo in silos:
+        devices = {str(weight.data.device) for weight in silo.weights}
         for weight in silo.weights:
             if constraint.adapter not in weight.adapters and not weight.disabled:
                 return []
             check_steppable(weight, weight.parameter.grad)
+            # Where it had no memory when the adapter was added.
+            weight.watch()
+        if len(devices) > 1:
+            raise NotImplementedError(
+                f"the silo {silo.name!r} spans the devices {', '.join(sorted(devices))}; what competes must be on one. "
+                "Train with siloing='module_and_layer' or 'parameter', or a silo_pattern by which no silo spans several."
+            )
     return [silo for silo in silos if not any(weight.disabled for weight in silo.weights)]
 
 
@@ -260,13 +268,16 @@ def check_steppable(weight: SparseWeight, gradient: Tensor | None) -> None:
     """Check that an optimizer may step a weight.
 
     Raises:
-        RuntimeError: if its adapter is disabled, or not the only active one.
+        RuntimeError: if its adapter is disabled, or not the only active one, or it was resized or has no memory.
         NotImplementedError: if it is sharded.
     """
+    weight.check_memory()
+    weight.check_shape()
     if weight.disabled and gradient is not None:
         raise RuntimeError(
-            f"an optimizer is stepping {weight.name!r} while its adapter is disabled: the step would change the "
-            "seed itself. Leave `disable_adapter()` (or enable the adapters) before optimizer.step()."
+            f"an optimizer is stepping {weight.name!r} while its adapter is disabled (or shows rescaled): the step would "
+            "change the seed itself. Leave `disable_adapter()` or `rescale_adapter_scale` (or enable the adapters) before "
+            "optimizer.step()."
         )
     if len(weight.adapters) > 1:
         raise RuntimeError(

@@ -158,7 +158,8 @@ class FixedStep:
         weights = [weight for _, weights in self.constraints for weight in weights]
         rounded = {weight: _rounded(weight) for weight in weights}
         finite = [torch.isfinite(values).all() for values in rounded.values()]
-        if finite and not torch.stack(finite).all():
+        # One wait reads them all, wherever the weights are.
+        if finite and not torch.stack([ok.to(finite[0].device) for ok in finite]).all():
             for weight in weights:
                 assert weight.free is not None
                 weight.free.data.copy_(weight.values())
@@ -224,7 +225,8 @@ def _check_not_forgotten(constraint: Constraint, ready: Sequence[SparseWeight]) 
     if not any(weight.frees.get(constraint.adapter) is not None for weight in constraint.weights):
         raise RuntimeError(
             f"the adapter {constraint.adapter!r} has a static selection whose subset was not chosen yet. Choose it with "
-            "peft_dst.fix_subset(model, scores), then make the optimizer."
+            "peft_dst.fix_subset(model, scores), then make the optimizer. (low_cpu_mem_usage=True is for adapters that are "
+            "loaded: with it, none is chosen.)"
         )
     raise RuntimeError(
         f"the optimizer holds {trained[0].name!r} but not the values of its fixed subset, which are what is trained. Make "

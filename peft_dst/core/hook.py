@@ -46,7 +46,7 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
     _undo(_under_way.pop(optimizer, []))
     if (unfinished := _fixed.pop(optimizer, None)) is not None:
         unfinished.restore()
-    if optimizer in _exempt:
+    if optimizer in _exempt or _is_skipped(optimizer):
         return
     fixed = _fixed[optimizer] = FixedStep(optimizer)
     steps: list[tuple[Constraint, StepInProgress]] = []
@@ -77,6 +77,15 @@ def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, A
         # An update that is not finite, memory that ran out, Ctrl-C: no weight keeps an update that was not projected.
         _undo(steps)
         raise
+
+
+def _is_skipped(optimizer: Optimizer) -> bool:
+    """Whether a GradScaler found infinite gradients and leaves it to the optimizer (a fused one) to change nothing.
+
+    Other optimizers' steps it does not call at all. Neither is a step: nothing is chosen or counted.
+    """
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found)
 
 
 def _undo(steps: Iterable[tuple[Constraint, StepInProgress]]) -> None:

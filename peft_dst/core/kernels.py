@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from .distances import DISTANCES
 from .selection import Selection
@@ -133,8 +134,13 @@ def adamw_scalars(lr: float, betas: tuple[float, float], eps: float, weight_deca
 
 @functools.cache
 def _device_code() -> ModuleType | None:
-    """The kernels, or None without Triton. Whether they are interpreted is decided here, once."""
+    """The kernels, or None without a Triton that rounds as torch. Whether they are interpreted is decided here, once."""
     if importlib.util.find_spec("triton") is None:
+        return None
+    import triton
+
+    # Up to 3.5, which came with torch 2.9, division and square root flush what is subnormal to zero (`div.rn.ftz`).
+    if TorchVersion(triton.__version__) < "3.6":
         return None
     from . import kernels_triton
 

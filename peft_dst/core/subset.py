@@ -46,7 +46,7 @@ class Silo:
     name: str
     weights: list[SparseWeight]
     budget: int
-    threshold: Tensor = field(default_factory=lambda: torch.zeros(()))
+    threshold: Tensor = field(default_factory=lambda: torch.zeros((), device="cpu"))
     previous: list[Tensor] = field(default_factory=list)
     divisors: list[float] | None = None
     divided: list[int] = field(default_factory=list)

@@ -106,6 +106,26 @@ class SparseWeight:
         """The live weight, outside autograd."""
         return self.parameter.data if self._live is None else self._live
 
+    @property
+    def device(self) -> torch.device:
+        """Where notes on the weight are kept: where it is, or on the CPU while it has no memory ("meta")."""
+        device = self.data.device
+        return torch.device("cpu") if device.type == "meta" else device
+
+    def check_memory(self) -> None:
+        """Check that the weight can be read and written.
+
+        Raises:
+            RuntimeError: if it has no memory.
+        """
+        if self.data.is_meta:
+            raise RuntimeError(
+                f"{self.name!r} has no memory now (device 'meta'), so it can neither be trained, nor saved, nor switched "
+                "to another adapter or the seed. If the base model is still to be loaded, load it first; if it was "
+                "offloaded (a device_map, accelerate's hooks), bring it back with "
+                "accelerate.hooks.remove_hook_from_submodules."
+            )
+
     def lend(self) -> Tensor:
         """Put a working copy in the live weight's place, for an optimizer to write into, and return it."""
         live = self.data
@@ -130,8 +150,8 @@ class SparseWeight:
         """Take the live weight as the seed."""
         self.generation += 1
         self.under_way = None
-        self.indices = torch.empty(0, dtype=torch.int64)
-        self.seeds = torch.empty(0)
+        # Whatever the default device is.
+        self.indices, self.seeds = torch.empty(0, dtype=torch.int64, device="cpu"), torch.empty(0, device="cpu")
         self._checksum = None
 
     def place(self, indices: Tensor, seeds: Tensor) -> None:
@@ -144,7 +164,7 @@ class SparseWeight:
         Rounding a seed value gives the same bits whether it was rounded here or with its whole tensor.
         """
         data = self.data
-        if self.seeds.device != data.device or self.seeds.dtype != data.dtype:
+        if not data.is_meta and (self.seeds.device != data.device or self.seeds.dtype != data.dtype):
             self.indices, self.seeds = self.indices.to(data.device), self.seeds.to(data)
         return data
 
@@ -163,6 +183,8 @@ class SparseWeight:
     def apply(self, indices: Tensor, values: Tensor) -> None:
         """Make the live weight the seed with `values` (k,) at `indices` (k,) int64, sorted."""
         self.revert()
+        if not indices.numel():
+            return
         data = self.data
         indices = indices.to(data.device)
         self.indices, self.seeds = indices, gather(data, indices)
@@ -200,7 +222,7 @@ class SparseWeight:
 
     def watch(self) -> None:
         """Note the seed's checksum if that was not done yet: the weight may be trained from now on."""
-        if not self._watched:
+        if self._checksum is None:
             self.remember_seed()
 
     def remember_seed_again(self) -> None:
@@ -210,20 +232,33 @@ class SparseWeight:
 
     def remember_seed_cast(self, cast: Callable[[Tensor], Tensor]) -> None:
         """Renew the checksum for what a cast (`nn.Module._apply`) is about to make of the weight."""
-        if self._checksum is not None and self.seed_is_intact():
+        if self._checksum is not None and not self.data.is_meta and self.seed_is_intact():
             data = self._follow()
             if cast(data.new_empty(0)).dtype != data.dtype:
                 new = cast(data)
                 self._checksum = new.dtype, new.shape, self._sum(new, cast(self.seeds), cast(self.values()))
 
-    def is_resized(self) -> bool:
-        """Whether the weight has another shape than when its seed was noted."""
-        return self._checksum is not None and self._checksum[1] != self.data.shape
+    def check_shape(self) -> None:
+        """Check that the weight has the shape it had when its seed was noted.
+
+        Raises:
+            RuntimeError: if not.
+        """
+        if self._checksum is not None and self._checksum[1] != self.data.shape:
+            raise RuntimeError(
+                f"{self.name!r} has changed its shape since the adapter was added, so its positions and budget no longer "
+                "hold. Resize the base model (resize_token_embeddings) before get_peft_model."
+            )
 
     def seed_is_intact(self) -> bool:
-        """Whether everything outside the subset still has the seed's bits; True if the seed was never noted."""
+        """Whether everything outside the subset still has the seed's bits; True if the seed was never noted.
+
+        Raises:
+            RuntimeError: if the weight has no memory.
+        """
         if self._checksum is None:
             return True
+        self.check_memory()
         data = self._follow()
         return self._checksum == (data.dtype, data.shape, self._sum(data, self.seeds, self.values()))
 

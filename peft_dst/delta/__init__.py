@@ -22,6 +22,7 @@ from .merging import Merged, check_free, copy_others, merge
 from .packed import pack
 from .patches import export_patches
 from .records import (
+    DTYPES,
     FORMAT_VERSION,
     DeltaError,
     Record,
@@ -38,6 +39,7 @@ from .sparse import SparseDelta, SparseTensor
 
 __all__ = [
     "CONFIG_NAME",
+    "DTYPES",
     "FORMAT_VERSION",
     "MARKER",
     "MAX_COMPONENTS",

@@ -82,6 +82,10 @@ class DSTCallback(TrainerCallback):
         # Trainer hands over Accelerate's wrapper.
         optimizer = getattr(optimizer, "optimizer", optimizer)
         _check_release(args, optimizer)
+        if isinstance(optimizer, DSTOptimizer):
+            # An attempt before this one may have run out of memory in a backward pass (auto_find_batch_size), with some
+            # gradients used already.
+            optimizer.zero_grad()
         for message in training_advice(model, constraints[0], optimizer):
             warnings.warn(message, stacklevel=2)
         if "tensorboard" in (args.report_to or []) and state.is_world_process_zero and is_tensorboard_available():

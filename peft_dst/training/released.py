@@ -21,7 +21,9 @@ class ReleasedGradient(Tensor):
     def of(gradient: Tensor) -> ReleasedGradient:
         nothing = torch.empty((), dtype=gradient.dtype, device=gradient.device).expand(gradient.shape)
         released = Tensor._make_subclass(ReleasedGradient, nothing)
-        released.norm_before = torch.linalg.vector_norm(gradient, 2.0)
+        # Those of sparse embeddings come in parts.
+        values = gradient.coalesce().values() if gradient.is_sparse else gradient
+        released.norm_before = torch.linalg.vector_norm(values, 2.0)
         return released
 
     @classmethod

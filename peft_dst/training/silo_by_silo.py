@@ -64,8 +64,8 @@ class SiloBySilo:
         for weight in (weight for silo in silos for weight in silo.weights):
             weight.recover()
         by_kernels = [silo for silo in silos if self._suits_kernels(constraint, silo)]
-        if by_kernels:
-            self._by_kernels(constraint, by_kernels)
+        for device in dict.fromkeys(silo.weights[0].data.device for silo in by_kernels):
+            self._by_kernels(constraint, [silo for silo in by_kernels if silo.weights[0].data.device == device])
         for silo in silos:
             if silo not in by_kernels:
                 self._by_working_copies(constraint, silo)

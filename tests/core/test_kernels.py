@@ -23,7 +23,7 @@ from peft_dst.core.kernels_reference import adamw_maxima_reference, moments_refe
 from peft_dst.core.tiles import bits
 
 
-pytest.importorskip("triton", reason="triton is not installed (it is for Linux on x86-64)")
+pytest.importorskip("triton", minversion="3.6", reason="triton is not installed (it is for Linux on x86-64), or is old")
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -407,6 +407,12 @@ def test_wrong_arguments_are_refused_before_anything_is_changed():
 def test_block_sizes():
     assert [K.block_size(10**8, k) for k in (0, 10**2, 10**4, 10**5, 10**6, 10**8)] == [1024, 1024, 256, 64, 16, 8]
     assert K.block_size(0, 0) == 8
+
+
+@pytest.mark.parametrize(("version", "taken"), [("3.5.1", False), ("3.6.0", True), ("3.10.0+git1234", True)])
+def test_a_triton_that_flushes_subnormals_is_not_used(version, taken, monkeypatch):
+    monkeypatch.setattr("triton.__version__", version)
+    assert (K._device_code.__wrapped__() is not None) == taken
 
 
 def test_constants_agree_with_the_device_code():

@@ -19,6 +19,12 @@ from peft_dst.core.reference import reference_step
 from tests.models import assert_same, batch, logits, weights
 
 
+# Later versions of transformers have the first name, earlier ones the second.
+CHECKPOINTING = "activation_checkpointing"
+if not hasattr(TrainingArguments, CHECKPOINTING):
+    CHECKPOINTING = "gradient_checkpointing"
+
+
 class Rows(Dataset):
     """Twenty-four rows of one architecture's random batches."""
 
@@ -82,8 +88,8 @@ def make(build, name, **options):
         {"max_grad_norm": 0.01},
         {"optim": "adafactor"},
         {"optim": "sgd"},
-        {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}},
-        {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}},
+        {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": False}},
+        {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": True}},
     ],
     ids=lambda o: "-".join(map(str, o)) or "plain",
 )
@@ -322,27 +328,51 @@ def test_accelerate_equals_the_reference(accumulate, build):
     assert constraint.steps == 6 // accumulate
 
 
-def test_accelerate_save_state_and_load_state(build, tmp_path):
-    model, _ = make(build, "bert")
-    accelerator = Accelerator(cpu=True)
-    prepared, optimizer = accelerator.prepare(
-        model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    )
+@pytest.mark.parametrize(
+    ("make_optimizer", "options", "dtype"),
+    [
+        (torch.optim.AdamW, {}, torch.float32),
+        (DSTOptimizer, {}, torch.float32),
+        (DSTOptimizer, {}, torch.bfloat16),
+        (torch.optim.AdamW, {"selection": "random"}, torch.float32),
+        (DSTOptimizer, {"selection": "random"}, torch.bfloat16),
+        (torch.optim.AdamW, {"churn_interval": 2}, torch.float32),
+        (DSTOptimizer, {"threshold": "iterative"}, torch.float32),
+    ],
+    ids=["hook", "silo_by_silo", "silo_by_silo-bf16", "static", "static-bf16", "churn_interval", "iterative"],
+)
+def test_accelerate_save_state_and_load_state(make_optimizer, options, dtype, build, tmp_path):
+    def prepared():
+        base = build("bert").to(dtype)
+        seed = weights(base)
+        model = get_peft_model(base, DSTConfig(epsilon=0.02, modules_to_save=["classifier"], **options))
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+        optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, 1.0, 5)
+        return seed, accelerator, *accelerator.prepare(model, optimizer, schedule)
 
-    def steps(first):
-        for step in range(first, first + 3):
-            accelerator.backward(prepared(**batch("bert", step)).loss)
-            optimizer.step()
-            optimizer.zero_grad()
+    def steps(accelerator, model, optimizer, schedule, first):
+        for step in range(first, first + 6):
+            with accelerator.accumulate(model):
+                accelerator.backward(model(**batch("bert", step)).loss)
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
 
-    steps(0)
-    accelerator.save_state(str(tmp_path))
-    steps(3)
-    after = weights(model.get_base_model())
-    steps(6)
-    accelerator.load_state(str(tmp_path))
-    steps(3)
-    assert_same(weights(model.get_base_model()), after)
+    seed, *run = prepared()
+    steps(*run, 0)
+    run[0].save_state(str(tmp_path))
+    steps(*run, 6)
+    after = {name: tensor.clone() for name, tensor in run[1].state_dict().items()}
+    steps(*run, 12)
+    # Back in the same process, and in what might be another one.
+    for accelerator, model, *rest in run, prepared()[1:]:
+        accelerator.load_state(str(tmp_path))
+        steps(accelerator, model, *rest, 6)
+        assert_same(dict(model.state_dict()), after)
+        with model.disable_adapter():
+            now = {n.replace(".original_module", ""): t for n, t in weights(model.get_base_model()).items()}
+            assert_same(now, seed)
 
 
 # The callback

@@ -1,0 +1,89 @@
+"""Another adapter in the place of one that is loaded, under its name: PEFT's hot swap, for DST."""
+
+from __future__ import annotations
+
+import os
+from operator import attrgetter
+from typing import Any
+
+from peft import PeftModel
+from peft.config import PeftConfig
+from peft.utils.other import ModulesToSaveWrapper, infer_device
+from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
+from torch import Tensor, nn
+
+from .config import DSTConfig
+from .layer import markers
+from .model import DSTModel
+
+
+def hotswap_adapter(
+    model: nn.Module,
+    model_name_or_path: str | os.PathLike[str],
+    adapter_name: str = "default",
+    torch_device: str | None = None,
+    **kwargs: Any,
+) -> None:
+    """Load a saved adapter in the place of one that the model has, which may be active.
+
+    No tensor of the model is replaced, and a compiled model (`torch.compile`) is not compiled again. The new adapter may
+    have another budget, selection or siloing; it tunes the same parameters. What was trained of the old one is lost.
+
+    What `peft.utils.hotswap.hotswap_adapter` is for LoRA, and what that does for a model with DST adapters once `peft_dst`
+    is imported.
+
+    Args:
+        model: a PeftModel, or what torch.compile made of one.
+        model_name_or_path: folder or hub id of the new adapter.
+        adapter_name: name of the adapter to replace, which stays.
+        torch_device: where to load the file to; by default PEFT's choice.
+        **kwargs: as for from_pretrained: subfolder, revision, cache_dir, token, …
+
+    Raises:
+        ValueError: if the file is no DST adapter, is damaged, belongs to another base, tunes other parameters or has other
+            dense copies; or if the old one does not exist or is merged. Nothing has been changed by then.
+    """
+    model = getattr(model, "_orig_mod", model)
+    if not isinstance(model, PeftModel) or not isinstance(model.base_model, DSTModel):
+        raise ValueError(f"hotswap_adapter replaces an adapter of a PeftModel with DST adapters, got a {type(model)}.")
+    path = str(model_name_or_path)
+    hub = {key: kwargs[key] for key in ("subfolder", "revision", "cache_dir", "token") if key in kwargs}
+    kind = PeftConfig._get_peft_type(path, **hub)
+    if kind != "DST":
+        raise ValueError(f"{path!r} holds an adapter of type {kind}, which cannot replace one of type DST.")
+    config = DSTConfig.from_pretrained(path, **kwargs)
+    tensors = load_peft_weights(path, device=torch_device or infer_device(), **kwargs)
+    old = model.base_model.constraint(adapter_name), model.peft_config[adapter_name]
+    _check_copies(model, adapter_name, old[1], config, tensors)
+    config.inference_mode = old[1].inference_mode
+    if config.records is None:
+        config.records = {}
+    new = model.base_model.new_constraint(adapter_name, config)
+    try:
+        model.base_model.put_constraint(*new)
+        set_peft_model_state_dict(model, tensors, adapter_name)
+    except Exception:
+        model.base_model.put_constraint(*old)
+        raise
+    for _, marker in markers(model):
+        marker.release(adapter_name)
+
+
+def _check_copies(
+    model: PeftModel, adapter_name: str, old: PeftConfig, new: DSTConfig, tensors: dict[str, Tensor]
+) -> None:
+    if set(old.modules_to_save or ()) != set(new.modules_to_save or ()):
+        raise ValueError(
+            f"the adapter {adapter_name!r} has modules_to_save={old.modules_to_save}, the one in the file "
+            f"{new.modules_to_save}. Load it under a name of its own, onto a model without the other."
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            for saved, loaded in module.adapter_state_dict_load_map(adapter_name).items():
+                tensor, own = tensors.get(f"{name}.{saved}"), attrgetter(f"{name}.{loaded}")(model)
+                if tensor is None or tensor.shape != own.shape:
+                    shape = "none" if tensor is None else str(tuple(tensor.shape))
+                    raise ValueError(
+                        f"{name + '.' + saved!r} has shape {tuple(own.shape)} in the model, and {shape} in the adapter "
+                        "file. Give every task the widest head's num_labels."
+                    )
