@@ -15,7 +15,7 @@ from .core.distances import DISTANCES, Distance
 from .core.iterative import FLUCTUATION, ITERATIONS
 from .core.schedule import Schedule
 from .core.silos import SILOINGS, Siloing, compile_silo_patterns
-from .delta import FORMAT_VERSION, WEIGHTS_NAME, read_metadata, stamp
+from .delta import FORMAT_VERSION, WEIGHTS_NAME, read_metadata, reconcile, stamp
 
 
 DEFAULT_EPSILON = 1e-3
@@ -322,9 +322,7 @@ class DSTConfig(PeftConfig):
         """Read adapter_config.json. A save that was cut short leaves it behind the tensors; what their file says counts."""
         config = super().from_json_file(path_json_file, **kwargs)
         tensors = Path(path_json_file).with_name(WEIGHTS_NAME)
-        if tensors.is_file():
-            config["records"] = read_metadata(tensors).get("records", config.get("records"))
-        return config
+        return reconcile(config, read_metadata(tensors)) if tensors.is_file() else config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write adapter_config.json, and its format metadata into an adapter_model.safetensors beside it.

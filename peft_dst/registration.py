@@ -2,7 +2,7 @@
 
 PEFT has no entry points, and its enum of methods is closed: a name that is not in it is refused by
 `register_peft_method`, and a plain string in the mappings breaks transformers, which reads `peft_type.value`. So DST
-becomes a real member of the enum, three methods of PeftModel learn what DST adds to them, and two functions that look for
+becomes a real member of the enum, four methods of PeftModel learn what DST adds to them, and two functions that look for
 LoRA's layers find DST's.
 """
 
@@ -35,6 +35,7 @@ def register() -> None:
     from .hotswap import hotswap_adapter
     from .model import DSTModel
     from .rescale import rescale_adapter_scale
+    from .saving import save_pretrained
 
     known = _registered_config()
     if known is not None and known.__module__ != DSTConfig.__module__:
@@ -51,6 +52,7 @@ def register() -> None:
         PEFT_TYPE_TO_TUNER_MAPPING[PeftType(NAME)] = DSTModel
     install()
     _extend("get_nb_trainable_parameters", _count)
+    _extend("save_pretrained", save_pretrained)
     _extend("create_or_update_model_card", _write_model_card)
     _extend("_upload_modified_files", _upload)
     _stand_in(hotswap, "hotswap_adapter", hotswap_adapter)

@@ -78,7 +78,7 @@ def test_pushed_and_loaded_in_every_way(tmp_path):
     metadata = read_metadata(remote)
     assert metadata["records"] == json.loads(repository.files()["adapter_config.json"])["records"]
     assert sum(entries for entries, *_ in metadata["records"].values()) == model.base_model.constraint().budget
-    assert metadata["base_model_name_or_path"] == BASE
+    assert metadata["config"]["base_model_name_or_path"] == BASE
 
     loaded = PeftModel.from_pretrained(base(), REPO, token=TOKEN)
     assert torch.equal(logits(loaded, "bert"), output)

@@ -30,6 +30,7 @@ ORDER = [
     "hotswap",
     "rescale",
     "card",
+    "saving",
     "extraction",
     "conversion",
     "baselines",

@@ -16,6 +16,7 @@ from .files import (
     pair,
     parse_summaries,
     read_metadata,
+    reconcile,
     stamp,
 )
 from .merging import Merged, check_free, copy_others, merge
@@ -72,6 +73,7 @@ __all__ = [
     "parse_summaries",
     "place",
     "read_metadata",
+    "reconcile",
     "stamp",
     "summarize",
 ]

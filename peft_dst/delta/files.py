@@ -133,6 +133,18 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise DeltaError(f"{path} has broken metadata ({error}). It is damaged; save or download it again.") from error
 
 
+def reconcile(config: dict[str, Any], metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What adapter_config.json says, or, where that describes other tensors than those beside it, what they say themselves.
+
+    A save that was cut short leaves new tensors beside the old config.
+    """
+    records = metadata.get("records")
+    if records is None or records == config.get("records"):
+        return config
+    said = metadata.get("config")
+    return {**(said if isinstance(said, dict) else config), "records": records}
+
+
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """Read the adapter_config.json of a DST adapter.
 
@@ -195,8 +207,7 @@ def read(path: str | os.PathLike[str], *, allow_nonfinite: bool = False) -> Cont
                 "can be loaded with PEFT and saved again."
             )
         metadata = read_metadata(path)
-        # A save that was cut short leaves new tensors beside the old config; what the tensors' file says itself counts.
-        config["records"] = metadata.get("records", config.get("records"))
+        config = reconcile(config, metadata)
     else:
         metadata = read_metadata(path)
         config = {**_checked(path, metadata.get("config")), "records": metadata.get("records")}
