@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.torch_version import TorchVersion
 
 from .distances import DISTANCES
 from .selection import Selection
@@ -137,14 +136,9 @@ def _device_code() -> ModuleType | None:
     """The kernels, or None without a Triton that rounds as torch. Whether they are interpreted is decided here, once."""
     if importlib.util.find_spec("triton") is None:
         return None
-    import triton
-
-    # Up to 3.5, which came with torch 2.9, division and square root flush what is subnormal to zero (`div.rn.ftz`).
-    if TorchVersion(triton.__version__) < "3.6":
-        return None
     from . import kernels_triton
 
-    return kernels_triton
+    return kernels_triton if kernels_triton.rounds_as_torch() else None
 
 
 def available(tensor: Tensor) -> bool:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch.torch_version import TorchVersion
 
 
 # Columns of the table: four addresses, the number of components, the first slot among the block maxima, and the first
@@ -26,6 +27,11 @@ SCALARS = tl.constexpr(7)
 LANES = tl.constexpr(256)
 # 2^-100, as `distances.RELATIVE_FLOOR`; written out, for kernels may read no global that is not a constexpr.
 FLOOR = tl.constexpr(2.0**-100)
+
+
+def rounds_as_torch() -> bool:
+    """Whether this Triton does. Up to 3.5, torch 2.9's, division and square root flush the subnormal (`div.rn.ftz`)."""
+    return TorchVersion(triton.__version__) >= "3.6"
 
 
 @triton.jit
