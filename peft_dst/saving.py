@@ -33,7 +33,8 @@ def save_pretrained(
         original: PEFT's.
         model: whose adapters to save.
         save_directory: where to; made if it is not there.
-        args, kwargs: as PEFT takes them.
+        *args: as PEFT takes them.
+        **kwargs: likewise.
     """
     given = inspect.signature(original).bind(model, save_directory, *args, **kwargs).arguments
     if not given.get("is_main_process", True) or os.path.isfile(save_directory):
