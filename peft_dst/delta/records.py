@@ -38,7 +38,7 @@ class Summary(NamedTuple):
 
     Attributes:
         entries: number of entries.
-        digest: CRC-32 of the positions, in hexadecimal.
+        digest: CRC-32 of positions and values, in hexadecimal.
         seed: CRC-32 of the seed's values there, in the base's dtype and in every coarser one it may be loaded in,
             dtype → hexadecimal. So an adapter trained in float32 is recognised on the same base in bfloat16.
         shape: shape of the base's tensor, which gives flat positions their meaning.
@@ -127,14 +127,16 @@ def check_record(name: str, tensor: Tensor, record: Record, *, allow_nonfinite: 
         )
 
 
-def digest(indices: Tensor) -> str:
-    """CRC-32 of positions, (k,) in int32 or int64, in hexadecimal."""
-    return _crc(indices.to(torch.int64))
+def digest(record: Record) -> str:
+    """CRC-32 of a record's positions as int64 and its values after them, in hexadecimal."""
+    return _crc(record.indices.to(torch.int64), record.values)
 
 
-def _crc(tensor: Tensor) -> str:
-    data = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
-    return f"{zlib.crc32(data.tobytes()):08x}"
+def _crc(*tensors: Tensor) -> str:
+    code = 0
+    for tensor in tensors:
+        code = zlib.crc32(tensor.detach().cpu().contiguous().view(torch.uint8).numpy(), code)
+    return f"{code:08x}"
 
 
 def _coarser(dtype: torch.dtype) -> list[torch.dtype]:
@@ -152,7 +154,7 @@ def summarize(record: Record, seeds: Tensor, shape: Sequence[int]) -> Summary:
     """
     return Summary(
         record.indices.numel(),
-        digest(record.indices),
+        digest(record),
         {_PRECISIONS[dtype]: _crc(seeds.to(dtype)) for dtype in _coarser(seeds.dtype)},
         tuple(shape),
         _PRECISIONS[record.values.dtype],
@@ -182,7 +184,7 @@ def check_entries(name: str, summary: Summary, record: Record) -> None:
         DeltaError: if it is not.
     """
     dtype = _PRECISIONS.get(record.values.dtype)
-    if (record.indices.numel(), digest(record.indices), dtype) != (summary.entries, summary.digest, summary.dtype):
+    if (record.indices.numel(), digest(record), dtype) != (summary.entries, summary.digest, summary.dtype):
         raise DeltaError(
             f"{name!r}: the entries in adapter_model.safetensors are not those that adapter_config.json describes. The "
             "two files come from different saves; copy or download both again."
