@@ -171,7 +171,7 @@ class DSTConfig(PeftConfig):
     packed: bool = field(
         default=False,
         metadata={
-            "help": "Save positions coded, in a quarter of the bytes. PEFT's loading opens such a file, transformers' own "
+            "help": "Save positions coded, in a quarter to a half of their bytes. PEFT's loading opens such a file, transformers' own "
             "(`model.load_adapter`, `AutoModel.from_pretrained` of an adapter) does not."
         },
     )

@@ -6,33 +6,7 @@ the entropy: their gaps are geometric, for which Rice's code is good, and for sm
 positions crowd into some rows or columns, the parameter, chosen per block of 256, falls; and a jump from one crowd to the
 next costs bits in the logarithm of its length, not in the length. `benchmarks/codec.py` measures both.
 
-The bytes, for another implementation
--------------------------------------
-A *varint* is an unsigned integer in little-endian base 128: seven bits a byte, lowest first, the top bit set in every byte
-but the last; the shortest form only (a last byte of 0 only for the number 0), at most six bytes. In a *bit vector* bit i is
-bit `i % 8` of byte `i // 8`, bit 0 the lowest; the unused high bits of its last byte are 0.
-
-    varint k                        number of positions
-    for each segment, of 16,384 positions (the last one: of the rest; none if k is 0), m of them:
-        varint u                    bytes of the unary part
-        uint8  b[ceil(m / 256)]     width of each block of 256 positions (the last one: of the rest), at most 40
-        u bytes                     unary part, a bit vector
-        the rest                    remainders, a bit vector; as many bytes as its bits need
-
-A position of gap g, in a block of width b, has quotient `q = g >> b`, a class c and an exponent j:
-
-    q = 0, 1, 2, 3:  c = q, j = 0, low = q              (Rice's code)
-    q > 3:           j = floor(log2(q - 2)), c = 3 + j, low = 2 + 2^j
-
-    unary part:      c zeros and a one
-    remainders:      the b + j bits, lowest first, of g - (low << b); b + j is at most 40
-
-In both parts the positions follow one another without a gap. The unary part ends with the byte of its m-th one. Nothing
-follows the last segment. All positions are below 2^40.
-
-A reader takes any widths. This writer takes, per block, the width b for which the sum of these costs is smallest, the
-smallest such b if there are several: for a gap of n binary digits (0 has none) and d = n - b, in half bits, 2b plus
-2 if d <= 0; 4, 7, 14, 19 for d = 1, 2, 3, 4; 4d + 4 beyond. That is what such gaps cost on average, near enough.
+The bytes, for another implementation, are described in docs/format.md, "The code of positions".
 """
 
 from __future__ import annotations
