@@ -171,8 +171,8 @@ class DSTConfig(PeftConfig):
     packed: bool = field(
         default=False,
         metadata={
-            "help": "Save positions coded, in a quarter to a half of their bytes. PEFT's loading opens such a file, transformers' own "
-            "(`model.load_adapter`, `AutoModel.from_pretrained` of an adapter) does not."
+            "help": "Save positions coded, in a quarter to a half of their bytes. PEFT's loading opens such a file, "
+            "transformers' own (`model.load_adapter`, `AutoModel.from_pretrained` of an adapter) does not."
         },
     )
     # What follows is written by saving, for loading; it is not for users to set.
