@@ -19,7 +19,7 @@ from tests.models import assert_same, weights
 from tests.training.twins import Dense, Project, differing
 
 
-trl = pytest.importorskip("trl", reason="the test extra (TRL) is not installed")
+trl = pytest.importorskip("trl", reason="TRL is not installed (it is in the test extra from Python 3.11 on)")
 pytestmark = [
     # TRL 1.16 calls methods by the names that they had before transformers 5.
     pytest.mark.filterwarnings("ignore:`gradient_checkpointing.*` is deprecated:FutureWarning"),
