@@ -143,7 +143,7 @@ def _load(base: nn.Module, task: str, name: str, revision: str | None) -> str:
     options = [json.dumps(name)]
     if revision is not None:
         options.append(f"revision={json.dumps(revision)}")
-    if task in ("SEQ_CLS", "TOKEN_CLS"):
+    if task in ("SEQ_CLS", "TOKEN_CLS") or own.endswith("Classification"):
         options.append(f"num_labels={base.config.num_labels}")
     return f"from transformers import {loader}\n\nbase = {loader}.from_pretrained({', '.join(options)})"
 

@@ -32,6 +32,7 @@ from .delta import (
     check_seed,
     find_records,
     index_dtype,
+    is_wrapper_s_copy,
     pack,
     pair,
     parse_summaries,
@@ -143,6 +144,8 @@ def _check_dense(model: nn.Module, adapter_name: str, tensors: dict[str, Tensor]
     for key, tensor in tensors.items():
         host, _, note = key.partition(f".{MARKER}.")
         if host in embeddings and note in ("sizes", f"sizes.{adapter_name}"):
+            continue
+        if is_wrapper_s_copy(key, tensors, adapter_name):
             continue
         part, _, parameter = note.partition(".")
         if host in embeddings and part in ("seed_indices", "seed_values"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import warnings
 from typing import Any, ClassVar, Literal
 
@@ -177,6 +178,9 @@ class DSTModel(BaseTuner):
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         config = self.peft_config[adapter_name]
+        if config.records is not None:
+            # They are used up by loading; the caller's config may be loaded with again.
+            self.peft_config[adapter_name] = config = copy.copy(config)
         # Everything that can be wrong with config and base is found here, before the model is touched.
         config = _maybe_include_all_linear_layers(config, model)
         targets = find_targets(model, config)

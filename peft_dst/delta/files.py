@@ -58,7 +58,27 @@ def stamp(directory: str | os.PathLike[str]) -> None:
     if path.is_file():
         config = json.loads((Path(directory) / CONFIG_NAME).read_text())
         records = config.pop("records", None) or {}
-        write_file(path, load_file(path), config, records)
+        tensors = load_file(path)
+        kept = {key: tensor for key, tensor in tensors.items() if not is_wrapper_s_copy(key, tensors)}
+        write_file(path, kept, config, records)
+
+
+def is_wrapper_s_copy(key: str, tensors: Mapping[str, Tensor], adapter: str = "") -> bool:
+    """Whether a key is what PEFT saves a second and a third time of an embedding in modules_to_save that was resized.
+
+    It adds everything below such an embedding: besides the dense copy the wrapper's own names for that, and for the base's.
+
+    Args:
+        key: the key.
+        tensors: all keys that stand beside it.
+        adapter: the adapter's name, if keys hold it already.
+    """
+    for part in (".modules_to_save.", ".original_module."):
+        host, found, parameter = key.rpartition(part)
+        if found and not (adapter and parameter.startswith(f"{adapter}.")):
+            own = f".modules_to_save.{adapter}." if adapter else "."
+            return f"{host}{own}{parameter}" in tensors
+    return False
 
 
 def write_file(

@@ -135,7 +135,7 @@ def digest(record: Record) -> str:
 def _crc(*tensors: Tensor) -> str:
     code = 0
     for tensor in tensors:
-        code = zlib.crc32(tensor.detach().cpu().contiguous().view(torch.uint8).numpy(), code)
+        code = zlib.crc32(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data, code)
     return f"{code:08x}"
 
 
