@@ -5,6 +5,7 @@
 * `memory`    the peak of a training step, beside full fine-tuning, LoRA, SHiRA and Super-Tuning; `formulas` predicts it
 * `scaling`   the cost in the number of components and of silos
 * `iterative` the paper's tracked threshold: its errors and its cost (not part of `make bench`)
+* `codec`     bits and time per coded index (not part of `make bench`)
 * `precision` accuracy of bfloat16 weights on a real task (needs a data set)
 * `quantised` adapters served over quantised weights: accuracy and time (needs a data set, bitsandbytes and torchao)
 * `report`    writes docs/performance.md and its plot from their JSON

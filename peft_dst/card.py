@@ -26,7 +26,7 @@ _TAGS = ("dst", "dynamic-subset-tuning", "peft-dst")
 _BASE_TAG = "base_model:"
 
 # What a reader loads with, by task; PEFT's own names.
-_AUTO_CLASSES = {
+AUTO_CLASSES = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "TOKEN_CLS": "AutoModelForTokenClassification",
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -139,11 +139,11 @@ def _load(base: nn.Module, task: str, name: str, revision: str | None) -> str:
     if not isinstance(base, PreTrainedModel):
         return "\nbase = ...  # the base model"
     own = type(base).__name__ if type(base).__module__.startswith("transformers.") else "AutoModel"
-    loader = _AUTO_CLASSES.get(task, own)
+    loader = AUTO_CLASSES.get(task, own)
     options = [json.dumps(name)]
     if revision is not None:
         options.append(f"revision={json.dumps(revision)}")
-    if task in ("SEQ_CLS", "TOKEN_CLS"):
+    if task in ("SEQ_CLS", "TOKEN_CLS") or own.endswith("Classification"):
         options.append(f"num_labels={base.config.num_labels}")
     return f"from transformers import {loader}\n\nbase = {loader}.from_pretrained({', '.join(options)})"
 

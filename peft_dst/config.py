@@ -15,7 +15,7 @@ from .core.distances import DISTANCES, Distance
 from .core.iterative import FLUCTUATION, ITERATIONS
 from .core.schedule import Schedule
 from .core.silos import SILOINGS, Siloing, compile_silo_patterns
-from .delta import FORMAT_VERSION, WEIGHTS_NAME, stamp
+from .delta import FORMAT_VERSION, WEIGHTS_NAME, read_metadata, reconcile, stamp
 
 
 DEFAULT_EPSILON = 1e-3
@@ -168,6 +168,13 @@ class DSTConfig(PeftConfig):
             "help": "Start from the seed. False starts from a random subset slightly moved, which only tests want."
         },
     )
+    packed: bool = field(
+        default=False,
+        metadata={
+            "help": "Save positions coded, in a quarter to a half of their bytes. PEFT's loading opens such a file, "
+            "transformers' own (`model.load_adapter`, `AutoModel.from_pretrained` of an adapter) does not."
+        },
+    )
     # What follows is written by saving, for loading; it is not for users to set.
     records: dict[str, Any] | None = field(
         default=None,
@@ -310,6 +317,13 @@ class DSTConfig(PeftConfig):
             return None
         return self.threshold_iterations, self.threshold_range
 
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """Read adapter_config.json. A save that was cut short leaves it behind the tensors; what their file says counts."""
+        config = super().from_json_file(path_json_file, **kwargs)
+        tensors = Path(path_json_file).with_name(WEIGHTS_NAME)
+        return reconcile(config, read_metadata(tensors)) if tensors.is_file() else config
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write adapter_config.json, and its format metadata into an adapter_model.safetensors beside it.
 
@@ -321,18 +335,7 @@ class DSTConfig(PeftConfig):
             # Only the config is saved again; the tensors beside it are still those that the old one describes.
             self.records = json.loads(path.read_text()).get("records")
         super().save_pretrained(save_directory, **kwargs)
-        stamp(
-            save_directory,
-            {
-                "epsilon": self.epsilon,
-                "num_free_parameters": self.num_free_parameters,
-                "siloing": self.siloing,
-                "distance": self.distance,
-                "base_model_name_or_path": self.base_model_name_or_path,
-                "revision": self.revision,
-                "records": self.records,
-            },
-        )
+        stamp(save_directory)
         # They describe what was just written. Another model made from this config starts without any.
         self.records = None
 

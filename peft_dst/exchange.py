@@ -24,14 +24,17 @@ from .delta import (
     MARKER,
     PARTS,
     PEFT_PREFIX,
-    RECORD_KEY,
     DeltaError,
     Record,
     Summary,
     check_entries,
     check_record,
     check_seed,
+    find_records,
     index_dtype,
+    is_wrapper_s_copy,
+    pack,
+    pair,
     parse_summaries,
     summarize,
 )
@@ -54,6 +57,7 @@ def collect(
         RuntimeError: if weights were changed that the constraint never saw.
     """
     kept: dict[str, Tensor] = {}
+    records: dict[str, Record] = {}
     summaries: dict[str, Summary] = {}
     _check_complete(model, adapter_name)
     for _, marker in markers(model):
@@ -70,10 +74,12 @@ def collect(
                 if isinstance(weight, OverlayWeight):
                     record, summaries[weight.name] = weight.original(adapter_name, record)
                 else:
-                    summaries[weight.name] = summarize(record, weight.seeds_at(record.indices.long()))
+                    seeds = weight.seeds_at(record.indices.long())
+                    summaries[weight.name] = summarize(record, seeds, weight.data.shape)
                 kept |= dict(zip(keys, record, strict=True))
+                records[weight.name] = record
     config.__dict__[COLLECTED] = {name: list(summary) for name, summary in summaries.items()}
-    return kept
+    return pack(records, summaries) if config.packed else kept
 
 
 def check_and_name(
@@ -84,16 +90,10 @@ def check_and_name(
     Raises:
         DeltaError: if a record is malformed or the base is another one; nothing has been changed by then.
     """
-    loaded: dict[str, dict[str, Tensor]] = {}
-    named: dict[str, Tensor] = {}
-    for key, tensor in state_dict.items():
-        if found := RECORD_KEY.fullmatch(key.removeprefix(PEFT_PREFIX)):
-            loaded.setdefault(found["host"] + found["parameter"], {})[found["part"]] = tensor
-        else:
-            named[key] = tensor
-    named = _check_dense(model, adapter_name, named)
+    loaded, others = find_records(state_dict)
+    named = _check_dense(model, adapter_name, others)
     dense = {key.removeprefix(PEFT_PREFIX) for key in named}
-    summaries = parse_summaries(config.records or {})
+    summaries = parse_summaries(config.records)
     # An adapter that is loaded again (Trainer: resume, best checkpoint) was not announced by a config.
     announced = config.records is not None
     entries = 0
@@ -144,6 +144,8 @@ def _check_dense(model: nn.Module, adapter_name: str, tensors: dict[str, Tensor]
     for key, tensor in tensors.items():
         host, _, note = key.partition(f".{MARKER}.")
         if host in embeddings and note in ("sizes", f"sizes.{adapter_name}"):
+            continue
+        if is_wrapper_s_copy(key, tensors, adapter_name):
             continue
         part, _, parameter = note.partition(".")
         if host in embeddings and part in ("seed_indices", "seed_values"):
@@ -205,7 +207,7 @@ def settle(model: nn.Module) -> bool:
     missing = {adapter for marker, adapter in awaited if not marker.has_arrived(adapter)}
     arrived = [(marker, adapter) for marker, adapter in awaited if adapter not in missing]
     configs: Any = model.peft_config
-    summaries = {adapter: parse_summaries(configs[adapter].records or {}) for _, adapter in arrived}
+    summaries = {adapter: parse_summaries(configs[adapter].records) for _, adapter in arrived}
     for marker, adapter in arrived:
         for parameter, record in marker.records(adapter).items():
             weight = marker.weights[parameter]
@@ -265,7 +267,8 @@ def check_loaded(model: nn.Module, adapters: Set[str]) -> None:
                 weight.check_memory()
             raise RuntimeError(
                 f"adapter {missing[0]!r} was added from a saved config, but its tensors were not loaded. Load them "
-                "with load_adapter; or, to start a new adapter from that config, set its `records` to None first."
+                "with load_adapter; or, to start a new adapter from that config, set its `records` to None first. A packed "
+                "file is opened by peft's PeftModel.from_pretrained and load_adapter, not by transformers' own."
             )
 
 
@@ -274,10 +277,7 @@ def _pair(weight: SparseWeight, parts: dict[str, Tensor] | None) -> Record:
         data = weight.data
         indices = torch.empty(0, dtype=index_dtype(data.numel()), device="cpu")
         return Record(indices, torch.empty(0, dtype=data.dtype, device="cpu"))
-    missing = set(PARTS) - parts.keys()
-    if missing:
-        raise DeltaError(f"{weight.name!r} has no {missing.pop()} in the adapter file. It is damaged; save it again.")
-    return Record(*(parts[part] for part in PARTS))
+    return pair(weight.name, parts)
 
 
 def _check(weight: SparseWeight, adapter: str, record: Record, summary: Summary | None) -> None:

@@ -17,6 +17,15 @@ from .layer import markers
 from .model import DSTModel
 
 
+def prepare_model_for_compiled_hotswap(model: nn.Module, **options: Any) -> None:
+    """Do nothing: what PEFT's function of that name is for (padding to a common rank) DST does not need.
+
+    Args:
+        model: a model with DST adapters.
+        **options: as PEFT's takes them.
+    """
+
+
 def hotswap_adapter(
     model: nn.Module,
     model_name_or_path: str | os.PathLike[str],

@@ -78,7 +78,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         self._active_adapter: list[str] = []
         self._disable_adapters = False
         self._shown: tuple[str, ...] | None = None
-        self._scale = 1.0
+        self._scale = self._next_scale = 1.0
         self._written: tuple[str, ...] = ()
         self._stale = False
         #: Adapters that were added from a saved config and whose tensors are still to be loaded or checked.
@@ -213,14 +213,19 @@ class SparseLayer(nn.Module, BaseTunerLayer):
 
     @property
     def scale(self) -> float:
-        """What differences to the seed are multiplied with in the live weights."""
+        """What differences to the seed are multiplied with in the live weights. Of what is merged it stays; a new one
+        counts from unmerging on.
+        """
         return self._scale
 
     @scale.setter
     def scale(self, scale: float) -> None:
-        self.refresh()
-        self._scale, self._stale = scale, True
-        self.sync()
+        self._next_scale = scale
+        # Weights that the marker has left, as unloading makes it, are no longer its own.
+        if getattr(self.host, MARKER, None) is self and not self._merged_model:
+            self.refresh()
+            self._scale, self._stale = scale, True
+            self.sync()
 
     def scaled_records(self, adapter: str) -> dict[str, Record]:
         """The adapter's records with seed + scale · (value − seed) for their values."""
@@ -479,7 +484,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):
     def unmerge_silently(self) -> None:
         self.merged_adapters.clear()
         self._merged_model = False
-        self.sync()
+        self.scale = self._next_scale
 
     def delete_adapter(self, adapter_name: str) -> None:
         self.tuned.pop(adapter_name, None)

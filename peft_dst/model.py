@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import warnings
 from typing import Any, ClassVar, Literal
 
@@ -19,7 +20,7 @@ from . import exchange, static, weighted
 from .config import BY_SEED, DSTConfig
 from .core import Constraint, Silo, SparseWeight, partition
 from .core.silos import compile_silo_patterns, read_names
-from .delta import MARKER, DeltaError, Summary, parse_summaries
+from .delta import MARKER, DeltaError, Summary, check_shape, parse_summaries
 from .layer import SparseLayer, markers
 from .mixed import check_length, mixed_batch
 from .overlay import OverlayWeight
@@ -177,6 +178,9 @@ class DSTModel(BaseTuner):
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         config = self.peft_config[adapter_name]
+        if config.records is not None:
+            # They are used up by loading; the caller's config may be loaded with again.
+            self.peft_config[adapter_name] = config = copy.copy(config)
         # Everything that can be wrong with config and base is found here, before the model is touched.
         config = _maybe_include_all_linear_layers(config, model)
         targets = find_targets(model, config)
@@ -185,8 +189,8 @@ class DSTModel(BaseTuner):
         _check_no_copies(model, config, adapter_name)
         if config.selection in BY_SEED and config.records is None:
             static.check_memory(model.get_parameter(target.name) for target in targets)
-        summaries = parse_summaries(config.records or {})
-        _check_summaries(summaries, silos)
+        summaries = parse_summaries(config.records)
+        _check_summaries(summaries, targets)
 
         if adapter_name in exchange.constraints(model):
             # The model was wrapped before (a notebook's cell run again), of which PEFT has warned: start anew.
@@ -267,7 +271,7 @@ class DSTModel(BaseTuner):
                 "model.load_adapter(path, name)."
             )
         silos = _silo_sizes(self.model, config, targets)
-        _check_summaries(parse_summaries(config.records or {}), silos)
+        _check_summaries(parse_summaries(config.records), targets)
         return _constraint(adapter_name, config, silos, static.budgets(config, silos), found), config
 
     def put_constraint(self, constraint: Constraint, config: DSTConfig) -> None:
@@ -496,20 +500,16 @@ def _silo_sizes(model: nn.Module, config: DSTConfig, targets: list[Target]) -> d
     return {silo: {name: sizes[name] for name in members} for silo, members in silos.items()}
 
 
-def _check_summaries(summaries: dict[str, Summary], silos: dict[str, dict[str, int]]) -> None:
+def _check_summaries(summaries: dict[str, Summary], targets: list[Target]) -> None:
     """A saved adapter's record sizes come from a file: refuse them before any memory is taken for them."""
-    sizes = {name: size for members in silos.values() for name, size in members.items()}
+    shapes = {target.name: target.shape for target in targets}
     for name, summary in summaries.items():
-        if name not in sizes:
+        if name not in shapes:
             raise DeltaError(
                 f"the adapter has entries for {name!r}, which the model does not have or the adapter's config does not "
                 "tune. Load it onto the base named in adapter_config.json."
             )
-        if summary.entries > sizes[name]:
-            raise DeltaError(
-                f"the adapter has {summary.entries:,} entries for {name!r}, a tensor of {sizes[name]:,} components. It "
-                "was made for a base of another shape, or the file is damaged."
-            )
+        check_shape(name, summary, shapes[name])
 
 
 def _warn_of_unchecked(adapter_name: str, targets: list[Target], summaries: dict[str, Summary]) -> None:

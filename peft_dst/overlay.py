@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .core import SparseWeight, gather
 from .core.correction import LinearDifference, correct_linear, linear_difference
-from .delta import Record, Summary
+from .delta import DTYPES, Record, Summary
 
 
 _EDITABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -44,6 +44,12 @@ def stored_inputs_first(host: nn.Module) -> bool:
     its Conv1D too, and transposes its weight.
     """
     return issubclass(getattr(host, "source_cls", nn.Linear), Conv1D)
+
+
+def original_shape(host: nn.Linear) -> tuple[int, int]:
+    """The shape that a layer's weight had before it was quantised."""
+    shape = (host.out_features, host.in_features)
+    return shape[::-1] if stored_inputs_first(host) else shape
 
 
 def sparse_weight(host: nn.Module, parameter: str, name: str) -> SparseWeight:
@@ -75,9 +81,7 @@ class OverlayWeight(SparseWeight):
     @property
     def data(self) -> Tensor:
         """A stand-in with the shape that the seed had before it was quantised, in float32, on its device; no values."""
-        host = cast(nn.Linear, self.module)
-        shape = (host.out_features, host.in_features)
-        return torch.empty((), device=self.parameter.device).expand(shape[::-1] if self.inputs_first else shape)
+        return torch.empty((), device=self.parameter.device).expand(original_shape(cast(nn.Linear, self.module)))
 
     def seeds_at(self, indices: Tensor) -> Tensor:
         """What the quantised weight stands for at any flat positions (k,) int64, float32 (k,).
@@ -124,7 +128,7 @@ class OverlayWeight(SparseWeight):
     def original(self, adapter: str, record: Record) -> tuple[Record, Summary]:
         """A record as it was loaded, in the dtype it was saved in, and its summary."""
         summary = self.summaries[adapter]
-        return Record(record.indices, record.values.to(summary.dtype)), summary
+        return Record(record.indices, record.values.to(DTYPES[summary.dtype])), summary
 
 
 def _dequantised(host: nn.Linear) -> Tensor:

@@ -2,14 +2,16 @@
 
 PEFT has no entry points, and its enum of methods is closed: a name that is not in it is refused by
 `register_peft_method`, and a plain string in the mappings breaks transformers, which reads `peft_type.value`. So DST
-becomes a real member of the enum, three methods of PeftModel learn what DST adds to them, and two functions that look for
+becomes a real member of the enum, five methods of PeftModel learn what DST adds to them, and three functions that look for
 LoRA's layers find DST's.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -32,9 +34,10 @@ def register() -> None:
         ImportError: if PEFT, or another plugin, has a method of that name, or PEFT's enum is none that can be extended.
     """
     from .config import DSTConfig
-    from .hotswap import hotswap_adapter
+    from .hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
     from .model import DSTModel
     from .rescale import rescale_adapter_scale
+    from .saving import save_pretrained
 
     known = _registered_config()
     if known is not None and known.__module__ != DSTConfig.__module__:
@@ -51,9 +54,12 @@ def register() -> None:
         PEFT_TYPE_TO_TUNER_MAPPING[PeftType(NAME)] = DSTModel
     install()
     _extend("get_nb_trainable_parameters", _count)
+    _extend("save_pretrained", save_pretrained)
+    _extend("load_adapter", _load)
     _extend("create_or_update_model_card", _write_model_card)
     _extend("_upload_modified_files", _upload)
     _stand_in(hotswap, "hotswap_adapter", hotswap_adapter)
+    _stand_in(hotswap, "prepare_model_for_compiled_hotswap", prepare_model_for_compiled_hotswap)
     _stand_in(helpers, "rescale_adapter_scale", rescale_adapter_scale)
 
 
@@ -120,6 +126,26 @@ def _extend(method: str, replacement: Any) -> None:
 
 def _count(original: Any, model: PeftModel) -> tuple[int, int]:
     return model.base_model.get_nb_trainable_parameters()
+
+
+def _load(
+    original: Any, model: PeftModel, model_id: str | os.PathLike[str], adapter_name: str, *args: Any, **options: Any
+) -> Any:
+    """Tensors that no saved config has announced (loaded again, or with a config of the caller's) announce themselves, so
+    that the base is compared with theirs.
+    """
+    from .delta import WEIGHTS_NAME, read_metadata
+
+    config = model.peft_config.get(adapter_name)
+    path = Path(model_id, options.get("subfolder") or "", WEIGHTS_NAME)
+    if config is None or config.records is not None or not path.is_file():
+        return original(model, model_id, adapter_name, *args, **options)
+    config.records = read_metadata(path).get("records")
+    try:
+        return original(model, model_id, adapter_name, *args, **options)
+    except BaseException:
+        config.records = None
+        raise
 
 
 def _write_model_card(original: Any, model: PeftModel, output_dir: str) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from . import exchange
 from .config import BY_SEED, GIVEN, DSTConfig
 from .core import Constraint, SparseWeight, allocate_budgets, scatter
-from .delta import Record, check_seed, read_records, read_summaries
+from .delta import SparseDelta, check_seed
 from .layer import markers
 from .subsets import choose, is_bias, load_scores, magnitude_scores, random_scores
 
@@ -242,8 +242,8 @@ def start_from(
             "fix_subset, or selection='dynamic'."
         )
     _check_untrained(model, constraint)
-    records = read_records(source) if isinstance(source, str | os.PathLike) else None
-    if values and records is None:
+    delta = SparseDelta.load(source) if values and isinstance(source, str | os.PathLike) else None
+    if values and delta is None:
         raise ValueError("values=True takes over an adapter's values: give its folder, not only positions.")
     given = load_source(source)
     positions = _positions(given, constraint)
@@ -254,9 +254,9 @@ def start_from(
                 f"the subset has {count:,} components in the silo {silo.name!r}, whose budget is {silo.budget:,}. Raise "
                 "epsilon or num_free_parameters, or use the siloing that the subset was made with."
             )
-    if values and records is not None and isinstance(source, str | os.PathLike):
-        _check_base(source, records, constraint)
-    taken = {name: record.values for name, record in records.items()} if values and records is not None else {}
+    if delta is not None:
+        _check_base(delta, constraint)
+    taken = {name: tensor.values for name, tensor in delta.items()} if delta is not None else {}
     place(model, constraint, positions, taken, fixed=False)
     constraint.begun = True
 
@@ -267,7 +267,7 @@ def load_source(source: Source | str | os.PathLike[str]) -> Source:
         return source
     path = Path(source)
     if path.is_dir():
-        return {name: record.indices.long() for name, record in read_records(path).items()}
+        return {name: tensor.indices for name, tensor in SparseDelta.load(path).items()}
     return load_scores(path)
 
 
@@ -294,18 +294,18 @@ def _check_untrained(model: nn.Module, constraint: Constraint) -> None:
                 )
 
 
-def _check_base(folder: str | os.PathLike[str], records: Mapping[str, Record], constraint: Constraint) -> None:
-    """Check that an adapter's values were trained from this base.
+def _check_base(delta: SparseDelta, constraint: Constraint) -> None:
+    """Check that a delta's values were trained from this base.
 
     Raises:
         DeltaError: if not.
     """
-    summaries = read_summaries(folder)
-    weights = {weight.name: weight for weight in constraint.weights}
-    for name in records.keys() & summaries.keys() & weights.keys():
-        record = records[name]
-        seeds = weights[name].seeds_at(record.indices.long().to(weights[name].data.device))
-        check_seed(name, summaries[name], record, seeds)
+    for weight in constraint.weights:
+        summary = delta[weight.name].summary() if weight.name in delta else None
+        if summary is not None:
+            record = delta[weight.name].record()
+            seeds = weight.seeds_at(record.indices.long().to(weight.data.device))
+            check_seed(weight.name, summary, record, seeds)
 
 
 def _positions(given: Source, constraint: Constraint) -> dict[str, Tensor]:

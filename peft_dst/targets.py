@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from .config import DSTConfig
 from .delta import MARKER
-from .overlay import can_edit, can_overlay
+from .overlay import can_edit, can_overlay, original_shape
 
 
 _REFUSAL = "DST edits weights in place, which quantised or integer weights do not allow."
@@ -33,12 +34,16 @@ class Target:
     host: str
     parameter: str
     aliases: tuple[Target, ...] = ()
-    size: int = 0
+    shape: tuple[int, ...] = ()
     quantised: bool = False
 
     @property
     def name(self) -> str:
         return f"{self.host}.{self.parameter}" if self.host else self.parameter
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
 
 
 def is_targeted(config: DSTConfig, module_name: str) -> bool:
@@ -127,10 +132,10 @@ def find_targets(model: nn.Module, config: DSTConfig) -> list[Target]:
             )
         tensor, host = tensors[key], modules[target.host]
         _check_real(target.name, tensor)
-        target = replace(target, aliases=tuple(aliases[1:]), size=tensor.numel())
+        target = replace(target, aliases=tuple(aliases[1:]), shape=tuple(tensor.shape))
         if not can_edit(tensor):
             _check_servable(model, config, target, f"{type(tensor).__name__} of {tensor.dtype}")
-            target = replace(target, size=host.out_features * host.in_features, quantised=True)
+            target = replace(target, shape=original_shape(host), quantised=True)
         if tensor.is_meta and is_offloaded(model, host):
             raise ValueError(
                 f"{target.name!r} is offloaded: accelerate fetches it anew for every forward pass, so it cannot be edited "

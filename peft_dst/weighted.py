@@ -115,7 +115,7 @@ def combined_config(configs: Sequence[DSTConfig], records: Mapping[str, Record])
     config = replace(
         configs[0],
         **targets,
-        modules_to_save=next((config.modules_to_save for config in configs if config.modules_to_save), None),
+        modules_to_save=[*dict.fromkeys(name for c in configs for name in c.modules_to_save or ())] or None,
         epsilon=None,
         num_free_parameters=sum(record.indices.numel() for record in records.values()),
         selection="transfer",

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import RESULTS, common, formulas, memory, report, scaling, selection, step
+from benchmarks import RESULTS, codec, common, formulas, memory, report, scaling, selection, step
 
 
 def run(module, path, *arguments):
@@ -67,6 +67,14 @@ def test_memory(tmp_path):
     assert row["phases"].keys() == {"forward", "backward", "step"}
     assert row["trained"] == found["shapes"]["float32"]["n"]
     assert found["prediction"]["rows"].keys() == memory.ROWS.keys() == formulas.FORMULAS.keys()
+
+
+def test_codec(tmp_path):
+    found = run(codec, tmp_path / "codec.json", "--k", 2000, "--rounds", 1)
+    assert [row["epsilon"] for row in found["rows"] if row["case"] == "uniform"] == list(codec.EPSILONS)
+    for row in found["rows"]:
+        assert row.keys() == {"case", "epsilon", "k", "entropy", "bits", "ratio", "encoded_per_s", "decoded_per_s"}
+        assert row["ratio"] == pytest.approx(row["bits"] / row["entropy"], rel=1e-3)
 
 
 @pytest.mark.parametrize("row", memory.rows())

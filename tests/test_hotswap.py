@@ -103,6 +103,13 @@ def test_training_and_saving_go_on_under_the_new_config(build, saved, tmp_path, 
     )
 
 
+def test_there_is_nothing_to_prepare(build, saved):
+    one, output = saved("one")
+    model = PeftModel.from_pretrained(build("bert"), one)
+    peft.utils.hotswap.prepare_model_for_compiled_hotswap(model, target_rank=8)
+    assert torch.equal(logits(model, "bert"), output)
+
+
 def test_from_a_fixed_subset_to_a_dynamic_one(build, saved):
     one, _ = saved("one", selection="random")
     two, second = saved("two")
@@ -134,6 +141,8 @@ def foreign(folder):
     for summary in config["records"].values():
         summary[2] = dict.fromkeys(summary[2], "00000000")
     path.write_text(json.dumps(config))
+    # Without metadata, which would count.
+    damage(folder, lambda tensors: None)
 
 
 def wide(folder):

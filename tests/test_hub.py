@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 
 import pytest
@@ -78,7 +79,7 @@ def test_pushed_and_loaded_in_every_way(tmp_path):
     metadata = read_metadata(remote)
     assert metadata["records"] == json.loads(repository.files()["adapter_config.json"])["records"]
     assert sum(entries for entries, *_ in metadata["records"].values()) == model.base_model.constraint().budget
-    assert metadata["base_model_name_or_path"] == BASE
+    assert metadata["config"]["base_model_name_or_path"] == BASE
 
     loaded = PeftModel.from_pretrained(base(), REPO, token=TOKEN)
     assert torch.equal(logits(loaded, "bert"), output)
@@ -225,6 +226,13 @@ def test_the_model_card_says_what_it_is():
     assert f'AutoModelForSequenceClassification.from_pretrained("{BASE}", num_labels=3)' in found.text
     assert "pip install peft-dst" in found.text
     assert found.text.count("import peft_dst") == 1
+
+
+def test_the_snippet_has_the_head_s_width_without_a_task_type(build, tmp_path):
+    get_peft_model(build("bert"), DSTConfig(epsilon=0.02)).save_pretrained(tmp_path)
+    assert re.search(
+        r"BertForSequenceClassification.from_pretrained\(.*, num_labels=3\)", (tmp_path / "README.md").read_text()
+    )
 
 
 @pytest.mark.parametrize(

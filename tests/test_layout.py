@@ -30,16 +30,20 @@ ORDER = [
     "hotswap",
     "rescale",
     "card",
+    "saving",
     "extraction",
+    "conversion",
     "baselines",
     "training",
     "analysis",
     "registration",
+    "cli",
     "__init__",
+    "__main__",
 ]
 MAY_IMPORT = {
     "core": {"torch"},
-    "delta": {"torch", "safetensors"},
+    "delta": {"torch", "numpy", "safetensors"},
     "subsets": {"torch", "numpy", "safetensors", "tqdm"},
 }
 

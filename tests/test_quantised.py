@@ -16,7 +16,7 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from peft_dst import DSTConfig, hotswap_adapter
-from peft_dst.delta import DeltaError, read_records
+from peft_dst.delta import DeltaError, SparseDelta
 from tests.models import BUILDERS, assert_same, batch, logits, train
 
 
@@ -143,7 +143,7 @@ layers_of_both = pytest.mark.parametrize(
 @layers_of_both
 def test_each_layer_computes_with_the_tuned_values(kind, name, base, adapter):
     folder, _ = adapter(name)
-    records = read_records(folder)
+    records = SparseDelta.load(folder)
     # What the weights stand for, read before any forward pass.
     seeds = {n: dequantize_module_weight(m).float().clone() for n, m in quantised_layers(base(kind, name)).items()}
     model = serve(base(kind, name), folder)
@@ -237,7 +237,7 @@ def test_several_active_adapters_add_up_where_they_overlap(base, adapter):
     seed = layer.weight.dequantize()
     total, count = seed.clone(), torch.zeros_like(seed)
     for folder in folders.values():
-        indices, values = read_records(folder)[f"{name}.weight"]
+        indices, values = SparseDelta.load(folder)[f"{name}.weight"].record()
         at = indices.long()
         total.view(-1)[at] += values - seed.view(-1)[at]
         count.view(-1)[at] += 1
@@ -396,7 +396,7 @@ def first_layer(model, folder):
     """The first quantised layer, and its matrix with the tuned values."""
     name, layer = next(iter(quantised_layers(model.get_base_model()).items()))
     tuned = dequantize_module_weight(layer).float().clone()
-    indices, values = read_records(folder)[f"{name}.weight"]
+    indices, values = SparseDelta.load(folder)[f"{name}.weight"].record()
     tuned.view(-1)[indices.long()] = values
     return layer, tuned
 
@@ -452,7 +452,7 @@ def test_other_quantised_weights_under_the_adapter(base, adapter):
     layer.load_state_dict(state, strict=False, assign=True)
     layer.weight.requires_grad_(False)
     tuned = new.dequantize()
-    indices, values = read_records(folder)[f"{name}.weight"]
+    indices, values = SparseDelta.load(folder)[f"{name}.weight"].record()
     tuned.view(-1)[indices.long()] = values
     x = torch.randn(6, layer.in_features)
     torch.testing.assert_close(layer(x), functional.linear(x, tuned, layer.bias))

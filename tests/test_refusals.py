@@ -50,7 +50,7 @@ def test_another_shape_is_refused(build, saved):
     narrow.load_state_dict(
         {n: state[n] for n, t in narrow.state_dict().items() if t.shape == state[n].shape}, strict=False
     )
-    assert_refused(narrow, folder, r"intermediate.dense.weight'.*a tensor of 32 components")
+    assert_refused(narrow, folder, r"output.dense.weight.*for a tensor of shape \(16, 32\)")
 
 
 def test_an_architecture_without_the_tensor_is_refused(build, saved):
@@ -92,24 +92,39 @@ def test_damaged_files_are_refused(change, match, build, saved):
 @pytest.mark.parametrize(
     ("records", "match"),
     [
-        ({"bert.pooler.dense.weight": [10**12, "0", {"float32": "0"}]}, "1,000,000,000,000 entries"),
+        (
+            {"bert.pooler.dense.weight": [10**12, "0", {"float32": "0"}, [10**12, 16], "float32"]},
+            "1,000,000,000,000 entries",
+        ),
         ({"bert.pooler.dense.weight": "many"}, "malformed entry for 'bert.pooler.dense.weight'"),
         ({"bert.pooler.dense.weight": [-1, "0", {}]}, "malformed entry"),
-        ({"no.such.weight": [1, "0", {"float32": "0"}]}, "'no.such.weight', which the model does not have"),
+        (
+            {"no.such.weight": [1, "0", {"float32": "0"}, [1], "float32"]},
+            "'no.such.weight', which the model does not have",
+        ),
     ],
 )
-def test_damaged_configs_are_refused_before_memory_is_taken(records, match, build, saved):
+@pytest.mark.parametrize("where", ["config", "metadata"])
+def test_damaged_descriptions_are_refused_before_memory_is_taken(where, records, match, build, saved):
     folder, _, _ = saved()
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "records": records}))
+    path, tensors = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    if where == "config":
+        path.write_text(json.dumps({**json.loads(path.read_text()), "records": records}))
+        save_file(load_file(tensors), tensors)
+    else:
+        save_file(load_file(tensors), tensors, metadata={"dst_records": json.dumps(records)})
     assert_refused(build("bert"), folder, match)
 
 
-def test_files_of_two_saves_are_refused(build, saved, tmp_path):
+def test_files_of_two_saves(build, saved, tmp_path):
+    """As a save leaves them that was cut short: what the tensors' file says itself counts; without it, refused."""
     folder, _, model = saved()
     train(model, "bert", first=60)
     model.save_pretrained(tmp_path / "later")
     shutil.copy(tmp_path / "later" / "adapter_model.safetensors", folder)
+    loaded = PeftModel.from_pretrained(build("bert"), folder)
+    assert torch.equal(logits(loaded, "bert"), logits(model, "bert"))
+    save_file(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.safetensors")
     assert_refused(build("bert"), folder, "different saves")
 
 

@@ -81,3 +81,17 @@ def test_bad_input_and_other_models(build):
     with peft.helpers.rescale_adapter_scale(lora, 0.0):
         assert not torch.equal(logits(lora, "bert"), before)
     assert torch.equal(logits(lora, "bert"), before)
+
+
+def test_what_is_merged_inside_stays_so(build):
+    """WiSE-FT for good: merged at half strength, it is not put back to full when the context ends."""
+    model, outputs = tuned_model(build)
+    with rescale_adapter_scale(model, 0.5):
+        half = logits(model, "bert")
+        model.merge_adapter()
+    assert torch.equal(logits(model, "bert"), half)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model, "bert"), outputs["default"])
+    with rescale_adapter_scale(model, 0.5):
+        merged = model.merge_and_unload()
+    assert torch.equal(logits(merged, "bert"), half)

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from peft_dst import DSTConfig
-from peft_dst.delta import read_metadata
+from peft_dst.delta import DeltaError, read_metadata
 from tests.models import assert_same, logits, native, train, weights
 
 
@@ -70,11 +70,7 @@ def test_config_and_metadata_describe_the_file(saved):
     metadata = read_metadata(folder / "adapter_model.safetensors")
     assert metadata["format_version"] == 1
     assert metadata["records"] == config["records"]
-    assert (metadata["epsilon"], metadata["siloing"], metadata["distance"]) == (
-        0.02,
-        "module_and_layer",
-        "inverse_relative",
-    )
+    assert metadata["config"] == {key: value for key, value in config.items() if key != "records"}
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:
         assert file.metadata()["format"] == "pt"
     assert sum(entries for entries, *_ in config["records"].values()) == model.constraint().budget
@@ -236,3 +232,56 @@ def test_an_adapter_trained_in_float32_serves_a_bfloat16_base(build, saved):
     assert_same(weights(loaded.get_base_model()), weights(model.get_base_model().to(torch.bfloat16)))
     with loaded.disable_adapter():
         assert_same(weights(loaded.get_base_model()), seed)
+
+
+@pytest.mark.parametrize("kept", [["embed_tokens", "lm_head"], ["lm_head"], ["embed_tokens"]])
+def test_resized_embeddings_that_are_trained_densely(kept, tmp_path):
+    """What PEFT does not see is that it saves them anyway: they would stand in the file three times."""
+    load = native(tmp_path, "llama")
+
+    def resized():
+        base = load()
+        base.resize_token_embeddings(70, mean_resizing=False)
+        return base
+
+    model = get_peft_model(resized(), DSTConfig(epsilon=0.02, modules_to_save=kept))
+    train(model, "llama")
+    with pytest.warns(UserWarning, match="embedding layer has been resized"):
+        model.save_pretrained(tmp_path / "adapter")
+    keys = load_file(tmp_path / "adapter" / "adapter_model.safetensors").keys()
+    assert not [key for key in keys if "original_module" in key or "modules_to_save" in key]
+    # As transformers and older files have them.
+    with pytest.warns(UserWarning, match="embedding layer has been resized"):
+        state = get_peft_model_state_dict(model)
+    assert [key for key in state if "original_module" in key]
+    for fill in (
+        lambda base: PeftModel.from_pretrained(base, tmp_path / "adapter"),
+        lambda base: (m := get_peft_model(base, model.peft_config["default"]), set_peft_model_state_dict(m, state))[0],
+    ):
+        base = resized()
+        # New rows start at random.
+        base.load_state_dict({**base.state_dict(), **rows(model)}, strict=True)
+        assert torch.equal(logits(fill(base), "llama"), logits(model, "llama"))
+
+
+def rows(model):
+    """The base's own embeddings, as its state dict has them."""
+    with model.disable_adapter():
+        return {
+            key.replace("original_module.", ""): tensor.clone()
+            for key, tensor in model.get_base_model().state_dict().items()
+            if ("embed_tokens" in key or "lm_head" in key) and "_sparse" not in key and "modules_to_save" not in key
+        }
+
+
+def test_the_base_is_compared_whatever_config_is_given(build, saved):
+    folder, output, _ = saved()
+    config = DSTConfig.from_pretrained(folder)
+    other = build("bert")
+    with torch.no_grad():
+        other.bert.embeddings.word_embeddings.weight.add_(1e-3)
+    for given in (config, config, DSTConfig(epsilon=0.02)):
+        loaded = PeftModel.from_pretrained(build("bert"), folder, config=given)
+        assert torch.equal(logits(loaded, "bert"), output)
+        with pytest.raises(DeltaError, match="the base model's values differ"):
+            PeftModel.from_pretrained(copy.deepcopy(other), folder, config=given)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from peft_dst import DSTConfig
 from peft_dst.weighted import combine
-from tests.models import assert_same, bert, logits, tuned_model, weights
+from tests.models import assert_same, bert, logits, train, tuned_model, weights
 
 
 ADAPTERS, WEIGHTS = ["a", "b", "c"], [0.5, 1.25, -0.75]
@@ -218,3 +218,17 @@ def test_bad_arguments_change_nothing(untrained, case):
         untrained.add_weighted_adapter(*arguments, **options)
     assert untrained.peft_config.keys() == {"a", "b", "c"}
     assert_same(before, dict(untrained.state_dict()))
+
+
+@pytest.mark.parametrize("order", [("a", "b"), ("b", "a")])
+def test_dense_copies_of_all_sources_are_taken(build, order):
+    options = {"epsilon": 0.02, "target_modules": ["attention"]}
+    model, _ = tuned_model(build, **options, modules_to_save=["classifier"], adapters=("a",))
+    model.add_adapter("b", DSTConfig(**options, modules_to_save=["pooler"]))
+    model.set_adapter("b")
+    train(model, "bert")
+    model.add_weighted_adapter(list(order), [float(name == "b") for name in order], "c")
+    copies = model.base_model.model.bert.pooler.modules_to_save
+    assert_same(dict(copies["b"].state_dict()), dict(copies["c"].state_dict()))
+    copies = model.base_model.model.classifier.modules_to_save
+    assert_same(dict(copies["a"].state_dict()), dict(copies["c"].state_dict()))

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from ..core.silos import compile_silo_patterns, read_names
-from ..delta import read_records
+from ..delta import SparseDelta
 from ..exchange import settle
 from ..layer import markers
 from ..tables import text_table
 
 
-Subset: TypeAlias = "str | PathLike[str] | tuple[nn.Module, str] | Mapping[str, Tensor | Sequence[int]]"
+Subset: TypeAlias = "str | PathLike[str] | SparseDelta | tuple[nn.Module, str] | Mapping[str, Tensor | Sequence[int]]"
 
 
 @dataclass(frozen=True)
@@ -114,14 +114,14 @@ def overlap(
 
     A parameter without entries counts as empty, so adapters that tune different modules can be compared; an adapter
     folder does not say which base its names belong to, so that both have one is the caller's to know. Where sizes are
-    known a difference is refused.
+    known, as of saved adapters, a difference is refused.
 
     Args:
-        a: folder of a saved adapter; or a model and the name of one of its adapters; or name of each parameter → sorted
-            flat positions, (k,) of integers.
+        a: folder of a saved adapter, or what was loaded of it; or a model and the name of one of its adapters; or name of
+            each parameter → sorted flat positions, (k,) of integers.
         b: likewise; it need not have as many entries.
-        sizes: number of components of each parameter by name, or the base model: what chance needs. Models given as `a`
-            or `b` bring their own.
+        sizes: number of components of each parameter by name, or the base model: what chance needs. Models and saved
+            adapters given as `a` or `b` bring their own.
         silo_pattern: how to read names that the built-in rules do not read, as in `DSTConfig`.
 
     Raises:
@@ -130,9 +130,13 @@ def overlap(
     """
     models = [source[0] for source in (a, b) if isinstance(source, tuple)]
     models += [sizes] if isinstance(sizes, nn.Module) else []
+    a, b = (SparseDelta.load(source) if isinstance(source, str | PathLike) else source for source in (a, b))
     one, other = _positions(a, "a"), _positions(b, "b")
     names = [name for name in dict.fromkeys([*one, *other]) if len(one.get(name, ())) or len(other.get(name, ()))]
-    numels = _agree(names, [_parameter_sizes(model) for model in models], sizes if isinstance(sizes, Mapping) else {})
+    loaded = [source for source in (a, b) if isinstance(source, SparseDelta)]
+    given: list[Mapping[str, int]] = [{name: math.prod(t.shape) for name, t in delta.items()} for delta in loaded]
+    given += [sizes] if isinstance(sizes, Mapping) else []
+    numels = _agree(names, [_parameter_sizes(model) for model in models], given)
     nothing = torch.empty(0, dtype=torch.int64)
     parameters = {}
     for name in names:
@@ -150,13 +154,14 @@ def overlap(
 
 def _positions(source: Subset, which: str) -> dict[str, Tensor]:
     """Name → sorted flat positions, int64 (k,) on the CPU."""
+    if isinstance(source, SparseDelta):
+        return {name: tensor.indices.cpu() for name, tensor in source.items()}
     if isinstance(source, Mapping):
         found = {name: torch.as_tensor(positions).cpu() for name, positions in source.items()}
         for name, positions in found.items():
             _check_sorted(name, positions, which)
         return {name: positions.long() for name, positions in found.items()}
-    if not isinstance(source, tuple):
-        return {name: record.indices.long() for name, record in read_records(source).items()}
+    assert isinstance(source, tuple)
     model, adapter = source
     settle(model)
     owners = [marker for _, marker in markers(model) if adapter in marker.tuned]
@@ -192,11 +197,11 @@ def _parameter_sizes(model: nn.Module) -> dict[str, int]:
     return {name: parameter.numel() for name, parameter in inner.named_parameters(remove_duplicate=False)}
 
 
-def _agree(names: Iterable[str], models: list[dict[str, int]], given: Mapping[str, int]) -> dict[str, int]:
-    """The sizes of some parameters, on which all models must agree, and with what was given of some."""
+def _agree(names: Iterable[str], models: list[dict[str, int]], given: Sequence[Mapping[str, int]]) -> dict[str, int]:
+    """The sizes of some parameters, on which all models must agree, and with what is known of some."""
     agreed: dict[str, int] = {}
     for name in names:
-        found = [sizes.get(name) for sizes in models] + ([given[name]] if name in given else [])
+        found = [sizes.get(name) for sizes in models] + [sizes[name] for sizes in given if name in sizes]
         if len(set(found)) > 1 or None in found:
             sizes = ", ".join("none" if size is None else f"{size:,}" for size in found)
             raise ValueError(

@@ -1,21 +1,30 @@
-"""The finished artefact: records of indices and values, what a reader must check, and the file they stand in.
+"""The finished artefact: records of indices and values, what a reader must check, the file they stand in, a code for
+indices, and what becomes of a base's checkpoint with them.
 
-Imports torch, safetensors and the standard library only.
+Imports torch, numpy, safetensors and the standard library only.
 """
 
+from .checkpoint import Checkpoint, Layout, open_file, place
+from .codec import MAX_COMPONENTS, decode_indices, encode_indices
 from .files import (
+    CONFIG_NAME,
     MARKER,
     PARTS,
     PEFT_PREFIX,
-    RECORD_KEY,
     WEIGHTS_NAME,
+    find_records,
+    is_wrapper_s_copy,
+    pair,
     parse_summaries,
     read_metadata,
-    read_records,
-    read_summaries,
+    reconcile,
     stamp,
 )
+from .merging import Merged, check_free, copy_others, merge
+from .packed import pack
+from .patches import export_patches
 from .records import (
+    DTYPES,
     FORMAT_VERSION,
     DeltaError,
     Record,
@@ -23,29 +32,50 @@ from .records import (
     check_entries,
     check_record,
     check_seed,
+    check_shape,
     index_dtype,
     summarize,
 )
+from .sparse import SparseDelta, SparseTensor
 
 
 __all__ = [
+    "CONFIG_NAME",
+    "DTYPES",
     "FORMAT_VERSION",
     "MARKER",
+    "MAX_COMPONENTS",
     "PARTS",
     "PEFT_PREFIX",
-    "RECORD_KEY",
     "WEIGHTS_NAME",
+    "Checkpoint",
     "DeltaError",
+    "Layout",
+    "Merged",
     "Record",
+    "SparseDelta",
+    "SparseTensor",
     "Summary",
     "check_entries",
+    "check_free",
     "check_record",
     "check_seed",
+    "check_shape",
+    "copy_others",
+    "decode_indices",
+    "encode_indices",
+    "export_patches",
+    "find_records",
     "index_dtype",
+    "is_wrapper_s_copy",
+    "merge",
+    "open_file",
+    "pack",
+    "pair",
     "parse_summaries",
+    "place",
     "read_metadata",
-    "read_records",
-    "read_summaries",
+    "reconcile",
     "stamp",
     "summarize",
 ]

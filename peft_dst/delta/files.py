@@ -1,4 +1,7 @@
-"""The adapter's files: the metadata that makes its tensors readable by themselves, and reading records without a model."""
+"""The adapter's files: docs/format.md, read and written.
+
+Files come from strangers: whatever is read is checked as far as it can be without the base, before anything is made of it.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,14 @@ import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .packed import DESCRIPTION, describe, is_packed, unpack
 from .records import FORMAT_VERSION, DeltaError, Record, Summary, check_entries, check_record
 
 
@@ -28,117 +32,167 @@ PEFT_PREFIX = "base_model.model."
 RECORD_KEY = re.compile(rf"(?P<host>(?:.*\.)?){MARKER}\.(?P<part>{'|'.join(PARTS)})\.(?P<parameter>[^.]+)")
 
 
-def stamp(directory: str | os.PathLike[str], fields: Mapping[str, Any]) -> None:
-    """Write the format version and the given fields into the metadata of an adapter file, if there is one.
+class Contents(NamedTuple):
+    """What a file says, checked as far as can be without the base.
 
-    The file is replaced in one step: at any moment either the old or the new one is there, whole.
+    Attributes:
+        records: parameter's name → its record.
+        summaries: the same names → what the file says of them.
+        dense: dense tensors, by their keys.
+        config: adapter_config.json without `records`.
+    """
 
-    Args:
-        directory: where `adapter_model.safetensors` may stand.
-        fields: name → JSON value; safetensors metadata holds strings, so each is stored as JSON under `dst_<name>`.
+    records: dict[str, Record]
+    summaries: dict[str, Summary]
+    dense: dict[str, Tensor]
+    config: dict[str, Any]
+
+
+def stamp(directory: str | os.PathLike[str]) -> None:
+    """Write what adapter_config.json says into the metadata of the adapter_model.safetensors beside it, if there is one.
+
+    So the tensors can be read by themselves. The file is replaced in one step: at any moment either the old or the new one
+    is there, whole.
     """
     path = Path(directory) / WEIGHTS_NAME
-    if not path.is_file():
-        return
-    metadata = {f"dst_{name}": json.dumps(value, separators=(",", ":")) for name, value in fields.items()}
-    metadata |= {"format": "pt", "dst_format_version": str(FORMAT_VERSION)}
+    if path.is_file():
+        config = json.loads((Path(directory) / CONFIG_NAME).read_text())
+        records = config.pop("records", None) or {}
+        tensors = load_file(path)
+        kept = {key: tensor for key, tensor in tensors.items() if not is_wrapper_s_copy(key, tensors)}
+        write_file(path, kept, config, records)
+
+
+def is_wrapper_s_copy(key: str, tensors: Mapping[str, Tensor], adapter: str = "") -> bool:
+    """Whether a key is what PEFT saves a second and a third time of an embedding in modules_to_save that was resized.
+
+    It adds everything below such an embedding: besides the dense copy the wrapper's own names for that, and for the base's.
+
+    Args:
+        key: the key.
+        tensors: all keys that stand beside it.
+        adapter: the adapter's name, if keys hold it already.
+    """
+    for part in (".modules_to_save.", ".original_module."):
+        host, found, parameter = key.rpartition(part)
+        if found and not (adapter and parameter.startswith(f"{adapter}.")):
+            own = f".modules_to_save.{adapter}." if adapter else "."
+            return f"{host}{own}{parameter}" in tensors
+    return False
+
+
+def write_file(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], config: Mapping[str, Any], records: Mapping[str, Any]
+) -> None:
+    """Write tensors and what describes them, in one step: a kill at any moment leaves the old file or the new one.
+
+    Args:
+        path: the file.
+        tensors: key → tensor.
+        config: adapter_config.json without `records`.
+        records: parameter's name → Summary, or its JSON. Packed tensors bring it along.
+    """
+    path = Path(path)
+    fields = {"format_version": FORMAT_VERSION, "config": dict(config)}
+    if DESCRIPTION not in tensors:
+        fields["records"] = records
+    replace_file(
+        path, tensors, {f"dst_{key}": json.dumps(value, separators=(",", ":")) for key, value in fields.items()}
+    )
+
+
+def replace_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file beside its place, and rename it when it is whole."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
     os.close(handle)
     try:
-        save_file(load_file(path), temporary, metadata=metadata)
-        # mkstemp's file is private; the adapter keeps the permissions it was saved with.
-        os.chmod(temporary, path.stat().st_mode)
+        save_file(dict(tensors), temporary, metadata={"format": "pt", **metadata})
+        # mkstemp's file is private; the adapter keeps the permissions it was saved with, or gets the usual ones.
+        os.chmod(temporary, path.stat().st_mode if path.exists() else usual_mode(0o666))
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
         raise
 
 
+def usual_mode(mode: int) -> int:
+    """The permissions that a new file or folder would have got."""
+    # There is no way to read the mask but to set it.
+    mask = os.umask(0)
+    os.umask(mask)
+    return mode & ~mask
+
+
+def write_config(folder: str | os.PathLike[str], config: Mapping[str, Any], records: Mapping[str, Any]) -> None:
+    """Write adapter_config.json, in one step."""
+    path = Path(folder) / CONFIG_NAME
+    temporary = path.with_name(f"{CONFIG_NAME}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps({**config, "records": records}, indent=2, sort_keys=True))
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The fields that `stamp` wrote, without the prefix; empty for a file without them."""
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-    return {key.removeprefix("dst_"): json.loads(value) for key, value in metadata.items() if key.startswith("dst_")}
-
-
-def read_records(folder: str | os.PathLike[str]) -> dict[str, Record]:
-    """Read a saved adapter's records without its base model.
-
-    Everything is checked that can be without it: the form of each record, that positions ascend, that values are finite,
-    and that the tensors are those that adapter_config.json describes. Whether positions lie within the base's tensors, and
-    the base is the right one, only loading can tell. Dense copies (modules_to_save) are not read.
-
-    Args:
-        folder: holds adapter_config.json and adapter_model.safetensors.
-
-    Returns:
-        Parameter's name in the base model → its record, for those that have entries.
+    """What a file says of itself: `format_version`, `config`, `records`; empty for one of another kind.
 
     Raises:
-        DeltaError: if the folder holds no DST adapter, or a damaged one.
+        DeltaError: if the file cannot be read, or its metadata are broken.
     """
-    folder = Path(folder)
-    summaries = read_summaries(folder)
-    path = folder / WEIGHTS_NAME
-    if not path.is_file():
-        raise DeltaError(
-            f"{folder} holds no {WEIGHTS_NAME}. An adapter that was saved otherwise (safe_serialization=False) can be "
-            "loaded with PEFT and saved again."
-        )
     try:
-        tensors = load_file(path)
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            packed = {key: file.get_tensor(key) for key in file.keys() if key == DESCRIPTION}  # noqa: SIM118
+        found = {k.removeprefix("dst_"): json.loads(v) for k, v in metadata.items() if k.startswith("dst_")}
+        return {**found, "records": describe(packed)} if packed else found
     except (SafetensorError, OSError) as error:
         raise DeltaError(f"{path} cannot be read ({error}). It is damaged; save or download it again.") from error
-    found: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        if key.startswith(PEFT_PREFIX) and (match := RECORD_KEY.fullmatch(key.removeprefix(PEFT_PREFIX))):
-            found.setdefault(match["host"] + match["parameter"], {})[match["part"]] = tensor
-    if found.keys() != summaries.keys():
-        name = min(found.keys() ^ summaries.keys())
-        one, other = (WEIGHTS_NAME, CONFIG_NAME) if name in found else (CONFIG_NAME, WEIGHTS_NAME)
-        raise DeltaError(
-            f"{name!r} has entries in {one} of {folder} but none in {other}. The two files come from different saves; copy "
-            "or download both again."
-        )
-    records = {}
-    for name, parts in found.items():
-        if parts.keys() != set(PARTS):
-            raise DeltaError(
-                f"{name!r} has no {min(set(PARTS) - parts.keys())} in {path}. It is damaged; save it again."
-            )
-        records[name] = Record(*(parts[part] for part in PARTS))
-        # Without the base every position that its dtype may hold is a good one.
-        indices, values = records[name]
-        largest = torch.empty(1, dtype=values.dtype, device="meta").expand(_largest(indices.dtype))
-        check_record(name, largest, records[name])
-        check_entries(name, summaries[name], records[name])
-    return records
+    except (ValueError, RecursionError) as error:
+        raise DeltaError(f"{path} has broken metadata ({error}). It is damaged; save or download it again.") from error
 
 
-def parse_summaries(records: Mapping[str, Any]) -> dict[str, Summary]:
-    """The same from `records` as they stand in a config.
+def reconcile(config: dict[str, Any], metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What adapter_config.json says, or, where that describes other tensors than those beside it, what they say themselves.
 
-    Raises:
-        DeltaError: if an entry is malformed.
+    A save that was cut short leaves new tensors beside the old config.
     """
-    return {name: Summary.parse(name, raw) for name, raw in records.items()}
+    records = metadata.get("records")
+    if records is None or records == config.get("records"):
+        return config
+    said = metadata.get("config")
+    return {**(said if isinstance(said, dict) else config), "records": records}
 
 
-def _largest(dtype: torch.dtype) -> int:
-    return torch.iinfo(dtype).max if dtype in (torch.int32, torch.int64) else 0
-
-
-def read_summaries(folder: str | os.PathLike[str]) -> dict[str, Summary]:
-    """What a saved adapter's config says of its records, by name of the parameter.
+def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read the adapter_config.json of a DST adapter.
 
     Raises:
-        DeltaError: if the folder's adapter_config.json is not one of a DST adapter, or damaged.
+        DeltaError: if there is none, or it is damaged or of another kind.
     """
     path = Path(folder) / CONFIG_NAME
     try:
         config = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise DeltaError(f"{path} cannot be read ({error}). Give the folder of a saved adapter.") from error
+    return _checked(path, config)
+
+
+def parse_summaries(records: object, path: object = CONFIG_NAME) -> dict[str, Summary]:
+    """Read `records` as they stand in a config: parameter's name → what is said of its record.
+
+    Raises:
+        DeltaError: if an entry is malformed.
+    """
+    if records is None:
+        return {}
+    if not isinstance(records, dict):
+        raise DeltaError(f"{path} has malformed `records`: {records!r:.80}. The file was damaged or edited.")
+    return {name: Summary.parse(name, raw) for name, raw in records.items()}
+
+
+def _checked(path: object, config: Any) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("peft_type") != "DST":
         kind = config.get("peft_type") if isinstance(config, dict) else None
         raise DeltaError(f"{path} describes an adapter of type {kind!r}, not 'DST'. Only DST adapters hold records.")
@@ -147,7 +201,105 @@ def read_summaries(folder: str | os.PathLike[str]) -> dict[str, Summary]:
             f"{path} has format version {config.get('format_version')!r}; this peft_dst reads version {FORMAT_VERSION}. "
             "Install a peft_dst that writes that version, or save the adapter again with this one."
         )
-    records = config.get("records") or {}
-    if not isinstance(records, dict):
-        raise DeltaError(f"{path} has malformed `records`: {records!r:.80}. The file was damaged or edited.")
-    return parse_summaries(records)
+    return config
+
+
+def read(path: str | os.PathLike[str], *, allow_nonfinite: bool = False) -> Contents:
+    """Read an adapter without its base model.
+
+    Everything is checked that can be without it: form, order and range of positions, that values are finite, and that the
+    tensors are those that were described. Whether the base is the right one only the base can tell.
+
+    Args:
+        path: the folder of an adapter, or its safetensors file alone.
+        allow_nonfinite: take NaN and infinite values.
+
+    Raises:
+        DeltaError: if it is no DST adapter, or a damaged one.
+    """
+    path = Path(path)
+    if path.is_dir():
+        config = read_config(path)
+        path = path / WEIGHTS_NAME
+        if not path.is_file():
+            raise DeltaError(
+                f"{path.parent} holds no {WEIGHTS_NAME}. An adapter that was saved otherwise (safe_serialization=False) "
+                "can be loaded with PEFT and saved again."
+            )
+        metadata = read_metadata(path)
+        config = reconcile(config, metadata)
+    else:
+        metadata = read_metadata(path)
+        config = {**_checked(path, metadata.get("config")), "records": metadata.get("records")}
+    summaries = parse_summaries(config.pop("records"), path)
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise DeltaError(f"{path} cannot be read ({error}). It is damaged; save or download it again.") from error
+    found, dense = find_records(tensors)
+    if found.keys() != summaries.keys():
+        name = min(found.keys() ^ summaries.keys())
+        wrong = (
+            ("has entries for", "does not describe them") if name in found else ("describes entries for", "has none")
+        )
+        raise DeltaError(
+            f"{path} {wrong[0]} {name!r}, but {wrong[1]}. It was edited, or adapter_config.json comes from another save; "
+            "copy or download both again."
+        )
+    records = {}
+    for name, parts in found.items():
+        records[name] = record = pair(name, parts)
+        like = torch.empty(summaries[name].shape, dtype=record.values.dtype, device="meta")
+        check_record(name, like, record, allow_nonfinite=allow_nonfinite)
+        check_entries(name, summaries[name], record)
+    return Contents(records, summaries, dense, config)
+
+
+def name_records(records: Mapping[str, Record]) -> dict[str, Tensor]:
+    """The tensors of plain records, by their keys in a file."""
+    tensors = {}
+    for name, record in records.items():
+        host, _, parameter = name.rpartition(".")
+        marker = f"{host}.{MARKER}" if host else MARKER
+        for part, entries in zip(PARTS, record, strict=True):
+            tensors[f"{PEFT_PREFIX}{marker}.{part}.{parameter}"] = entries.contiguous()
+    return tensors
+
+
+def find_records(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """Part a file's tensors into those of records, plain or packed, and dense ones.
+
+    Args:
+        tensors: key → tensor.
+
+    Returns:
+        Parameter's name → part → tensor; key → dense tensor.
+
+    Raises:
+        DeltaError: if packed records are damaged.
+    """
+    found: dict[str, dict[str, Tensor]] = {}
+    dense, packed = {}, {}
+    for key, tensor in tensors.items():
+        if match := RECORD_KEY.fullmatch(key.removeprefix(PEFT_PREFIX)):
+            found.setdefault(match["host"] + match["parameter"], {})[match["part"]] = tensor
+        elif is_packed(key):
+            packed[key] = tensor
+        else:
+            dense[key] = tensor
+    if packed:
+        if found:
+            raise DeltaError("the file has plain and packed records. It is damaged or edited; save it again.")
+        found = {name: dict(zip(PARTS, record, strict=True)) for name, record in unpack(packed).items()}
+    return found, dense
+
+
+def pair(name: str, parts: Mapping[str, Tensor]) -> Record:
+    """A record from its two parts.
+
+    Raises:
+        DeltaError: if one is missing.
+    """
+    if missing := set(PARTS) - parts.keys():
+        raise DeltaError(f"{name!r} has no {min(missing)} in the adapter file. It is damaged; save it again.")
+    return Record(*(parts[part] for part in PARTS))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ _PRECISIONS: dict[torch.dtype, str] = {
     torch.float16: "float16",
     torch.bfloat16: "bfloat16",
 }
+DTYPES = {name: dtype for dtype, name in _PRECISIONS.items()}
 
 
 class DeltaError(ValueError):
@@ -36,19 +38,18 @@ class Summary(NamedTuple):
 
     Attributes:
         entries: number of entries.
-        digest: CRC-32 of the positions, in hexadecimal.
+        digest: CRC-32 of positions and values, in hexadecimal.
         seed: CRC-32 of the seed's values there, in the base's dtype and in every coarser one it may be loaded in,
             dtype → hexadecimal. So an adapter trained in float32 is recognised on the same base in bfloat16.
+        shape: shape of the base's tensor, which gives flat positions their meaning.
+        dtype: of the values, e.g. "bfloat16".
     """
 
     entries: int
     digest: str
     seed: Mapping[str, str]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """That of the base which the adapter was saved from, and so of its values."""
-        return next(dtype for dtype, name in _PRECISIONS.items() if name in self.seed)
+    shape: tuple[int, ...]
+    dtype: str
 
     @classmethod
     def parse(cls, name: str, raw: Any) -> Summary:
@@ -58,9 +59,18 @@ class Summary(NamedTuple):
             DeltaError: if it has not the form of one.
         """
         try:
-            entries, digest, seed = raw
-            if type(entries) is int and entries > 0 and type(digest) is str and isinstance(seed, Mapping) and seed:
-                return cls(entries, digest, dict(seed))
+            entries, digest, seed, shape, dtype = raw
+            if (
+                type(entries) is int
+                and type(digest) is str
+                and isinstance(seed, Mapping)
+                and seed
+                and isinstance(shape, list | tuple)
+                and all(type(size) is int and size > 0 for size in shape)
+                and 0 < entries <= math.prod(shape) < 2**62
+                and dtype in DTYPES
+            ):
+                return cls(entries, digest, dict(seed), tuple(shape), dtype)
         except (TypeError, ValueError):
             pass
         raise DeltaError(
@@ -74,7 +84,7 @@ def index_dtype(numel: int) -> torch.dtype:
     return torch.int32 if numel <= 2**31 - 1 else torch.int64
 
 
-def check_record(name: str, tensor: Tensor, record: Record) -> None:
+def check_record(name: str, tensor: Tensor, record: Record, *, allow_nonfinite: bool = False) -> None:
     """Check that entries can be written into a tensor (any shape; only its size and dtype are looked at).
 
     Raises:
@@ -109,7 +119,7 @@ def check_record(name: str, tensor: Tensor, record: Record) -> None:
             f"{int(indices[at - 1])}). The file is damaged; save or download it again."
         )
     strange = ~torch.isfinite(values.to(tensor.dtype))
-    if strange.any():
+    if not allow_nonfinite and strange.any():
         at = int(strange.nonzero()[0])
         raise DeltaError(
             f"{name!r}: entry {at} has the value {float(values[at])}, which is not finite in {tensor.dtype}. An adapter "
@@ -117,9 +127,16 @@ def check_record(name: str, tensor: Tensor, record: Record) -> None:
         )
 
 
-def _crc(tensor: Tensor) -> str:
-    data = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
-    return f"{zlib.crc32(data.tobytes()):08x}"
+def digest(record: Record) -> str:
+    """CRC-32 of a record's positions as int64 and its values after them, in hexadecimal."""
+    return _crc(record.indices.to(torch.int64), record.values)
+
+
+def _crc(*tensors: Tensor) -> str:
+    code = 0
+    for tensor in tensors:
+        code = zlib.crc32(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data, code)
+    return f"{code:08x}"
 
 
 def _coarser(dtype: torch.dtype) -> list[torch.dtype]:
@@ -127,18 +144,37 @@ def _coarser(dtype: torch.dtype) -> list[torch.dtype]:
     return [dtype, *(d for d in _PRECISIONS if torch.finfo(d).bits < torch.finfo(dtype).bits)]
 
 
-def summarize(record: Record, seeds: Tensor) -> Summary:
+def summarize(record: Record, seeds: Tensor, shape: Sequence[int]) -> Summary:
     """Summarise a record for `adapter_config.json`.
 
     Args:
         record: the entries.
         seeds: the seed's values at their positions, (k,) in the base's dtype.
+        shape: shape of the base's tensor.
     """
     return Summary(
         record.indices.numel(),
-        _crc(record.indices.to(torch.int64)),
+        digest(record),
         {_PRECISIONS[dtype]: _crc(seeds.to(dtype)) for dtype in _coarser(seeds.dtype)},
+        tuple(shape),
+        _PRECISIONS[record.values.dtype],
     )
+
+
+def check_shape(name: str, summary: Summary, shape: Sequence[int]) -> None:
+    """Check that flat positions mean the same components in a tensor as where they were made.
+
+    More or fewer rows are no harm: an embedding that was resized since keeps its positions, and those that lie beyond its
+    end are found by `check_record`.
+
+    Raises:
+        DeltaError: if it has rows of another shape, or fewer components than entries.
+    """
+    if tuple(shape[1:]) != summary.shape[1:] or len(shape) != len(summary.shape) or summary.entries > math.prod(shape):
+        raise DeltaError(
+            f"{name!r} is of shape {tuple(shape)}, and the adapter has {summary.entries:,} entries for a tensor of shape "
+            f"{summary.shape}. It was made for another base; load it onto the one named in adapter_config.json."
+        )
 
 
 def check_entries(name: str, summary: Summary, record: Record) -> None:
@@ -147,7 +183,8 @@ def check_entries(name: str, summary: Summary, record: Record) -> None:
     Raises:
         DeltaError: if it is not.
     """
-    if record.indices.numel() != summary.entries or _crc(record.indices.to(torch.int64)) != summary.digest:
+    dtype = _PRECISIONS.get(record.values.dtype)
+    if (record.indices.numel(), digest(record), dtype) != (summary.entries, summary.digest, summary.dtype):
         raise DeltaError(
             f"{name!r}: the entries in adapter_model.safetensors are not those that adapter_config.json describes. The "
             "two files come from different saves; copy or download both again."

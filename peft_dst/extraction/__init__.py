@@ -1,6 +1,5 @@
 """From a fully fine-tuned checkpoint to an adapter: keep each silo's largest changes, put everything else back.
 
-* `checkpoint` a folder's tensors, mapped into memory and not read
 * `skeleton`   the tuned model's modules over the base's tensors, without a copy of either
 * `figures`    what was kept and what was cut off
 * `extract`    the choice, and the adapter that PEFT writes
@@ -8,6 +7,7 @@
 
 from .extract import extract
 from .figures import Extraction, SiloFigures
+from .skeleton import layout_of
 
 
-__all__ = ["Extraction", "SiloFigures", "extract"]
+__all__ = ["Extraction", "SiloFigures", "extract", "layout_of"]

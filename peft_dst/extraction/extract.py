@@ -78,11 +78,11 @@ def extract(
     updates = skeleton.read(structure, skeleton.tensors_of(tuned, "tuned"), "tuned")
     skeleton.check_complete(structure, updates, own=not isinstance(tuned, Mapping))
     model, dense = _wrap(structure, seeds, updates, config, _name_of(base))
-    silos = _choose(model, updates.found, config.distance, progress)
+    silos, parameters = _choose(model, updates.found, config.distance, progress)
     tuned_names = {weight.name for silo in model.base_model.constraint(ADAPTER).silos for weight in silo.weights}
     untuned, not_carried = _account_for_the_rest(seeds, updates, tuned_names, set(dense), config.distance)
     extraction = Extraction(
-        output, tuple(silos), untuned, tuple(dense), seeds.unused, updates.unused, tuple(not_carried)
+        output, tuple(silos), untuned, tuple(dense), seeds.unused, updates.unused, tuple(not_carried), tuple(parameters)
     )
     if not extraction.total.changed and not dense:
         raise ValueError(
@@ -154,13 +154,19 @@ def _fill_dense(model: PeftModel, structure: nn.Module, updates: Mapping[str, Te
     return filled
 
 
-def _choose(model: PeftModel, updates: Mapping[str, Tensor], kind: str, progress: bool) -> list[SiloFigures]:
-    """Choose every silo's subset and write it into the records, not into the weights, which are the base's own."""
+def _choose(
+    model: PeftModel, updates: Mapping[str, Tensor], kind: str, progress: bool
+) -> tuple[list[SiloFigures], list[SiloFigures]]:
+    """Choose every silo's subset and write it into the records, not into the weights, which are the base's own.
+
+    Returns:
+        The figures of the silos, and of their parameters.
+    """
     owners: dict[int, tuple[SparseLayer, str]] = {}
     for _, marker in markers(model):
         marker.enable_adapters(False)
         owners |= {id(weight): (marker, parameter) for parameter, weight in marker.weights.items()}
-    figures = []
+    figures, by_parameter = [], []
     for silo in tqdm(model.base_model.constraint(ADAPTER).silos, desc="extract", unit="silo", disable=not progress):
         seeds = [weight.flat() for weight in silo.weights]
         # In the base's dtype from the start: a change that rounds to nothing must not take a place of the budget.
@@ -173,7 +179,8 @@ def _choose(model: PeftModel, updates: Mapping[str, Tensor], kind: str, progress
             marker.write_record(ADAPTER, parameter, record)
             parts.append(measure(weight.name, seed, new, indices, kind))
         figures.append(joined(silo.name, parts, silo.budget, float(selection.threshold)))
-    return figures
+        by_parameter += parts
+    return figures, by_parameter
 
 
 def _select(silo: Silo, seeds: list[Tensor], tuned: list[Tensor], kind: str) -> Selection:

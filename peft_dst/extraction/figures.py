@@ -56,6 +56,11 @@ class SiloFigures:
         return self.squares_kept / self.squares if self.squares else 1.0
 
     @property
+    def error(self) -> float:
+        """Frobenius norm of what was cut off, relative to that of the whole change; 0 if nothing had changed."""
+        return math.sqrt(max(0.0, 1.0 - self.share_of_squares))
+
+    @property
     def share_of_absolute(self) -> float:
         """Share of the absolute change that was kept; 1 if nothing had changed."""
         return self.absolute_kept / self.absolute if self.absolute else 1.0
@@ -119,6 +124,7 @@ class Extraction:
     Attributes:
         output: the adapter's folder.
         silos: what became of each silo.
+        parameters: the same by parameter, in the silos' order.
         untuned: the change of parameters that the config does not tune, all of which goes back to the seed.
         dense: parameters that the adapter keeps whole (modules_to_save).
         only_in_base: the base's tensors that the tuned model does not have; they have no place in an adapter.
@@ -134,6 +140,7 @@ class Extraction:
     only_in_base: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
     not_carried: tuple[str, ...] = ()
+    parameters: tuple[SiloFigures, ...] = ()
 
     @property
     def total(self) -> SiloFigures:

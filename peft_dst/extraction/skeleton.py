@@ -19,8 +19,10 @@ import torch
 import transformers
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from .checkpoint import Checkpoint
+from ..delta import Checkpoint, Layout
 
 
 Source: TypeAlias = "str | PathLike[str] | nn.Module | Mapping[str, Tensor]"
@@ -70,13 +72,23 @@ def tensors_of(source: Source, which: str) -> Mapping[str, Tensor]:
                 f"{which}={str(source)!r} is not a folder. Give a folder (of a Hub id, what "
                 "huggingface_hub.snapshot_download returns), a loaded model, or a state dict."
             )
-        return Checkpoint(Path(source))
+        return _read_folder(Path(source))
     for name, tensor in tensors.items():
         if tensor.is_meta:
             raise ValueError(
                 f"{which}: {name!r} is on the meta device, without data. Load the model without offloading."
             )
     return tensors
+
+
+def _read_folder(folder: Path) -> Mapping[str, Tensor]:
+    """A checkpoint's tensors, by the names that their parameters have today as far as these can be told."""
+    checkpoint = Checkpoint(folder)
+    try:
+        names = layout_of(folder).names
+    except ValueError:
+        return checkpoint
+    return {names.get(key, key): tensor for key, tensor in checkpoint.items()}
 
 
 def structure_of(base: Source, tuned: Source, model_class: Callable[[Any], nn.Module] | None) -> nn.Module:
@@ -113,6 +125,28 @@ def _build_on_meta(folder: Path, model_class: Callable[[Any], nn.Module] | None)
             )
     with torch.device("meta"):
         return model_class(config)
+
+
+def layout_of(folder: str | PathLike[str]) -> Layout:
+    """What the class that a checkpoint's config.json names knows of it: tied parameters, and how names have changed.
+
+    Raises:
+        ValueError: if nothing says what the architecture is, or the folder holds no checkpoint.
+    """
+    model = _build_on_meta(Path(folder), None)
+    transforms = get_model_conversion_mapping(model)
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    there = model.state_dict()
+    names = {}
+    for key in Checkpoint(folder):
+        name, converted = rename_source_key(key, renamings, converters, model.base_model_prefix, there)
+        if name not in there and key in there:
+            # Saved by its name of today.
+            names[key] = key
+        elif converted is None:
+            names[key] = name
+    return Layout(names, [aliases for aliases in names_of(model).values() if len(aliases) > 1])
 
 
 def names_of(structure: nn.Module) -> dict[str, list[str]]:

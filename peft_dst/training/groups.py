@@ -16,13 +16,15 @@ from ..exchange import settle
 from ..layer import markers
 
 
-def parameter_groups(model: nn.Module, *, lr: float, head_lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, *, lr: float, head_lr: float | None = None, weight_decay: float = 0.0
+) -> list[dict[str, Any]]:
     """Optimizer parameter groups: the parameters under the constraint, and the other trainable ones.
 
     Args:
         model: a model with an active DST adapter, as `get_peft_model` or `model.add_adapter` leaves it.
         lr: learning rate of the parameters under the constraint.
-        head_lr: learning rate of everything else that is trainable (`modules_to_save`).
+        head_lr: learning rate of everything else that is trainable (`modules_to_save`); needed if there is anything.
         weight_decay: of the second group. The first has none: decay pulls on all of its components, also on those that
             are reset anyway, and distorts which are selected.
 
@@ -30,7 +32,7 @@ def parameter_groups(model: nn.Module, *, lr: float, head_lr: float, weight_deca
         Groups named "subset" and "dense" for any `torch.optim` class; the second only if there is anything in it.
 
     Raises:
-        ValueError: if the model has no trainable parameter under a constraint.
+        ValueError: if the model has no trainable parameter under a constraint, or others and no head_lr.
     """
     if hasattr(model, "peft_config"):
         # transformers' own load_adapter leaves this to the first forward pass.
@@ -51,6 +53,11 @@ def parameter_groups(model: nn.Module, *, lr: float, head_lr: float, weight_deca
         )
     groups = [{"name": "subset", "params": subset, "lr": lr, "weight_decay": 0.0}]
     if dense:
+        if head_lr is None:
+            raise ValueError(
+                f"{len(dense)} tensors are trained densely beside the subset (modules_to_save). Give them a learning rate "
+                "of their own, head_lr; a tenth to a hundredth of lr is usual."
+            )
         groups.append({"name": "dense", "params": dense, "lr": head_lr, "weight_decay": weight_decay})
     return groups
 
@@ -60,7 +67,7 @@ def create_dst_optimizer(
     optimizer_cls: type[Optimizer] = torch.optim.AdamW,
     *,
     lr: float,
-    head_lr: float,
+    head_lr: float | None = None,
     weight_decay: float = 0.0,
     **kwargs: Any,
 ) -> Optimizer:
@@ -70,7 +77,7 @@ def create_dst_optimizer(
         model: a model with an active DST adapter.
         optimizer_cls: any `torch.optim` optimizer class that knows weight decay.
         lr: learning rate of the parameters under the constraint.
-        head_lr: learning rate of everything else that is trainable.
+        head_lr: learning rate of everything else that is trainable; needed if there is anything.
         weight_decay: of everything else; the parameters under the constraint have none.
         **kwargs: passed to the optimizer class, e.g. betas.
     """

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from peft_dst import DSTConfig
-from peft_dst.delta import DeltaError, read_records
+from peft_dst.delta import DeltaError, SparseDelta
 from peft_dst.layer import markers
 from tests.models import bert
 
@@ -26,10 +26,10 @@ def test_records_are_those_of_the_model(saved):
         for parameter, record in marker.records("default").items()
         if len(record.indices)
     }
-    found = read_records(folder)
+    found = SparseDelta.load(folder)
     assert found.keys() == expected.keys()
     for name, record in found.items():
-        assert all(torch.equal(one, other) for one, other in zip(record, expected[name], strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(record.record(), expected[name], strict=True))
 
 
 def test_a_parameter_of_the_model_itself(tmp_path):
@@ -47,24 +47,24 @@ def test_a_parameter_of_the_model_itself(tmp_path):
     model(torch.arange(8.0)).backward()
     optimizer.step()
     model.save_pretrained(tmp_path)
-    assert read_records(tmp_path)["scale"].indices.tolist() == [6, 7]
+    assert SparseDelta.load(tmp_path)["scale"].indices.tolist() == [6, 7]
 
 
 def test_an_untrained_adapter_has_none(build, tmp_path):
     get_peft_model(build("bert"), DSTConfig(epsilon=0.02)).save_pretrained(tmp_path)
-    assert read_records(tmp_path) == {}
+    assert SparseDelta.load(tmp_path) == SparseDelta({})
 
 
 def test_no_adapter(tmp_path, saved):
     with pytest.raises(DeltaError, match="cannot be read"):
-        read_records(tmp_path / "nowhere")
+        SparseDelta.load(tmp_path / "nowhere")
     get_peft_model(bert(), LoraConfig(target_modules=["query"])).save_pretrained(tmp_path / "lora")
     with pytest.raises(DeltaError, match="type 'LORA', not 'DST'"):
-        read_records(tmp_path / "lora")
+        SparseDelta.load(tmp_path / "lora")
     folder, _, _ = saved()
     (folder / "adapter_model.safetensors").unlink()
     with pytest.raises(DeltaError, match=r"no adapter_model.safetensors.*saved again"):
-        read_records(folder)
+        SparseDelta.load(folder)
 
 
 @pytest.mark.parametrize(
@@ -80,9 +80,10 @@ def test_no_adapter(tmp_path, saved):
 )
 def test_damaged_configs(text, message, saved):
     folder, _, _ = saved()
+    save_file(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(text)
     with pytest.raises(DeltaError, match=message):
-        read_records(folder)
+        SparseDelta.load(folder)
 
 
 def _edit(change):
@@ -97,10 +98,10 @@ DAMAGES = {
     "infinite": (_edit(lambda t: {KEY.format("values"): t[KEY.format("values")] / 0}), "not finite"),
     "moved": (_edit(lambda t: {KEY.format("indices"): t[KEY.format("indices")] + 1}), "not those that adapter_config"),
     "half": (lambda tensors, config: tensors.pop(KEY.format("values")), "has no dst_values"),
-    "more": (lambda tensors, config: config["records"].popitem(), "model.safetensors of .* but none in adapter_config"),
+    "more": (lambda tensors, config: config["records"].popitem(), "has entries for .*does not describe them"),
     "less": (
         lambda tensors, config: [tensors.pop(KEY.format(part)) for part in ("values", "indices")],
-        "'bert.pooler.dense.weight' has entries in adapter_config.json .* but none in adapter_model",
+        "describes entries for 'bert.pooler.dense.weight', but has none",
     ),
 }
 
@@ -112,10 +113,11 @@ def test_damaged_tensors(damage, saved):
     tensors = {name: tensor.clone() for name, tensor in load_file(folder / "adapter_model.safetensors").items()}
     config = json.loads((folder / "adapter_config.json").read_text())
     change(tensors, config)
+    # Without metadata, as the tensors of another writer: the config describes them.
     save_file(tensors, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(DeltaError, match=message):
-        read_records(folder)
+        SparseDelta.load(folder)
 
 
 def test_a_damaged_file(saved):
@@ -123,4 +125,33 @@ def test_a_damaged_file(saved):
     path = folder / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(DeltaError, match="cannot be read"):
-        read_records(folder)
+        SparseDelta.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"dst_records": "{"}, "broken metadata"),
+        ({"dst_records": "[" * 100_000}, "broken metadata"),
+        ({"dst_records": "[1]"}, "malformed `records`"),
+        ({"dst_records": "{}"}, "does not describe them"),
+    ],
+)
+def test_damaged_metadata(metadata, message, saved):
+    folder, _, _ = saved()
+    path = folder / "adapter_model.safetensors"
+    save_file(load_file(path), path, metadata=metadata)
+    with pytest.raises(DeltaError, match=message):
+        SparseDelta.load(folder)
+
+
+def test_a_file_alone(saved):
+    folder, _, _ = saved(modules_to_save=["classifier"])
+    path = folder / "adapter_model.safetensors"
+    delta = SparseDelta.load(path)
+    assert delta == SparseDelta.load(folder)
+    assert delta.config == SparseDelta.load(folder).config
+    assert {key.split(".")[-1] for key in delta.dense} == {"weight", "bias"}
+    save_file(load_file(path), path)
+    with pytest.raises(DeltaError, match="type None, not 'DST'"):
+        SparseDelta.load(path)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from peft_dst.delta import DeltaError, Record, Summary, check_record, check_seed, index_dtype, summarize
+from peft_dst.delta import DeltaError, Record, Summary, check_record, check_seed, check_shape, index_dtype, summarize
 
 
 def record(indices, values, dtype=torch.float32):
@@ -51,13 +51,13 @@ def test_index_dtype():
 def test_summaries_recognise_their_base_in_any_coarser_dtype():
     seeds = torch.randn(20)
     entries = record(list(range(20)), [0.0] * 20)
-    summary = Summary.parse("w", list(summarize(entries, seeds)))
+    summary = Summary.parse("w", list(summarize(entries, seeds, (20,))))
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         check_seed("w", summary, entries, seeds.to(dtype))
         with pytest.raises(DeltaError, match="'w': the base model's values differ"):
             check_seed("w", summary, entries, seeds.to(dtype).roll(1))
     # A bfloat16 base is recognised after it was loaded in float32, and cannot be compared in float16.
-    half = Summary.parse("w", list(summarize(entries, seeds.bfloat16())))
+    half = Summary.parse("w", list(summarize(entries, seeds.bfloat16(), (20,))))
     check_seed("w", half, entries, seeds.bfloat16().float())
     check_seed("w", half, entries, seeds.half())
     with pytest.raises(DeltaError, match="differ"):
@@ -66,8 +66,8 @@ def test_summaries_recognise_their_base_in_any_coarser_dtype():
 
 def test_summaries_recognise_their_entries():
     seeds = torch.randn(2)
-    summary = summarize(record([1, 5], [0.0, 0.0]), seeds)
-    for other in (record([1, 6], [0.0, 0.0]), record([1], [0.0])):
+    summary = summarize(record([1, 5], [0.0, 0.0]), seeds, (6,))
+    for other in (record([1, 6], [0.0, 0.0]), record([1], [0.0]), record([1, 5], [0.0, 0.0], torch.float64)):
         with pytest.raises(DeltaError, match=r"not those that adapter_config\.json describes"):
             check_seed("w", summary, other, seeds[: len(other.indices)])
     # Positions are the same in 32 and in 64 bits.
@@ -75,8 +75,42 @@ def test_summaries_recognise_their_entries():
 
 
 @pytest.mark.parametrize(
-    "raw", [None, [], [1, "x"], ["1", "x", {}], [0, "x", {}], [1, "x", []], [1, "x", {}], [True, "x", {}], 3, "abc"]
+    "raw",
+    [
+        None,
+        [],
+        3,
+        "abc",
+        [1, "x", {"float32": "0"}],
+        ["1", "x", {"float32": "0"}, [2], "float32"],
+        [0, "x", {"float32": "0"}, [2], "float32"],
+        [True, "x", {"float32": "0"}, [2], "float32"],
+        [1, "x", [], [2], "float32"],
+        [1, "x", {}, [2], "float32"],
+        [1, "x", {"float32": "0"}, 2, "float32"],
+        [1, "x", {"float32": "0"}, [2, 0], "float32"],
+        [1, "x", {"float32": "0"}, [-2, -2], "float32"],
+        [1, "x", {"float32": "0"}, [2.0], "float32"],
+        [3, "x", {"float32": "0"}, [2], "float32"],
+        [3, "x", {"float32": "0"}, [2**40, 2**40], "float32"],
+        [1, "x", {"float32": "0"}, [2], "int8"],
+        [1, "x", {"float32": "0"}, [2], 4],
+        [1, "x", {"float32": "0"}, [2], []],
+    ],
 )
 def test_malformed_summaries_are_named(raw):
     with pytest.raises(DeltaError, match="malformed entry for 'w'"):
         Summary.parse("w", raw)
+
+
+def test_shapes_give_positions_their_meaning():
+    summary = summarize(record([1, 5], [0.0, 0.0]), torch.zeros(2), (2, 3))
+    for shape in [(2, 3), (7, 3), (1, 3)]:
+        check_shape("w", summary, shape)
+    for shape in [(3, 2), (6,), (2, 3, 1), ()]:
+        with pytest.raises(DeltaError, match=r"'w' is of shape .*2 entries for a tensor of shape \(2, 3\)"):
+            check_shape("w", summary, shape)
+    scalar = summarize(record([0], [0.0]), torch.zeros(1), ())
+    check_shape("w", scalar, ())
+    with pytest.raises(DeltaError, match="another base"):
+        check_shape("w", scalar, (1,))

@@ -22,9 +22,8 @@ from peft_dst import DSTConfig
 from peft_dst.core import DISTANCES, SILOINGS
 from peft_dst.core.constraint import Constraint
 from peft_dst.core.reference import reference_step
-from peft_dst.delta import read_metadata, read_records
+from peft_dst.delta import Checkpoint, SparseDelta, read_metadata
 from peft_dst.extraction import extract
-from peft_dst.extraction.checkpoint import Checkpoint
 from tests.models import BUILDERS, assert_same, bert, logits, train, weights
 
 
@@ -72,7 +71,7 @@ def test_equals_the_dense_reference_and_comes_back(name, pair, tmp_path):
                 options = {"epsilon": epsilon, "siloing": siloing, "distance": distance}
                 expected, subset = reference(base, tuned, **options)
                 report = run(tmp_path, **options)
-                records = read_records(tmp_path / "out")
+                records = SparseDelta.load(tmp_path / "out")
                 assert {n: r.indices.tolist() for n, r in records.items()} == {
                     n: indices.tolist() for n, indices in subset.items() if len(indices)
                 }
@@ -109,7 +108,7 @@ def test_a_hand_computed_case(tmp_path):
     # Δ = |seed · change|: 4, 3, 4, 0; the second 4 loses the tie to the first. In the other silo 1 and 2.
     tuned = Net([5.0, 4.0, 0.0, 9.0], [0.0, 3.0])
     report = run(tmp_path, base, tuned, num_free_parameters=2, siloing="parameter")
-    assert {n: (r.indices.tolist(), r.values.tolist()) for n, r in read_records(tmp_path / "out").items()} == {
+    assert {n: (r.indices.tolist(), r.values.tolist()) for n, r in SparseDelta.load(tmp_path / "out").items()} == {
         "mixer.weight": ([0], [5.0]),
         "embed.weight": ([1], [3.0]),
     }
@@ -203,7 +202,7 @@ def test_half_precision(dtype, pair, tmp_path):
     load, base, tuned = pair("llama", dtype=dtype)
     expected, _ = reference(base, tuned, epsilon=0.05)
     run(tmp_path, epsilon=0.05)
-    assert {r.values.dtype for r in read_records(tmp_path / "out").values()} == {dtype}
+    assert {r.values.dtype for r in SparseDelta.load(tmp_path / "out").values()} == {dtype}
     loaded = PeftModel.from_pretrained(load(), tmp_path / "out")
     assert_same(weights(loaded.get_base_model()), expected)
     run(tmp_path, epsilon=1.0)
@@ -346,7 +345,7 @@ class TestDenseModules:
 def test_what_the_config_does_not_tune_goes_back_and_is_reported(pair, tmp_path):
     _, base, tuned = pair()
     report = run(tmp_path, target_modules=["attention"], layers_to_transform=1, epsilon=1.0)
-    assert {w for w in read_records(tmp_path / "out") if ".layer.1.attention." not in w} == set()
+    assert {w for w in SparseDelta.load(tmp_path / "out") if ".layer.1.attention." not in w} == set()
     outside = [n for n in weights(base) if ".layer.1.attention." not in n]
     changed = sum(int((weights(base)[n] != weights(tuned)[n]).sum()) for n in outside)
     assert (report.untuned.changed, report.untuned.free, report.untuned.share_of_absolute) == (changed, 0, 0.0)
@@ -413,7 +412,7 @@ class TestOutput:
         card.write_text(card.read_text() + "\nOur own words.\n")
         report = run(tmp_path, epsilon=0.1)
         assert "Our own words." in card.read_text()
-        assert sum(len(r.indices) for r in read_records(tmp_path / "out").values()) == report.total.free > 600
+        assert sum(len(r.indices) for r in SparseDelta.load(tmp_path / "out").values()) == report.total.free > 600
         assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
     @pytest.mark.parametrize("inside", ["tuned", "lora", "file"])
@@ -442,6 +441,20 @@ class TestOutput:
             run(tmp_path, epsilon=0.3)
         assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
         assert {p.name for p in tmp_path.iterdir()} == {"base", "tuned", "out"}
+
+
+def renamed(model, name):
+    return {n.replace("LayerNorm.weight", f"LayerNorm.{name}"): t.contiguous() for n, t in model.state_dict().items()}
+
+
+def test_names_that_transformers_changed(pair, tmp_path):
+    _, base, _ = pair()
+    run(tmp_path)
+    expected = SparseDelta.load(tmp_path / "out")
+    save_file(renamed(base, "gamma"), tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    shutil.rmtree(tmp_path / "out")
+    run(tmp_path)
+    assert SparseDelta.load(tmp_path / "out") == expected
 
 
 class TestRefusals:
@@ -517,12 +530,11 @@ class TestRefusals:
         )
         assert report.total.free > 0
 
-    def test_old_names(self, pair, tmp_path):
+    def test_names_that_nobody_knows(self, pair, tmp_path):
         _, base, _ = pair()
-        old = {n.replace("LayerNorm.weight", "LayerNorm.gamma"): t.contiguous() for n, t in base.state_dict().items()}
-        save_file(old, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+        save_file(renamed(base, "scale"), tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(
-            ValueError, match=r"LayerNorm.weight.*LayerNorm.gamma.*load both models with from_pretrained"
+            ValueError, match=r"LayerNorm.weight.*LayerNorm.scale.*load both models with from_pretrained"
         ):
             run(tmp_path)
 

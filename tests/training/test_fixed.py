@@ -277,6 +277,9 @@ def test_parameter_groups_hold_the_values(build):
     subset_group, dense_group = parameter_groups(model, lr=1e-2, head_lr=1e-3)
     assert sum(p.numel() for p in subset_group["params"]) == model.constraint().budget
     assert sum(p.numel() for p in dense_group["params"]) == 3 * 16 + 3
+    with pytest.raises(ValueError, match=r"2 tensors are trained densely .* head_lr"):
+        parameter_groups(model, lr=1e-2)
+    assert len(parameter_groups(fixed(build), lr=1e-2)) == 1
 
 
 def test_the_callback_has_no_advice(build, tmp_path):

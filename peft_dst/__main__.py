@@ -1,0 +1,6 @@
+"""`python -m peft_dst`: the command line."""
+
+from .cli import main
+
+
+main()

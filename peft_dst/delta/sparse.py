@@ -1,0 +1,576 @@
+"""SparseDelta: the finished artefact as a value, and its algebra.
+
+A delta says which components of which tensors of a base have which new values. It can be read, written, put into weights
+and taken out again, and calculated with, without a model class and without PEFT.
+
+Values are absolute, so putting one into weights needs nothing but the weights. To calculate with differences (a sum, a
+multiple, what leads from one delta to another) one has to know what the base has at the same positions: its seed values,
+which no file holds. `with_seeds` takes them from the base.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.distances import distance
+from ..core.tiles import bits
+from ..core.weights import gather, scatter
+from .files import (
+    WEIGHTS_NAME,
+    name_records,
+    read,
+    write_config,
+    write_file,
+)
+from .packed import pack
+from .records import (
+    FORMAT_VERSION,
+    DeltaError,
+    Record,
+    Summary,
+    check_record,
+    check_seed,
+    check_shape,
+    index_dtype,
+    summarize,
+)
+
+
+Weights = Mapping[str, Tensor] | nn.Module
+
+
+@dataclass(frozen=True, eq=False)
+class SparseTensor:
+    """Entries of one tensor.
+
+    Attributes:
+        shape: shape of the base's tensor.
+        indices: sorted flat positions, each once, int64 (k,).
+        values: the new values there, floating (k,).
+        seeds: what the base has there, (k,) in the base's dtype; None if it is not known.
+        digests: checksums of the seeds by dtype, as saved; None if there are none. Where `seeds` are known they count.
+    """
+
+    shape: tuple[int, ...]
+    indices: Tensor
+    values: Tensor
+    seeds: Tensor | None = None
+    digests: Mapping[str, str] | None = None
+
+    def __len__(self) -> int:
+        return self.indices.numel()
+
+    def __eq__(self, other: object) -> bool:
+        """Same shape, same positions, same values in the same dtype, bit for bit."""
+        if not isinstance(other, SparseTensor):
+            return NotImplemented
+        return (
+            self.shape == other.shape
+            and self.values.dtype == other.values.dtype
+            and torch.equal(self.indices, other.indices)
+            and torch.equal(bits(self.values), bits(other.values))
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def take(self, kept: Tensor) -> SparseTensor:
+        """Those entries where `kept` (k,) bool is true."""
+        if bool(kept.all()):
+            return self
+        seeds = None if self.seeds is None else self.seeds[kept]
+        return SparseTensor(self.shape, self.indices[kept], self.values[kept], seeds)
+
+    def record(self) -> Record:
+        """Indices in the dtype they have in files, and values."""
+        return Record(self.indices.to(index_dtype(math.prod(self.shape))), self.values)
+
+    def summary(self) -> Summary | None:
+        """What a file says of these entries, or None where seeds and their checksums are unknown."""
+        if self.seeds is not None:
+            return summarize(self.record(), self.seeds, self.shape)
+        if self.digests is None:
+            return None
+        return summarize(self.record(), self.values[:0], self.shape)._replace(seed=self.digests)
+
+
+@dataclass(frozen=True, eq=False)
+class SparseDelta(Mapping[str, SparseTensor]):
+    """New values for a small part of a base's tensors: parameter's name → SparseTensor. Immutable.
+
+    Two deltas are equal if they have the same entries, bit for bit; configs and seeds do not count. Tensors without entries
+    are left out.
+
+    Attributes:
+        tensors: the entries, by names of the base's parameters.
+        dense: dense tensors that belong to the adapter (its modules_to_save), by their keys in its file. Calculating
+            with deltas leaves them out, but for what only selects entries or changes their form.
+        config: what adapter_config.json says, without `records`; empty for a delta that was never one of PEFT's.
+    """
+
+    tensors: Mapping[str, SparseTensor]
+    dense: Mapping[str, Tensor] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        kept = {name: tensor for name, tensor in self.tensors.items() if len(tensor)}
+        object.__setattr__(self, "tensors", MappingProxyType(kept))
+        object.__setattr__(self, "dense", MappingProxyType(dict(self.dense)))
+        object.__setattr__(self, "config", MappingProxyType(dict(self.config)))
+
+    def __getitem__(self, name: str) -> SparseTensor:
+        return self.tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, SparseDelta):
+            return NotImplemented
+        return self.tensors.keys() == other.tensors.keys() and all(self[name] == other[name] for name in self)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"SparseDelta({self.num_entries:,} entries in {len(self)} tensors)"
+
+    @property
+    def num_entries(self) -> int:
+        """Number of entries over all tensors."""
+        return sum(len(tensor) for tensor in self.values())
+
+    @property
+    def has_seeds(self) -> bool:
+        """Whether the base's values are known at every position."""
+        return all(tensor.seeds is not None for tensor in self.values())
+
+    # To and from files
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, allow_nonfinite: bool = False) -> SparseDelta:
+        """Read an adapter.
+
+        Args:
+            path: the folder of an adapter, or its safetensors file alone.
+            allow_nonfinite: take NaN and infinite values, to look at them; weights they are never written into.
+
+        Raises:
+            DeltaError: if it is no DST adapter, or a damaged one.
+        """
+        found = read(path, allow_nonfinite=allow_nonfinite)
+        tensors = {
+            name: SparseTensor(
+                summary.shape, found.records[name].indices.long(), found.records[name].values, None, summary.seed
+            )
+            for name, summary in found.summaries.items()
+        }
+        return cls(tensors, found.dense, found.config)
+
+    def save(self, path: str | os.PathLike[str], *, packed: bool = False) -> None:
+        """Write it as an adapter that PEFT can load.
+
+        Each file is replaced in one step, the tensors first: a kill at any moment leaves the old adapter or the new one.
+
+        Args:
+            path: a folder, which is made if it is not there, and gets adapter_model.safetensors and adapter_config.json;
+                or a file, if it ends in ".safetensors".
+            packed: code positions in few bytes; PEFT's loading opens such a file, transformers' own does not.
+
+        Raises:
+            ValueError: if neither seeds nor their checksums are known, without which a base cannot be recognised.
+        """
+        summaries = {name: summary for name in sorted(self) if (summary := self[name].summary()) is not None}
+        if len(summaries) < len(self):
+            self._need_seeds("to let a reader recognise its base")
+        entries = {name: tensor.record() for name, tensor in self.items()}
+        tensors = {**self.dense, **(pack(entries, summaries) if packed else name_records(entries))}
+        config = dict(self.config) or self._default_config()
+        path = Path(path)
+        if path.suffix == ".safetensors":
+            write_file(path, tensors, config, summaries)
+            return
+        path.mkdir(parents=True, exist_ok=True)
+        write_file(path / WEIGHTS_NAME, tensors, config, summaries)
+        write_config(path, config, summaries)
+
+    def _default_config(self) -> dict[str, Any]:
+        return {
+            "peft_type": "DST",
+            "format_version": FORMAT_VERSION,
+            "num_free_parameters": self.num_entries,
+            "siloing": "none",
+            "target_parameters": sorted(self),
+            "inference_mode": True,
+        }
+
+    def described(self, **config: Any) -> SparseDelta:
+        """The same with a config made for its entries, as of something that was never trained, and what is given of it."""
+        return replace(self, config={**self._default_config(), **config})
+
+    # To and from weights
+
+    @classmethod
+    def between(
+        cls, base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], config: Mapping[str, Any] | None = None
+    ) -> SparseDelta:
+        """The delta that leads from one state dict to another: every component whose bits differ.
+
+        Args:
+            base: name → tensor.
+            tuned: name → tensor of the same shape; names that `base` has not are refused, and those that it has not itself
+                are unchanged.
+            config: kept with the delta.
+
+        Raises:
+            DeltaError: if the two do not belong together.
+        """
+        found = {}
+        for name, tensor in tuned.items():
+            if name not in base or base[name].shape != tensor.shape:
+                there = f"shape {tuple(base[name].shape)}" if name in base else "none"
+                raise DeltaError(
+                    f"{name!r} is of shape {tuple(tensor.shape)} in the tuned weights and {there} in the base. A delta "
+                    "leads from a base to weights of the same shapes; leave the tensor out, or give its own base."
+                )
+            seed = base[name].detach()
+            if not seed.dtype.is_floating_point:
+                if not torch.equal(seed, tensor):
+                    raise DeltaError(
+                        f"{name!r} is {seed.dtype} and differs: a delta changes floating-point weights only. Leave it out."
+                    )
+                continue
+            flat, new = seed.reshape(-1), tensor.detach().to(seed).reshape(-1)
+            indices = (bits(flat) != bits(new)).nonzero().view(-1)
+            found[name] = SparseTensor(tuple(seed.shape), indices, new[indices], flat[indices])
+        return cls(found, config=config or {})
+
+    @torch.no_grad()
+    def apply(self, weights: Weights, *, check: bool = True) -> SparseDelta:
+        """Write the values into weights, in place; everything is checked before the first is written.
+
+        Args:
+            weights: a state dict, or a module by whose parameters' names the delta goes.
+            check: whether to compare the base's values with the checksums of those that the delta was made from.
+
+        Returns:
+            The delta that undoes it, bit for bit: what stood at the same positions.
+
+        Raises:
+            DeltaError: if a tensor is missing, has another shape, or other values than the delta's base; nothing has been
+                written by then.
+        """
+        targets = self._targets(weights, check)
+        undo = self.with_seeds(weights, check=False)._swapped()
+        written: list[str] = []
+        try:
+            for name, target in targets.items():
+                written.append(name)
+                scatter(target, self[name].indices.to(target.device), self[name].values.to(target))
+        except BaseException:
+            for name in written:
+                scatter(targets[name], undo[name].indices.to(targets[name].device), undo[name].values)
+            raise
+        return undo
+
+    @torch.no_grad()
+    def revert(self, weights: Weights) -> None:
+        """Write the seeds back into weights that this delta was applied to. Exact.
+
+        Raises:
+            ValueError: if the seeds are not known.
+        """
+        self._swapped().apply(weights, check=False)
+
+    @torch.no_grad()
+    def with_seeds(self, base: Weights, *, check: bool = True) -> SparseDelta:
+        """The same with the seeds, read from the base that it belongs to.
+
+        Args:
+            base: a state dict, or a module with those weights; not changed.
+            check: whether to compare them with the delta's checksums.
+
+        Raises:
+            DeltaError: if a tensor is missing, has another shape, or other values than the delta's base.
+        """
+        targets = self._targets(base, check)
+        return self._with(
+            {
+                name: replace(tensor, seeds=gather(targets[name], tensor.indices.to(targets[name].device)))
+                for name, tensor in self.items()
+            }
+        )
+
+    def _targets(self, weights: Weights, check: bool) -> dict[str, Tensor]:
+        there = _named(weights)
+        found = {}
+        for name, tensor in self.items():
+            if name not in there:
+                raise DeltaError(
+                    f"the delta has entries for {name!r}, which the weights do not have. They belong to another base, or "
+                    "their names carry a prefix."
+                )
+            target = there[name].detach()
+            summary = tensor.summary() or summarize(tensor.record(), tensor.values[:0], tensor.shape)._replace(seed={})
+            check_shape(name, summary, target.shape)
+            check_record(name, target, tensor.record())
+            if check and summary.seed:
+                check_seed(name, summary, tensor.record(), gather(target, tensor.indices.to(target.device)))
+            found[name] = target
+        return found
+
+    def _swapped(self) -> SparseDelta:
+        """Values and seeds exchanged."""
+        self._need_seeds("to undo it")
+        return SparseDelta(
+            {
+                name: replace(t, values=t.seeds, seeds=t.values, digests=None)
+                for name, t in self.items()
+                if t.seeds is not None
+            }
+        )
+
+    # Algebra
+
+    def compose(self, *others: SparseDelta) -> SparseDelta:
+        """One delta, then others over it: a component that several change has the last one's value.
+
+        Each of the others belongs to the same base or to what those before it made of that (`difference`). Needs all seeds;
+        what comes out equal to its seed is left out.
+        """
+        composed = self
+        for other in others:
+            composed._check_fit(other, "composition", chained=True)
+            composed = composed._combine([other], lambda aligned, seeds: _last(aligned))
+        return composed.reduced()
+
+    def add(self, *others: SparseDelta) -> SparseDelta:
+        """The sum: a component that one changes has its value, one that several change seed + Σ (value − seed).
+
+        All belong to one base. Needs all seeds; summed in float64; what comes out equal to its seed is left out.
+        """
+        for other in others:
+            self._check_fit(other, "sum")
+        return self._combine(others, _sum)
+
+    def difference(self, other: SparseDelta) -> SparseDelta:
+        """What leads from this delta's weights to another's: `a.compose(a.difference(b)) == b.reduced()`.
+
+        Its seeds are this delta's values, so it is applied to weights that this one was applied to. Needs both seeds.
+        """
+        self._check_fit(other, "difference")
+        found = {}
+        for name in dict.fromkeys([*self, *other]):
+            indices, seeds, (mine, theirs) = _align([self.get(name), other.get(name)])
+            shape = (self.get(name) or other[name]).shape
+            found[name] = _changed(SparseTensor(shape, indices, theirs.where_absent(seeds), mine.where_absent(seeds)))
+        return self._calculated(found)
+
+    def scale(self, factor: float) -> SparseDelta:
+        """Seed + factor · (value − seed); calculated in float64. Needs the seeds; what equals its seed is left out."""
+        self._need_seeds("to scale it")
+        if not math.isfinite(factor):
+            raise ValueError(f"factor must be finite, got {factor}.")
+        if factor == 1:
+            return self.reduced()
+        return self._with(
+            {
+                name: _changed(replace(t, values=torch.lerp(t.seeds.double(), t.values.double(), factor).to(t.values)))
+                for name, t in self.items()
+                if t.seeds is not None
+            }
+        )
+
+    def reduced(self) -> SparseDelta:
+        """Without the entries whose value is their seed's, bit for bit. Needs the seeds."""
+        self._need_seeds("to tell what equals it")
+        return self._with({name: _changed(tensor) for name, tensor in self.items()})
+
+    def restrict(self, keep: Callable[[str], bool] | Sequence[str]) -> SparseDelta:
+        """Only some tensors.
+
+        Args:
+            keep: says of a parameter's name whether it stays; or names of modules or parameters, which stay with all that
+                is below them.
+        """
+        if not callable(keep):
+            prefixes = [keep] if isinstance(keep, str) else list(keep)
+            unknown = [p for p in prefixes if not any(f"{name}.".startswith(f"{p}.") for name in self)]
+            if unknown:
+                raise ValueError(f"the delta has no entries in {unknown[0]!r}; it has some in {', '.join(self)}.")
+            return self.restrict(lambda name: any(f"{name}.".startswith(f"{prefix}.") for prefix in prefixes))
+        return self._with({name: tensor for name, tensor in self.items() if keep(name)})
+
+    def prune(self, num_entries: int, kind: str = "inverse_relative") -> SparseDelta:
+        """The entries that are furthest from their seed, over all tensors. Needs the seeds.
+
+        Of equal distances the earlier tensor's and the lower position win, as in training.
+
+        Args:
+            num_entries: how many to keep.
+            kind: the distance, see `peft_dst.core.distance`.
+
+        Raises:
+            ValueError: if there are fewer entries.
+        """
+        self._need_seeds("to measure distances")
+        if not 0 <= num_entries <= self.num_entries:
+            raise ValueError(f"the delta has {self.num_entries:,} entries, of which {num_entries:,} cannot be kept.")
+        distances = [distance(kind, t.seeds, t.values).double() for t in self.values() if t.seeds is not None]
+        every = torch.cat([d.cpu() for d in distances]) if distances else torch.empty(0)
+        kept = torch.zeros(every.numel(), dtype=torch.bool)
+        kept[every.argsort(descending=True, stable=True)[:num_entries]] = True
+        parts = kept.split([len(tensor) for tensor in self.values()])
+        return self._with(
+            {name: t.take(part.to(t.indices.device)) for (name, t), part in zip(self.items(), parts, strict=True)}
+        )
+
+    def to(self, dtype: torch.dtype) -> SparseDelta:
+        """Values in another dtype, rounded to nearest; seeds and dense tensors as well if it is narrower.
+
+        Raises:
+            DeltaError: if a value is not finite in it.
+        """
+        if not dtype.is_floating_point:
+            raise ValueError(f"values are floating point; {dtype} is not.")
+        changed = {}
+        for name, tensor in self.items():
+            check_record(name, torch.empty(tensor.shape, dtype=dtype, device="meta"), tensor.record())
+            # Widened seeds would no longer say what they were rounded from.
+            seeds = tensor.seeds
+            if seeds is not None and torch.finfo(dtype).bits < torch.finfo(seeds.dtype).bits:
+                seeds = seeds.to(dtype)
+            changed[name] = replace(tensor, values=tensor.values.to(dtype), seeds=seeds)
+        dense = {key: t.to(dtype) if t.dtype.is_floating_point else t for key, t in self.dense.items()}
+        return self._with(changed, dense=dense)
+
+    # Helpers
+
+    def _with(self, tensors: Mapping[str, SparseTensor], dense: Mapping[str, Tensor] | None = None) -> SparseDelta:
+        return SparseDelta(tensors, self.dense if dense is None else dense, self.config)
+
+    def _calculated(self, tensors: Mapping[str, SparseTensor]) -> SparseDelta:
+        """Entries that no training has chosen: their number is the budget, and dense tensors have no meaning with them."""
+        made = SparseDelta(tensors)
+        if not self.config:
+            return made
+        return replace(made, config={**self.config, **made._default_config(), "epsilon": None, "modules_to_save": None})
+
+    def _combine(
+        self, others: Sequence[SparseDelta], join: Callable[[Sequence[_Aligned], Tensor], Tensor]
+    ) -> SparseDelta:
+        for delta in (self, *others):
+            delta._need_seeds("to calculate with it")
+        deltas = (self, *others)
+        found = {}
+        for name in dict.fromkeys(name for delta in deltas for name in delta):
+            there = [delta[name] for delta in deltas if name in delta]
+            indices, seeds, aligned = _align(there)
+            found[name] = _changed(SparseTensor(there[0].shape, indices, join(aligned, seeds), seeds))
+        return self._calculated(found)
+
+    def _need_seeds(self, what: str) -> None:
+        if not self.has_seeds:
+            raise ValueError(
+                f"the base's values at the delta's positions are needed {what}; a file does not hold them. Take them from "
+                "the base with delta.with_seeds(base)."
+            )
+
+    def _check_fit(self, other: SparseDelta, what: str, chained: bool = False) -> None:
+        """Check that another delta has this one's base, or (`chained`) what this one makes of it."""
+        for delta in (self, other):
+            delta._need_seeds(f"for a {what}")
+        for name in self.keys() & other.keys():
+            mine, theirs = self[name], other[name]
+            if mine.shape != theirs.shape or mine.values.dtype != theirs.values.dtype:
+                raise DeltaError(
+                    f"{name!r} is {mine.values.dtype} {mine.shape} in one delta and {theirs.values.dtype} {theirs.shape} "
+                    "in the other. They belong to different bases, or need one dtype (delta.to)."
+                )
+            _, where, at = _shared(mine.indices, theirs.indices)
+            assert mine.seeds is not None
+            assert theirs.seeds is not None
+            found = bits(theirs.seeds[at].to(mine.seeds))
+            fits = found == bits(mine.seeds[where])
+            if chained:
+                fits |= found == bits(mine.values[where].to(mine.seeds))
+            if not fits.all():
+                raise DeltaError(f"the two deltas have different seeds in {name!r}: they belong to different bases.")
+
+
+@dataclass(frozen=True)
+class _Aligned:
+    """The values of one delta on the union of several's positions, (k,), and which of them it has, bool (k,)."""
+
+    values: Tensor
+    has: Tensor
+
+    def where_absent(self, other: Tensor) -> Tensor:
+        return torch.where(self.has, self.values, other.to(self.values))
+
+
+def _align(tensors: Sequence[SparseTensor | None]) -> tuple[Tensor, Tensor, list[_Aligned]]:
+    """Bring several on the union of their positions: (positions, the first's seeds there, each one's values there)."""
+    there = [tensor for tensor in tensors if tensor is not None]
+    indices = torch.cat([tensor.indices for tensor in there]).unique()
+    first = there[0].seeds
+    assert first is not None
+    seeds = torch.zeros(indices.numel(), dtype=first.dtype, device=indices.device)
+    # The first one's seeds count.
+    for earlier in reversed(there):
+        if earlier.seeds is not None:
+            seeds[torch.searchsorted(indices, earlier.indices)] = earlier.seeds.to(seeds)
+    aligned = []
+    for tensor in tensors:
+        has = torch.zeros(indices.numel(), dtype=torch.bool, device=indices.device)
+        values = torch.zeros(indices.numel(), dtype=there[0].values.dtype, device=indices.device)
+        if tensor is not None:
+            at = torch.searchsorted(indices, tensor.indices)
+            has[at] = True
+            values[at] = tensor.values
+        aligned.append(_Aligned(values, has))
+    return indices, seeds, aligned
+
+
+def _last(aligned: Sequence[_Aligned]) -> Tensor:
+    values = aligned[0].values
+    for later in aligned[1:]:
+        values = torch.where(later.has, later.values, values)
+    return values
+
+
+def _sum(aligned: Sequence[_Aligned], seeds: Tensor) -> Tensor:
+    count = torch.stack([one.has for one in aligned]).sum(dim=0)
+    shift = torch.zeros_like(seeds, dtype=torch.float64)
+    for one in aligned:
+        shift += torch.where(one.has, one.values.double() - seeds.double(), 0.0)
+    total = seeds.double() + shift
+    # Exact where only one has an entry.
+    return torch.where(count == 1, _last(aligned), total.to(aligned[0].values))
+
+
+def _shared(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Positions that two sorted vectors share, and where in each they stand."""
+    where = torch.isin(a, b, assume_unique=True).nonzero().view(-1)
+    return a[where], where, torch.searchsorted(b, a[where])
+
+
+def _changed(tensor: SparseTensor) -> SparseTensor:
+    assert tensor.seeds is not None
+    return tensor.take(bits(tensor.values) != bits(tensor.seeds.to(tensor.values)))
+
+
+def _named(weights: Weights) -> Mapping[str, Tensor]:
+    if isinstance(weights, nn.Module):
+        return dict(weights.named_parameters(remove_duplicate=False))
+    return weights

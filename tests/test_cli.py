@@ -1,0 +1,406 @@
+"""The command line: every command, what it says, its exit codes, and the examples of its page."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, ShiraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from peft_dst import DSTConfig
+from peft_dst.cli import app, main
+from peft_dst.delta import Checkpoint, SparseDelta
+from tests.models import BUILDERS, assert_same, bert, logits, train
+
+
+PAGE = Path(__file__).parent.parent / "docs" / "cli.md"
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.fixture
+def desk(tmp_path, monkeypatch):
+    """A folder with a base, a fine-tuned checkpoint and adapters, where the commands run."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    base = bert()
+    base.save_pretrained("base")
+    model = get_peft_model(bert_again(), DSTConfig(epsilon=0.02, modules_to_save=["classifier"]))
+    train(model, "bert")
+    model.save_pretrained("my-adapter")
+    another = get_peft_model(bert_again(), DSTConfig(epsilon=0.02))
+    train(another, "bert", first=10)
+    another.save_pretrained("another-adapter")
+    for name, config in (
+        ("my-lora", LoraConfig(r=2, target_modules=["query"], init_lora_weights=False)),
+        ("my-shira", ShiraConfig(r=1, target_modules=["query"], init_weights=False)),
+    ):
+        get_peft_model(bert_again(), config).save_pretrained(name)
+    train(base, "bert", steps=1)
+    base.save_pretrained("tuned")
+    return tmp_path
+
+
+def bert_again():
+    return type(bert()).from_pretrained("base")
+
+
+@pytest.fixture
+def run(capsys):
+    """Run a command in this process: its exit code, what it prints, and what it says on stderr."""
+
+    def run(*arguments):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit:
+            main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        # What transformers shows of its own is not ours to look at.
+        err = "\n".join(line for line in err.splitlines() if line.startswith(("error", "note", "Error", "Usage")))
+        return exit.value.code or 0, out, err
+
+    return run
+
+
+def process(*arguments, **options):
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False, **options)
+
+
+def test_the_entry_points(desk):
+    done = process(
+        "-m", "peft_dst", "verify", "my-adapter", "--base", "base", env={"PYTHONPATH": str(PAGE.parent.parent)}
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.fullmatch(r"my-adapter is good: \d+ entries in \d+ tensors, 2 dense, and belongs to base.\n", done.stdout)
+    # What the installed script calls.
+    script = "import sys; from peft_dst.cli import main; sys.exit(main(['merge', 'base', 'nothing', '-o', 'merged']))"
+    done = process("-c", script, env={"PYTHONPATH": str(PAGE.parent.parent)})
+    assert done.returncode == 2
+    assert "'nothing' does not exist" in done.stderr
+    project = (PAGE.parent.parent / "pyproject.toml").read_text()
+    assert 'peft-dst = "peft_dst.cli:main"' in project
+
+
+def test_help_explains_every_command_with_an_example(run):
+    code, out, _ = run("--help")
+    assert code == 0
+    commands = [command.name for command in app.registered_commands]
+    assert len(commands) == 10
+    for command in commands:
+        assert re.search(rf"^  {command} .*\.$", out, re.MULTILINE), command
+        code, text, _ = run(command, "-h")
+        assert code == 0
+        assert f"Example: peft-dst {command} " in " ".join(text.split())
+    assert "--install-completion" in out
+    assert run("--version")[1].strip()
+    assert run()[0] == 2
+    assert run("nothing")[0] == 2
+
+
+EXAMPLES = [
+    line
+    for block in re.findall(r"```bash\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    for line in block.splitlines()
+    if line.startswith("peft-dst ")
+]
+
+
+def test_the_pages_examples_run(desk, run):
+    """One after the other, in one folder."""
+    assert {shlex.split(line)[1] for line in EXAMPLES} == {c.name for c in app.registered_commands} - {"apply"}
+    for line in EXAMPLES:
+        code, out, err = run(*shlex.split(line)[1:])
+        assert code == 0, (line, err)
+        assert out.strip(), line
+    for adapter in ("extracted", "packed-adapter", "from-shira", "from-lora", "from-checkpoint"):
+        PeftModel.from_pretrained(bert_again(), adapter)
+    assert_same(dict(Checkpoint("merged")), dict(Checkpoint("dense")))
+
+
+def test_the_examples_of_the_help_run(desk, run):
+    for command in app.registered_commands:
+        example = command.epilog.removeprefix("Example: peft-dst ")
+        code, _, err = run(*shlex.split(example))
+        assert code == 0, (example, err)
+
+
+def test_inspect(desk, run):
+    delta = SparseDelta.load("my-adapter")
+    code, out, _ = run("inspect", "my-adapter")
+    assert code == 0
+    assert f"{delta.num_entries:,}" in out
+    code, out, _ = run("inspect", f"my-adapter/{WEIGHTS}", "--json")
+    found = json.loads(out)
+    assert found["total"]["entries"] == delta.num_entries
+    assert found["tensors"].keys() == delta.keys()
+    assert run("inspect", "my-lora")[::2] == (1, "error: " + message(lambda: SparseDelta.load("my-lora")))
+
+
+def test_a_missing_library_is_named(desk, run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    code, _, err = run("inspect", "my-adapter", "--plot", "kinds.png")
+    assert code == 1
+    assert "pip install 'peft-dst[plots]'" in err
+
+
+def message(call):
+    try:
+        call()
+    except ValueError as error:
+        return str(error)
+    raise AssertionError
+
+
+def test_merge_is_what_peft_merges(desk, run):
+    PeftModel.from_pretrained(bert_again(), "my-adapter").merge_and_unload().save_pretrained("expected")
+    for command in ("merge", "apply"):
+        code, out, _ = run(command, "base", "my-adapter", "-o", f"{command}d")
+        assert code == 0
+        assert "replaced whole: classifier.bias, classifier.weight" in out
+        assert_same(dict(Checkpoint(f"{command}d")), dict(Checkpoint("expected")))
+    assert run("merge", "base", "my-adapter", "-o", "silent", "--quiet") == (0, "", "")
+
+
+def test_merge_says_what_config_json_does_not_know(desk, run):
+    bert_again().bert.save_pretrained("body")
+    code, out, err = run("merge", "body", "my-adapter", "-o", "merged")
+    assert code == 0
+    assert "added: classifier.bias, classifier.weight" in out
+    assert "knows nothing of the shape of classifier.bias, classifier.weight" in err
+    merged = type(bert()).from_pretrained("merged", num_labels=3)
+    assert torch.equal(logits(merged, "bert"), logits(PeftModel.from_pretrained(bert_again(), "my-adapter"), "bert"))
+
+
+def test_a_base_that_transformers_does_not_know(desk, run):
+    (desk / "base" / "config.json").write_text('{"model_type": "bert", "architectures": ["Mine"]}')
+    code, _, err = run("verify", "my-adapter", "--base", "base")
+    assert code == 0
+    assert "tensors are taken by their names in the file" in err
+
+
+@pytest.mark.parametrize("command", ["merge", "export", "verify"])
+def test_another_base_is_refused(command, desk, run):
+    arguments = {
+        "merge": ("tuned", "my-adapter", "-o", "out"),
+        "export": ("my-adapter", "--base", "tuned", "-o", "out"),
+        "verify": ("my-adapter", "--base", "tuned"),
+    }[command]
+    code, out, err = run(command, *arguments)
+    assert (code, out) == (1, "")
+    assert re.match(r"error: 'bert\..*': the base model's values differ .*Load it onto the base named in", err)
+    assert not (desk / "out").exists()
+
+
+def unsorted(path):
+    tensors = load_file(path)
+    key = next(key for key in sorted(tensors) if ".dst_indices." in key and tensors[key].numel() > 1)
+    save_file({**tensors, key: tensors[key].flip(0)}, path)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (
+            lambda path: path.write_bytes(path.read_bytes()[:-1]),
+            r"adapter_model\.safetensors cannot be read .*download it again",
+        ),
+        (unsorted, r"error: 'bert\.\S+': positions are not strictly ascending at entry 1 .*download it again"),
+        (lambda path: path.unlink(), r"holds no adapter_model\.safetensors.*loaded with PEFT and saved again"),
+    ],
+)
+def test_verify_names_what_is_wrong(change, expected, desk, run):
+    change(desk / "my-adapter" / WEIGHTS)
+    code, out, err = run("verify", "my-adapter")
+    assert (code, out) == (1, "")
+    assert re.search(expected, err)
+
+
+@pytest.mark.parametrize("command", ["merge", "diff", "convert", "export", "pack", "unpack"])
+def test_nothing_is_overwritten(command, desk, run):
+    (desk / "out").mkdir()
+    (desk / "out" / "mine").write_text("precious")
+    arguments = {
+        "merge": ("base", "my-adapter", "-o", "out"),
+        "diff": ("base", "tuned", "-o", "out"),
+        "convert": ("my-shira", "--base", "base", "-o", "out"),
+        "export": ("my-adapter", "--base", "base", "-o", "out"),
+        "pack": ("my-adapter", "out"),
+        "unpack": ("my-adapter", "out"),
+    }[command]
+    code, _, err = run(command, *arguments)
+    assert code == 1
+    assert err == "error: out exists already. Give another name, or remove it first."
+    assert [path.read_text() for path in (desk / "out").iterdir()] == ["precious"]
+
+
+def test_folders_that_are_missing_are_wrong_usage(desk, run):
+    for arguments in (
+        ("inspect", "nothing"),
+        ("merge", "nothing", "my-adapter", "-o", "x"),
+        ("merge", "base", "my-adapter"),
+    ):
+        code, _, err = run(*arguments)
+        assert code == 2
+        assert "Usage" in err
+
+
+def test_diff_is_extract(desk, run):
+    code, out, _ = run(
+        "diff", "base", "tuned", "-o", "one", "-e", "0.01", "--siloing", "none", "--exclude-module", "embeddings"
+    )
+    assert code == 0
+    delta = SparseDelta.load("one")
+    assert f"one: {delta.num_entries:,} entries." in out
+    assert not any("embeddings" in name for name in delta)
+    assert (delta.config["epsilon"], delta.config["siloing"]) == (0.01, "none")
+    assert run("diff", "base", "tuned", "-o", "two", "-n", "30", "--target-module", "query", "-q") == (0, "", "")
+    assert SparseDelta.load("two").num_entries == 30
+    code, _, err = run("diff", "base", "base", "-o", "three")
+    assert (code, err) == (
+        1,
+        "error: base and tuned have the same weights: there is nothing to extract. Check which two were given.",
+    )
+    code, _, err = run("diff", "base", "tuned", "-o", "three", "-e", "2")
+    assert code == 1
+    assert "epsilon must be a fraction" in err
+    assert run("diff", "base", "tuned", "-o", "three", "--siloing", "nothing")[0] == 2
+    assert not (desk / "three").exists()
+
+
+def test_overlap(desk, run):
+    code, out, _ = run("overlap", "my-adapter", "another-adapter")
+    assert code == 0
+    row = next(line.split() for line in out.splitlines() if line.startswith("total"))
+    a, b = SparseDelta.load("my-adapter"), SparseDelta.load("another-adapter")
+    assert row[1:3] == [f"{a.num_entries:,}", f"{b.num_entries:,}"]
+    # What chance gives is known from the shapes in the files.
+    chance = sum(len(a[n]) * len(b[n]) / torch.Size(a[n].shape).numel() for n in a.keys() & b.keys())
+    assert row[5] == f"{chance / a.num_entries:.2%}"
+
+
+def test_pack_and_unpack(desk, run):
+    delta = SparseDelta.load("my-adapter")
+    before = (desk / "my-adapter" / WEIGHTS).read_bytes()
+    code, out, _ = run("pack", "my-adapter", "packed")
+    assert code == 0
+    assert (desk / "packed" / "README.md").read_text() == (desk / "my-adapter" / "README.md").read_text()
+    assert (desk / "packed" / WEIGHTS).stat().st_size < len(before)
+    assert f"{len(before):,} bytes before" in out
+    assert SparseDelta.load("packed") == delta
+    assert SparseDelta.load("packed").config["packed"] is True
+    assert run("unpack", "packed")[0] == 0
+    assert load_file(desk / "packed" / WEIGHTS).keys() == load_file(desk / "my-adapter" / WEIGHTS).keys()
+    assert SparseDelta.load("packed").config["packed"] is False
+    assert run("pack", f"my-adapter/{WEIGHTS}", "alone.safetensors")[0] == 0
+    assert SparseDelta.load("alone.safetensors") == delta
+    assert (desk / "my-adapter" / WEIGHTS).read_bytes() == before
+
+
+def test_convert_states_the_error(desk, run):
+    code, out, _ = run("convert", "my-lora", "--base", "base", "-o", "out", "-e", "0.1")
+    assert code == 0
+    errors = dict(re.findall(r"^  (\S+): (\d\.\d{4})$", out, re.MULTILINE))
+    assert errors.keys() == {"total", *(f"bert.encoder.layer.{i}.attention.self.query.weight" for i in (0, 1))}
+    assert 0 < float(errors["total"]) < 1
+    code, _, err = run("convert", "my-lora", "--base", "base", "-o", "more")
+    assert code == 1
+    assert "Say how many may be kept: epsilon" in err
+    assert not (desk / "more").exists()
+
+
+def test_export_knows_one_form(desk, run):
+    code, _, err = run("export", "my-adapter", "--base", "base", "--form", "other", "-o", "out")
+    assert code == 2
+    assert "'other' is not known" in err or "Usage" in err
+
+
+class Patch(NamedTuple):
+    """The fields of vLLM's CheckpointWeightPatch, in its order."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    values: torch.Tensor
+    indices: torch.Tensor | None = None
+
+
+def load_as_vllm_does(weights, patches):
+    """Patches of one kind, each staged as a whole tensor of NaN in which only the patch's own values are taken over."""
+    assert len({patch.indices is None for patch in patches}) <= 1
+    for patch in patches:
+        size = torch.Size(patch.shape).numel()
+        assert patch.values.ndim == 1
+        assert patch.values.dtype == patch.dtype
+        if patch.indices is None:
+            weights[patch.name] = patch.values.view(patch.shape)
+        else:
+            assert patch.indices.dtype == torch.int32
+            staged = torch.full((size,), float("nan"), dtype=patch.dtype)
+            staged.index_copy_(0, patch.indices.long(), patch.values)
+            staged = staged.view(patch.shape)
+            weights[patch.name] = torch.where(staged.isnan(), weights[patch.name], staged)
+
+
+def test_the_pages_reader_makes_the_merged_weights(desk, run, monkeypatch):
+    for name in ("vllm", "vllm.model_executor", "vllm.model_executor.model_loader"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    module = types.ModuleType("checkpoint_weight_patch")
+    module.CheckpointWeightPatch, module.load_checkpoint_weight_patches = Patch, load_as_vllm_does
+    monkeypatch.setitem(sys.modules, "vllm.model_executor.model_loader.checkpoint_weight_patch", module)
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    reader: dict = {}
+    exec(code, reader)
+    assert run("export", "my-adapter", "--base", "base", "-o", "patch.safetensors")[0] == 0
+    assert run("merge", "base", "my-adapter", "-o", "merged")[0] == 0
+    weights = {name: tensor.clone() for name, tensor in Checkpoint("base").items()}
+    reader["load_patches"](weights, "patch.safetensors")
+    assert_same(weights, dict(Checkpoint("merged")))
+
+
+def test_progress_is_shown_on_a_terminal_only(desk, run, monkeypatch, capsys):
+    shown = []
+
+    class Bar:
+        def __init__(self, **options):
+            shown.append(options)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *unused):
+            pass
+
+        def update(self, count):
+            shown[-1]["done"] = shown[-1].get("done", 0) + count
+
+    monkeypatch.setattr("peft_dst.cli.tqdm", Bar)
+    size = sum(tensor.nbytes for tensor in Checkpoint("base").values())
+    for terminal, quiet, visible in ((True, (), True), (True, ("-q",), False), (False, (), False)):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal, raising=False)
+        assert run("merge", "base", "my-adapter", "-o", f"out{len(shown)}", *quiet)[0] == 0
+        assert shown[-1]["disable"] is not visible
+        assert shown[-1]["done"] == size
+
+
+def test_experts_are_refused_by_name(desk, run):
+    torch.manual_seed(0)
+    BUILDERS["mixtral"]().save_pretrained("experts")
+    model = get_peft_model(BUILDERS["mixtral"](), DSTConfig(epsilon=0.05))
+    train(model, "mixtral")
+    model.save_pretrained("experts-adapter")
+    for command in (
+        ("verify", "experts-adapter", "--base", "experts"),
+        ("merge", "experts", "experts-adapter", "-o", "out"),
+    ):
+        code, _, err = run(*command)
+        assert code == 1
+        assert re.match(
+            r"error: 'model\.layers\.\d\.mlp\.experts\.\w+': the checkpoint experts has no such tensor", err
+        )
