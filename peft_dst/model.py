@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import warnings
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -51,6 +53,40 @@ def set_training_steps(model: nn.Module, steps: int) -> None:
 
 # What TRL calls the frozen copy of the adapter `default` that it refers to while it trains that one further (DPO, GRPO).
 REFERENCE, REFERRED_TO = "ref", "default"
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """An adapter that is about to be added, all of it checked.
+
+    Attributes:
+        config: its config.
+        targets: what it tunes.
+        silos: silo → parameter's name → number of components.
+        budgets: number of free parameters of each silo.
+        summaries: what a saved adapter's config says of its records.
+    """
+
+    config: DSTConfig
+    targets: list[Target]
+    silos: dict[str, dict[str, int]]
+    budgets: list[int]
+    summaries: dict[str, Summary]
+
+    @functools.cached_property
+    def hosts(self) -> dict[str, list[str]]:
+        """Host's name → its own names of the parameters that are tuned there."""
+        found: dict[str, list[str]] = {}
+        for target in self.targets:
+            found.setdefault(target.host, []).append(target.parameter)
+        return found
+
+    def entries(self, host: str) -> dict[str, int] | None:
+        """Number of entries of each parameter of a host that a saved adapter has any in; None for a new adapter."""
+        if self.config.records is None:
+            return None
+        names = {parameter: Target(host, parameter).name for parameter in self.hosts[host]}
+        return {parameter: self.summaries[name].entries for parameter, name in names.items() if name in self.summaries}
 
 
 class DSTModel(BaseTuner):
@@ -177,11 +213,31 @@ class DSTModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
+        plan = self._plan(model, adapter_name)
+        if adapter_name in exchange.constraints(model):
+            # The model was wrapped before (a notebook's cell run again), of which PEFT has warned: start anew.
+            _remove_adapter(model, adapter_name)
+        if state_dict is not None:
+            # PEFT finds the hosts in a state dict by cutting its keys at the prefix; the marker is not a host.
+            state_dict = {key.replace(f".{MARKER}.", "."): value for key, value in state_dict.items()}
+        required = {target.name: model.get_parameter(target.name).requires_grad for target in plan.targets}
+        # PEFT freezes what is active while it adds a frozen adapter, and thaws the parameters afterwards.
+        trainable = {marker: marker.is_trainable for _, marker in markers(model)}
+        self._placing = plan
+        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        for marker, before in trainable.items():
+            if adapter_name not in marker.active_adapters:
+                marker.is_trainable = before
+        self._mark_the_rest(model, adapter_name, required)
+        constraint = self._constrain(model, adapter_name, plan)
+        self._start(model, constraint, plan, low_cpu_mem_usage)
+
+    def _plan(self, model: nn.Module, adapter_name: str) -> _Plan:
+        """Find everything that can be wrong with an adapter's config and the base, before the model is touched."""
         config = self.peft_config[adapter_name]
         if config.records is not None:
             # They are used up by loading; the caller's config may be loaded with again.
             self.peft_config[adapter_name] = config = copy.copy(config)
-        # Everything that can be wrong with config and base is found here, before the model is touched.
         config = _maybe_include_all_linear_layers(config, model)
         targets = find_targets(model, config)
         silos = _silo_sizes(model, config, targets)
@@ -191,57 +247,52 @@ class DSTModel(BaseTuner):
             static.check_memory(model.get_parameter(target.name) for target in targets)
         summaries = parse_summaries(config.records)
         _check_summaries(summaries, targets)
+        return _Plan(config, targets, silos, budgets, summaries)
 
-        if adapter_name in exchange.constraints(model):
-            # The model was wrapped before (a notebook's cell run again), of which PEFT has warned: start anew.
-            _remove_adapter(model, adapter_name)
-        self._placing: dict[str, list[str]] = {}
-        for target in targets:
-            self._placing.setdefault(target.host, []).append(target.parameter)
-        self._entries = None if config.records is None else {name: s.entries for name, s in summaries.items()}
-        if state_dict is not None:
-            # PEFT finds the hosts in a state dict by cutting its keys at the prefix; the marker is not a host.
-            state_dict = {key.replace(f".{MARKER}.", "."): value for key, value in state_dict.items()}
-        required = {target.name: model.get_parameter(target.name).requires_grad for target in targets}
-        # PEFT freezes what is active while it adds a frozen adapter, and thaws the parameters afterwards.
-        trainable = {marker: marker.is_trainable for _, marker in markers(model)}
-        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
-        for marker, before in trainable.items():
-            if adapter_name not in marker.active_adapters:
-                marker.is_trainable = before
-        for name in self._placing:
-            # PEFT does not visit the model itself, nor the first owner of a parameter that was targeted by another name.
+    def _mark_the_rest(self, model: nn.Module, adapter_name: str, required: dict[str, bool]) -> None:
+        """PEFT does not visit the model itself, nor the first owner of a parameter that was targeted by another name."""
+        plan = self._placing
+        for name in plan.hosts:
             host = model.get_submodule(name)
-            if adapter_name not in getattr(getattr(host, MARKER, None), "tuned", ()):
-                known = set(getattr(getattr(host, MARKER, None), "weights", ()))
-                self._mark(host, name, adapter_name)
-                for weight in getattr(host, MARKER).weights.values():
-                    if weight.attribute not in known:
-                        # By now PEFT has frozen it.
-                        weight.requires_grad_before = required[weight.name]
-                getattr(host, MARKER).set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-        for target in targets:
+            before = getattr(host, MARKER, None)
+            if before is not None and adapter_name in before.tuned:
+                continue
+            known = set() if before is None else set(before.weights)
+            marker = self._mark(host, name, adapter_name)
+            for weight in marker.weights.values():
+                if weight.attribute not in known:
+                    # By now PEFT has frozen it.
+                    weight.requires_grad_before = required[weight.name]
+            marker.set_adapter(self.active_adapters, inference_mode=plan.config.inference_mode)
+        for target in plan.targets:
             marker = getattr(model.get_submodule(target.host), MARKER)
             for alias in target.aliases if adapter_name == next(iter(marker.tuned)) else ():
                 marker.share(target.parameter, model.get_submodule(alias.host), alias.parameter)
-        found = dict(markers(model))
-        self.targeted_module_names = [m.name for m in found.values() if m.name]
+        self.targeted_module_names = [marker.name for _, marker in markers(model) if marker.name]
 
-        weights = {w.name: w for marker in found.values() for w in marker.weights.values()}
-        constraint = _constraint(adapter_name, config, silos, budgets, weights)
+    def _constrain(self, model: nn.Module, adapter_name: str, plan: _Plan) -> Constraint:
+        """Put the adapter's weights under its constraint, and say of the markers what it is."""
+        found = [marker for _, marker in markers(model)]
+        weights = {weight.name: weight for marker in found for weight in marker.weights.values()}
+        constraint = _constraint(adapter_name, plan.config, plan.silos, plan.budgets, weights)
         model.__dict__.setdefault(exchange.CONSTRAINTS, {})[adapter_name] = constraint
         _keep_from_ddp(model)
-        if any(target.quantised for target in targets):
-            _warn_of_unchecked(adapter_name, targets, summaries)
-            for marker in found.values():
+        if any(target.quantised for target in plan.targets):
+            _warn_of_unchecked(adapter_name, plan.targets, plan.summaries)
+            for marker in found:
                 marker.served |= {adapter_name} & marker.tuned.keys()
-        if config.fixed:
+        if plan.config.fixed:
             exchange.watch_before_forward(model)
-            for marker in found.values():
+            for marker in found:
                 marker.static |= {adapter_name} & marker.tuned.keys()
+        return constraint
+
+    def _start(self, model: nn.Module, constraint: Constraint, plan: _Plan, low_cpu_mem_usage: bool) -> None:
+        """Choose what a subset by seed is, place a start that is wanted, or wait for what is to be loaded."""
+        config = plan.config
         if config.records is not None:
             exchange.settle_before_forward(model)
-        elif adapter_name == REFERENCE and config is self.peft_config.get(REFERRED_TO):
+        elif constraint.adapter == REFERENCE and config is self.peft_config.get(REFERRED_TO):
             # TRL adds it with the other's own config object, and copies values, but no positions.
             static.make_room(model, constraint, REFERRED_TO, config.fixed)
         elif low_cpu_mem_usage:
@@ -297,21 +348,17 @@ class DSTModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         host = current_key if parameter_name is None else current_key.rpartition(".")[0]
-        if host in self._placing:
+        if host in self._placing.hosts:
             self._mark(target, host, adapter_name)
 
-    def _mark(self, host: nn.Module, name: str, adapter_name: str) -> None:
+    def _mark(self, host: nn.Module, name: str, adapter_name: str) -> SparseLayer:
         """Give a host its marker, and the marker this adapter."""
         if not hasattr(host, MARKER):
             host.add_module(MARKER, SparseLayer(host, name))
-        prefix = f"{name}." if name else ""
-        parameters = self._placing[name]
-        entries = None
-        if self._entries is not None:
-            entries = {p: self._entries[prefix + p] for p in parameters if prefix + p in self._entries}
         marker = getattr(host, MARKER)
         if adapter_name not in marker.tuned:
-            marker.add_adapter(adapter_name, parameters, entries)
+            marker.add_adapter(adapter_name, self._placing.hosts[name], self._placing.entries(name))
+        return marker
 
     @staticmethod
     def _check_target_module_exists(peft_config: PeftConfig, key: str) -> bool | _ExcludedModule:
