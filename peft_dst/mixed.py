@@ -24,7 +24,6 @@ The model's own inputs are taken at their word: one with as many rows as there a
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,7 +36,6 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
-from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.pytorch_utils import Conv1D
 
 from . import exchange
@@ -45,6 +43,7 @@ from .core import scatter
 from .core.correction import correct_embedding, correct_linear, embedding_entries, linear_difference
 from .core.distances import wide_dtype
 from .layer import SparseLayer
+from .layouts import Layout, Selected, compare, with_rows
 from .overlay import OverlayWeight
 
 
@@ -55,9 +54,6 @@ Rows = slice | Tensor
 _BIAS_METHODS = ("compute_bias", "compute_position_bias")
 # Besides tensors, what a module may be given that runs once an adapter: it does not change from one run to the next.
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device, torch.Size)
-# Of each tensor that a module is given or returns: whether its rows are the samples (True), or all samples have it in
-# common (False), or neither (None).
-Layout = tuple[bool | None, ...]
 # By model: module's name, method and kind of input → layout.
 _LAYOUTS: WeakKeyDictionary[nn.Module, dict[Any, Layout]] = WeakKeyDictionary()
 # The placeholders that multimodal models have in their input_ids, as their configs call them.
@@ -111,7 +107,7 @@ class Batch:
         self.calls: list[tuple[nn.Module, Any, Any]] = []
         self.inside: list[Host] = []
         self.given: Tensor | None = None
-        self.selected = WeakTensorKeyDictionary()
+        self.selected = Selected()
         self.trial: dict[Any, list[list[torch.Size]]] | None = None
         self._known = _LAYOUTS.setdefault(model, {})
         self._tried = False
@@ -129,7 +125,7 @@ class Batch:
             return
         self._tried, self._failure = False, None
         # Who made the inputs of the model knows what is in their rows: beams are selected, for one.
-        self.selected = WeakTensorKeyDictionary()
+        self.selected = Selected()
         sizes = [leaf.shape[0] for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.dim()]
         repeated = len(self.names) * self.copies
         self.rows = repeated if repeated in sizes else len(self.names)
@@ -195,7 +191,7 @@ class Batch:
         for rows in (self.rows, self.rows + 1):
             self.trial, self.calls, self.inside = {}, [], []
             try:
-                more = functools.partial(_with_rows, self.rows, rows)
+                more = functools.partial(with_rows, self.rows, rows)
                 module(*tree_map(more, args), **tree_map(more, kwargs))
             except Exception as error:
                 # What had been called by then is known all the same; the rest is refused.
@@ -204,42 +200,11 @@ class Batch:
             self.trial = None
             self.calls, self.inside, self.given = before
         for key in found[0].keys() | found[1].keys():
-            self._known[key] = _compare(found[0].get(key, []), found[1].get(key, []), self.rows)
+            self._known[key] = compare(found[0].get(key, []), found[1].get(key, []), self.rows)
 
 
 def _key(host: Host, tensors: Sequence[Tensor]) -> Any:
     return host.name, host.method, tuple((t.dim(), t.dim() > 0 and t.shape[0] == 1) for t in tensors)
-
-
-def _with_rows(before: int, rows: int, leaf: Any) -> Any:
-    """An argument of a model with other numbers of samples; a copy, as a model may change what it is given."""
-    if isinstance(leaf, Tensor):
-        if leaf.dim() and leaf.shape[0] == before:
-            return leaf[torch.arange(rows, device=leaf.device) % before]
-        return leaf.clone()
-    leaf = leaf if isinstance(leaf, _PLAIN) else copy.deepcopy(leaf)
-    if hasattr(leaf, "batch_select_indices"):
-        # A cache of transformers.
-        leaf.batch_select_indices(torch.arange(rows) % before)
-    return leaf
-
-
-def _compare(one: list[list[torch.Size]], more: list[list[torch.Size]], rows: int) -> Layout:
-    """What a module was given in each of its calls, for so many rows and for one more."""
-    calls = [(*a, *b) for a, b in zip(one, more, strict=False)]
-    if not calls or len(one) != len(more) or len({len(shapes) for shapes in (*one, *more)}) > 1:
-        return (None,) * len((one or more)[0])
-
-    def compare(a: torch.Size, b: torch.Size) -> bool | None:
-        if a == b:
-            return False
-        return True if a[:1] == (rows,) and b[:1] == (rows + 1,) and a[1:] == b[1:] else None
-
-    def agreed(found: set[bool | None]) -> bool | None:
-        return found.pop() if len(found) == 1 else None
-
-    width = len(one[0])
-    return tuple(agreed({compare(call[i], call[width + i]) for call in calls}) for i in range(width))
 
 
 def segments(names: Sequence[str]) -> dict[str, Rows]:
@@ -483,57 +448,22 @@ class _Guard(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        selected = self.batch.selected
-        selects = follow = func in _SELECTING and bool(self.batch.calls) and _selects_rows(func, args, kwargs)
+        batch = self.batch
+        if batch.trial is not None:
+            # The seed is whatever reads it.
+            return result
         for argument in (*args, *kwargs.values()):
             for tensor in argument if isinstance(argument, list | tuple) else (argument,):
                 host = self.hosts.get(id(tensor))
-                if host and not any(id(tensor) in h.parameters for h in self.batch.inside) and _has_tensor(result):
+                if host and not any(id(tensor) in h.parameters for h in batch.inside) and _has_tensor(result):
                     raise NotImplementedError(
                         f"a parameter of {host} is read without calling that module, so samples of several adapters "
                         "cannot be told apart there. Call the model with one adapter at a time, or tune the adapters "
                         "with this module in exclude_modules."
                     )
-                follow = follow or (len(selected) > 0 and isinstance(tensor, Tensor) and tensor in selected)
-        if follow:
-            for tensor in (args[0],) if result is None else result if isinstance(result, list | tuple) else (result,):
-                # Back in their places: samples first, and more than tokens and features.
-                placed = isinstance(tensor, Tensor) and tensor.dim() > 2 and tensor.shape[0] == self.batch.rows
-                if isinstance(tensor, Tensor) and (selects or not placed):
-                    selected[tensor] = True
+        if batch.calls:
+            batch.selected.follow(func, args, kwargs, result, batch.rows)
         return result
-
-
-# Functions that select or place rows along a dimension, which is the first integer they are given.
-_ALONG = {
-    getattr(owner, name)
-    for owner in (torch, Tensor)
-    for name in ("index_select", "gather", "index_add", "index_add_", "index_copy", "index_copy_", "scatter", "scatter_",
-                 "scatter_add", "scatter_add_", "take_along_dim", "masked_select")
-    if hasattr(owner, name)
-}  # fmt: skip
-_SELECTING = _ALONG | {Tensor.__getitem__, Tensor.__setitem__}
-
-
-def _selects_rows(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether the first dimension of a tensor (activations, not a table) is indexed by a tensor."""
-    source = args[0] if args else kwargs["input"]
-    if isinstance(source, nn.Parameter) or not isinstance(source, Tensor) or not source.dim():
-        return False
-    if func in _ALONG:
-        dim = kwargs.get("dim", next((value for value in args[1:] if type(value) is int), 0))
-        return dim in (0, -source.dim())
-    if func is Tensor.__setitem__ and not (isinstance(args[2], Tensor) and args[2].dim()):
-        # One value for all of them moves none.
-        return False
-    items = args[1] if isinstance(args[1], tuple) else (args[1],)
-    first = next((item for item in items if item is not None), None)
-    if isinstance(first, list):
-        return True
-    if not isinstance(first, Tensor) or not first.dim():
-        return False
-    each = first.dim() == 1 and first.dtype != torch.bool and len(first) == len(source)
-    return not (each and torch.equal(first, torch.arange(len(source), device=first.device)))
 
 
 def _has_tensor(result: Any) -> bool:
