@@ -141,5 +141,7 @@ def _selects_rows(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
         return True
     if not isinstance(first, Tensor) or not first.dim():
         return False
-    each = first.dim() == 1 and first.dtype != torch.bool and len(first) == len(source)
-    return not (each and torch.equal(first, torch.arange(len(source), device=first.device)))
+    if first.dtype == torch.bool or len(first) != len(source) or first.numel() != len(source):
+        return True
+    # Each row its own, as (n, 1, …) where masks are made.
+    return not torch.equal(first.flatten(), torch.arange(len(source), device=first.device))

@@ -461,7 +461,7 @@ class _Guard(TorchFunctionMode):
                         "cannot be told apart there. Call the model with one adapter at a time, or tune the adapters "
                         "with this module in exclude_modules."
                     )
-        if batch.calls:
+        if batch.calls and batch.alone is None:
             batch.selected.follow(func, args, kwargs, result, batch.rows)
         return result
 
