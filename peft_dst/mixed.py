@@ -58,6 +58,8 @@ _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device, torch.Si
 _LAYOUTS: WeakKeyDictionary[nn.Module, dict[Any, Layout]] = WeakKeyDictionary()
 # The placeholders that multimodal models have in their input_ids, as their configs call them.
 _PLACEHOLDER = re.compile(r"(image|video|audio|speech|vision)_token_(id|index)")
+# Inputs that have a row for each sample in these models.
+_NO_IMAGES = re.compile("embeds|mask|labels|ids|position")
 
 
 class Patch(NamedTuple):
@@ -236,7 +238,7 @@ def check_length(names: Sequence[str], inputs: Any) -> None:
         )
 
 
-def check_placeholders(model: nn.Module, names: Sequence[str], inputs: Any) -> None:
+def check_placeholders(model: nn.Module, names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Check that images (videos, sounds) that are as many as the samples are one for each, by their placeholders.
 
     There is one for each if every sample has a placeholder. Models that know none have no say in it: there the rows of
@@ -245,7 +247,8 @@ def check_placeholders(model: nn.Module, names: Sequence[str], inputs: Any) -> N
     Args:
         model: the base model, whose config names the placeholders.
         names: for each sample the name of an adapter.
-        inputs: what the model is given.
+        args: what the model is given: its input_ids, int64 (batch, length), come first,
+        kwargs: or by name, and floating tensors of two dimensions or more.
 
     Raises:
         ValueError: if a sample has none of what another one has, or there are no input_ids to tell.
@@ -253,14 +256,13 @@ def check_placeholders(model: nn.Module, names: Sequence[str], inputs: Any) -> N
     config = getattr(model, "config", None)
     found = config.to_dict() if config is not None and hasattr(config, "to_dict") else {}
     tokens = {value for key, value in found.items() if _PLACEHOLDER.fullmatch(key) and isinstance(value, int)}
-    leaves = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim() > 1]
-    ids = [leaf for leaf in leaves if leaf.dim() == 2 and not leaf.is_floating_point()]
-    others = [leaf for leaf in leaves if leaf.dim() > 2 and leaf.is_floating_point() and len(leaf) == len(names)]
-    present = [torch.stack([(leaf == token).any(1) for token in tokens]) for leaf in ids] if tokens else []
+    given = {key: value for key, value in kwargs.items() if isinstance(value, Tensor) and not _NO_IMAGES.search(key)}
+    others = [t for t in given.values() if t.dim() > 1 and t.is_floating_point() and len(t) == len(names)]
     if not (tokens and others) or len(set(names)) == 1:
         return
-    uneven = any(bool((at.any(1) != at.all(1)).any()) for at in present if at.shape[1] == len(names))
-    if uneven or not any(bool(at.any()) for at in present):
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    have = [(ids == token).any(1).tolist() for token in tokens] if isinstance(ids, Tensor) and ids.dim() == 2 else []
+    if any(any(of_one) and not all(of_one) for of_one in have) or not any(map(any, have)):
         raise ValueError(
             f"{len(others[0])} images (or the like, {tuple(others[0].shape)}) were given for as many samples, but not one "
             "for each, as far as the placeholders in input_ids tell. Whose adapter each of them is for is not known: give "

@@ -348,7 +348,7 @@ class DSTModel(BaseTuner):
         if names is None:
             return contextlib.nullcontext()
         check_length(names, (args, kwargs))
-        check_placeholders(self.model, names, (args, kwargs))
+        check_placeholders(self.model, names, args, kwargs)
         return mixed_batch(self.model, names, _copies(kwargs))
 
     # Removal and switching
