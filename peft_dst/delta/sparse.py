@@ -407,7 +407,8 @@ class SparseDelta(Mapping[str, SparseTensor]):
             prefixes = [keep] if isinstance(keep, str) else list(keep)
             unknown = [p for p in prefixes if not any(f"{name}.".startswith(f"{p}.") for name in self)]
             if unknown:
-                raise ValueError(f"the delta has no entries in {unknown[0]!r}; it has some in {', '.join(self)}.")
+                some = ", ".join(list(self)[:3]) + (f" and {len(self) - 3} more" if len(self) > 3 else "")
+                raise ValueError(f"the delta has no entries in {unknown[0]!r}; it has some in {some or 'nothing'}.")
             return self.restrict(lambda name: any(f"{name}.".startswith(f"{prefix}.") for prefix in prefixes))
         return self._with({name: tensor for name, tensor in self.items() if keep(name)})
 
