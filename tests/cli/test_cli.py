@@ -13,60 +13,17 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, ShiraConfig, get_peft_model
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from peft_dst import DSTConfig
-from peft_dst.cli import app, main
+from peft_dst.cli import app
 from peft_dst.delta import Checkpoint, SparseDelta
+from tests.cli.conftest import WEIGHTS, bert_again
 from tests.models import BUILDERS, assert_same, bert, logits, train
 
 
-PAGE = Path(__file__).parent.parent / "docs" / "cli.md"
-WEIGHTS = "adapter_model.safetensors"
-
-
-@pytest.fixture
-def desk(tmp_path, monkeypatch):
-    """A folder with a base, a fine-tuned checkpoint and adapters, where the commands run."""
-    monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    base = bert()
-    base.save_pretrained("base")
-    model = get_peft_model(bert_again(), DSTConfig(epsilon=0.02, modules_to_save=["classifier"]))
-    train(model, "bert")
-    model.save_pretrained("my-adapter")
-    another = get_peft_model(bert_again(), DSTConfig(epsilon=0.02))
-    train(another, "bert", first=10)
-    another.save_pretrained("another-adapter")
-    for name, config in (
-        ("my-lora", LoraConfig(r=2, target_modules=["query"], init_lora_weights=False)),
-        ("my-shira", ShiraConfig(r=1, target_modules=["query"], init_weights=False)),
-    ):
-        get_peft_model(bert_again(), config).save_pretrained(name)
-    train(base, "bert", steps=1)
-    base.save_pretrained("tuned")
-    return tmp_path
-
-
-def bert_again():
-    return type(bert()).from_pretrained("base")
-
-
-@pytest.fixture
-def run(capsys):
-    """Run a command in this process: its exit code, what it prints, and what it says on stderr."""
-
-    def run(*arguments):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit:
-            main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        # What transformers shows of its own is not ours to look at.
-        err = "\n".join(line for line in err.splitlines() if line.startswith(("error", "note", "Error", "Usage")))
-        return exit.value.code or 0, out, err
-
-    return run
+PAGE = Path(__file__).parents[2] / "docs" / "cli.md"
 
 
 def process(*arguments, **options):
@@ -74,14 +31,12 @@ def process(*arguments, **options):
 
 
 def test_the_entry_points(desk):
-    done = process(
-        "-m", "peft_dst", "verify", "my-adapter", "--base", "base", env={"PYTHONPATH": str(PAGE.parent.parent)}
-    )
+    done = process("-m", "peft_dst", "verify", "my-adapter", "--base", "base", env={"PYTHONPATH": str(PAGE.parents[1])})
     assert (done.returncode, done.stderr) == (0, "")
     assert re.fullmatch(r"my-adapter is good: \d+ entries in \d+ tensors, 2 dense, and belongs to base.\n", done.stdout)
     # What the installed script calls.
     script = "import sys; from peft_dst.cli import main; sys.exit(main(['merge', 'base', 'nothing', '-o', 'merged']))"
-    done = process("-c", script, env={"PYTHONPATH": str(PAGE.parent.parent)})
+    done = process("-c", script, env={"PYTHONPATH": str(PAGE.parents[1])})
     assert done.returncode == 2
     assert "'nothing' does not exist" in done.stderr
     project = (PAGE.parent.parent / "pyproject.toml").read_text()
