@@ -425,7 +425,9 @@ class SparseDelta(Mapping[str, SparseTensor]):
             return self.restrict(lambda name: any(f"{name}.".startswith(f"{prefix}.") for prefix in prefixes))
         return self._with({name: tensor for name, tensor in self.items() if keep(name)})
 
-    def prune(self, num_entries: int, kind: str = "inverse_relative") -> SparseDelta:
+    def prune(
+        self, num_entries: int | None = None, kind: str = "inverse_relative", *, epsilon: float | None = None
+    ) -> SparseDelta:
         """The entries that are furthest from their seed, over all tensors. Needs the seeds.
 
         Of equal distances the earlier tensor's and the lower position win, as in training.
@@ -433,11 +435,16 @@ class SparseDelta(Mapping[str, SparseTensor]):
         Args:
             num_entries: how many to keep.
             kind: the distance, see `peft_dst.core.distance`.
+            epsilon: the same as a fraction of the components of all tensors that have entries.
 
         Raises:
-            ValueError: if there are fewer entries.
+            ValueError: if there are fewer entries, or not one of the two numbers is given.
         """
         self._need_seeds("to measure distances")
+        if (num_entries is None) == (epsilon is None):
+            raise ValueError("give one of num_entries and epsilon: how much is to be kept.")
+        if num_entries is None:
+            num_entries = round((epsilon or 0.0) * sum(math.prod(tensor.shape) for tensor in self.values()))
         if not 0 <= num_entries <= self.num_entries:
             raise ValueError(f"the delta has {self.num_entries:,} entries, of which {num_entries:,} cannot be kept.")
         distances = [distance(kind, t.seeds, t.values).double() for t in self.values() if t.seeds is not None]

@@ -190,6 +190,8 @@ def test_pruned_to_the_furthest(data):
     kept = data.draw(st.integers(0, delta.num_entries))
     pruned = delta.prune(kept, "absolute")
     assert pruned.num_entries == kept
+    size = sum(math.prod(tensor.shape) for tensor in delta.values())
+    assert delta.prune(kind="absolute", epsilon=kept / size if size else 0.0) == pruned
     far = [
         (-abs(float(value) - float(seed)), order, index)
         for order, tensor in enumerate(delta.values())
@@ -319,6 +321,8 @@ def test_deltas_of_two_bases_are_not_mixed(tmp_path):
         one().restrict(["nothing"])
     with pytest.raises(ValueError, match="2 entries, of which 3 cannot"):
         one().prune(3)
+    with pytest.raises(ValueError, match="give one of num_entries and epsilon"):
+        one().prune(1, epsilon=0.5)
     with pytest.raises(ValueError, match="finite"):
         one().scale(math.inf)
     with pytest.raises(DeltaError, match=r"not finite in torch\.float16"):
