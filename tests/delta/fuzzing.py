@@ -4,7 +4,7 @@
 
 Whatever the input, `SparseDelta.load` refuses it with a DeltaError, or what it read is well-formed and goes into weights
 and out again bit for bit; a refusal leaves the weights as they were. The run has a gigabyte more than it starts with, and
-no input may take longer than ten seconds. What fails is kept in a folder.
+no input may take more than ten seconds of computing. What fails is kept in a folder.
 """
 
 from __future__ import annotations
@@ -349,7 +349,7 @@ def runs(seed: int, count: int, where: Path, checker: Any = check) -> Iterator[t
         shutil.copytree(damage.pick(corpus), folder)
         done = [damage.apply(folder)]
         try:
-            signal.alarm(SECONDS)
+            signal.setitimer(signal.ITIMER_PROF, SECONDS)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 result = checker(folder)
@@ -358,7 +358,7 @@ def runs(seed: int, count: int, where: Path, checker: Any = check) -> Iterator[t
             shutil.copytree(folder, kept, dirs_exist_ok=True)
             raise AssertionError(f"{done} in {kept}: {type(error).__name__}: {error}") from error
         finally:
-            signal.alarm(0)
+            signal.setitimer(signal.ITIMER_PROF, 0)
         yield done[0], result
 
 
@@ -371,7 +371,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments.add_argument("--keep", type=Path, help="folder for inputs that fail")
     options = arguments.parse_args(argv)
     where = options.keep or Path(tempfile.mkdtemp())
-    signal.signal(signal.SIGALRM, lambda *unused: (_ for _ in ()).throw(TimeoutError(f"more than {SECONDS} s")))
+    signal.signal(signal.SIGPROF, lambda *unused: (_ for _ in ()).throw(TimeoutError(f"more than {SECONDS} s")))
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, resource.RLIM_INFINITY))
     checker = check_with_peft if options.peft else check
