@@ -1,0 +1,69 @@
+"""Rows of a data set, from the hub or from a folder of JSON lines."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, load_dataset
+
+
+# The folder in which relative folders are looked for, too.
+VARIABLE = "PEFT_DST_DATA"
+
+
+def find_folder(data: str) -> Path | None:
+    """The local folder that a name stands for, if there is one."""
+    root = os.environ.get(VARIABLE)
+    candidates = [Path(data), *([Path(root) / data] if root else [])]
+    return next((folder for folder in candidates if folder.is_dir() and any(folder.glob("*.jsonl"))), None)
+
+
+def load_rows(data: str, split: str, subset: str | None = None) -> Dataset:
+    """Rows of a split, or of a part of it.
+
+    Args:
+        data: hub id; or a folder with `<split>.jsonl`, as it is or inside $PEFT_DST_DATA.
+        split: as `datasets` writes it: train, train[:1000], train+validation[:50%].
+        subset: name of the configuration, on the hub; of a folder the one inside it, if it is there.
+
+    Raises:
+        ValueError: if there is no such data set or split.
+    """
+    folder = find_folder(f"{data}/{subset}" if subset else data) or find_folder(data)
+    if folder is None:
+        try:
+            return load_dataset(data, subset, split=split)
+        except Exception as error:  # of the hub, the network, or the split's name
+            raise ValueError(
+                f"{data!r} is no folder with JSON lines here or in {VARIABLE}, and as a hub id it cannot be read: "
+                f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
+            ) from None
+    files = {path.stem: str(path) for path in sorted(folder.glob("*.jsonl"))}
+    wanted = [re.split(r"\[", part.strip())[0] for part in split.split("+")]
+    for name in wanted:
+        if name not in files:
+            raise ValueError(f"{folder} has no {name}.jsonl; its splits are {', '.join(files)}.")
+    return load_dataset("json", data_files={name: files[name] for name in wanted}, split=split)
+
+
+def pick(row: Mapping[str, Any], name: str, columns: Mapping[str, str], usual: Sequence[str] = ()) -> Any:
+    """A row's value of a name: of the column that the options give, or else of the first usual one that is there.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    candidates = (columns[name],) if name in columns else (name, *usual)
+    for column in candidates:
+        value: Any = row
+        for part in column.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        if value is not None:
+            return value
+    raise ValueError(
+        f"the data has no column for {name!r} ({' or '.join(candidates)}); it has {', '.join(map(str, row))}. Set "
+        f"task.columns={{{name}: COLUMN}}."
+    )
