@@ -41,7 +41,8 @@ class Task(ABC):
     Rows are dictionaries with names of the task's own; what the data calls them is settled in `convert`.
     """
 
-    task_type: ClassVar[str]
+    # PEFT's name; None where PEFT has none.
+    task_type: str | None
     generates: ClassVar[bool] = False
 
     def __init__(self, options: TaskOptions) -> None:

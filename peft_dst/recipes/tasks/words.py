@@ -25,7 +25,7 @@ from .data import pick
 class MaskedWords(Task):
     """Rows: text; empty lines are left out."""
 
-    task_type = "FEATURE_EXTRACTION"
+    task_type = None
 
     def convert(self, raw: Row) -> list[Row]:
         text = pick(raw, "text", self.options.columns).strip()

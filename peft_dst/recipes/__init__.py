@@ -1,0 +1,19 @@
+"""Recipes: experiments as files. What is trained, on what, how, and what came of it (docs/experiments.md).
+
+Needs the extra `recipes`. Nothing but the command line imports this, and that only when it is asked to run one.
+
+* `config`   the options, read and checked
+* `tasks`    data sets and what is asked of them
+* `metrics`  what answers are worth
+* `models`   the model at its seed, head and body
+* `lab`      what the stages of a run share
+* `methods`  from a method's name to a model ready to train
+* `record`   what is written down
+* `runner`   train and evaluate
+"""
+
+from .config import Recipe, at, load_recipe, make_recipe, points, to_dict
+from .runner import evaluate, results, train
+
+
+__all__ = ["Recipe", "at", "evaluate", "load_recipe", "make_recipe", "points", "results", "to_dict", "train"]

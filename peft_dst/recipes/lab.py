@@ -1,0 +1,258 @@
+"""What the stages of one run share: data encoded once, the seed with its trained head, and Trainer, set up the same way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    TrainerCallback,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..baselines import SeedPenalty
+from .config import Recipe
+from .metrics import bleurt, check_bleurt
+from .models import Seed, load_seed, load_tokenizer
+from .tasks import make_task
+from .tasks.base import Features
+
+
+CHECKPOINTS = "checkpoints"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long and how fast one training goes; the rest is the recipe's. The batch is that of a device."""
+
+    epochs: float
+    batch_size: int
+    max_steps: int | None = None
+    accumulation: int = 1
+    resumable: bool = False
+
+
+@dataclass
+class Training:
+    """What came of a training."""
+
+    steps: int
+    seconds: float
+    history: list[dict[str, Any]]
+
+
+class _Bar(ProgressCallback):
+    """Trainer's progress bar, with the loss in it instead of printed over it."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if self.training_bar is not None and "loss" in (logs or {}):
+            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
+
+
+class _Trainer(Seq2SeqTrainer):
+    """Trainer with a penalty on the distance from the seed; answers without the questions before them."""
+
+    penalty: SeedPenalty | None = None
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        # Once a step, before Trainer clips.
+        if self.penalty is not None and self.accelerator.sync_gradients:
+            self.penalty.add_gradient()
+        return loss
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        loss, found, labels = super().prediction_step(model, inputs, *args, **kwargs)
+        if found is not None and self.args.predict_with_generate and not self.model.config.is_encoder_decoder:
+            found = found[:, inputs["input_ids"].shape[1] :]
+        return loss, found, labels
+
+
+class Lab:
+    """One recipe's data and seed.
+
+    Args:
+        recipe: the recipe.
+        folder: where checkpoints, scores and the head's state go; made when something is written.
+        progress: show bars.
+
+    Raises:
+        ValueError: if the data or the model do not fit the recipe.
+    """
+
+    def __init__(self, recipe: Recipe, folder: Path, progress: bool = False) -> None:
+        self.recipe, self.folder, self.progress = recipe, folder, progress
+        if recipe.evaluation.bleurt:
+            check_bleurt()
+        self.task = make_task(recipe.task)
+        self.rows = self.task.load()
+        self.tokenizer = load_tokenizer(recipe.model)
+        self.collate = self.task.collator(self.tokenizer)
+        self._train: list[Features] | None = None
+
+    @property
+    def train_features(self) -> list[Features]:
+        """The training examples, encoded once; a model must have been made before."""
+        if self._train is None:
+            self._train = self.task.encode(self.rows.train, self.tokenizer, training=True)
+        return self._train
+
+    def bare(self) -> Seed:
+        """The seed with a fresh head: always the same one."""
+        seed = load_seed(self.recipe.model, self.task, self.recipe.seed)
+        if self.recipe.model.tuned:
+            # Late: a run of the whole machinery stands behind that folder.
+            from .runner import tuned_body
+
+            _put(seed, tuned_body(Path(self.recipe.model.tuned)), self.recipe.model.tuned)
+        return seed
+
+    def start(self, head_epochs: float | None = None) -> Seed:
+        """The seed with its head trained over the frozen body, where the recipe says so (second paper, Table 4).
+
+        Args:
+            head_epochs: for how long, if not as the recipe says.
+        """
+        epochs = self.recipe.training.head_first.epochs if head_epochs is None else head_epochs
+        seed = self.bare()
+        if epochs and seed.head:
+            file = self.folder / f"head_{epochs:g}_epochs.safetensors"
+            if not file.is_file():
+                self._train_head(seed, epochs, file)
+                # What was trained is put onto a model that knows of no training.
+                seed = self.bare()
+            seed.model.load_state_dict(load_file(file), strict=False)
+        # The order of the examples is the same for every method.
+        set_seed(self.recipe.seed)
+        return seed
+
+    def _train_head(self, seed: Seed, epochs: float, file: Path) -> None:
+        options = self.recipe.training.head_first
+        for name, parameter in seed.model.named_parameters():
+            parameter.requires_grad_(seed.in_head(name))
+        head = {name: p for name, p in seed.model.named_parameters() if p.requires_grad}
+        set_seed(self.recipe.seed)
+        optimizer = torch.optim.AdamW(head.values(), lr=options.learning_rate, weight_decay=0.0, fused=True)
+        self.fit(seed.model, optimizer, Plan(epochs, options.batch_size))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        state = {name: t.contiguous() for name, t in seed.model.state_dict().items() if seed.in_head(name)}
+        save_file(state, file)
+
+    @property
+    def plan(self) -> Plan:
+        """The recipe's own training."""
+        options = self.recipe.training
+        return Plan(options.epochs, options.batch_size, options.max_steps, options.accumulation)
+
+    def fit(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        plan: Plan,
+        penalty: SeedPenalty | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+    ) -> Training:
+        """Train on the training examples; a resumable training goes on from its last checkpoint."""
+        trainer = self._trainer(model, plan, optimizer, callbacks)
+        trainer.penalty = penalty
+        folder = self.folder / CHECKPOINTS
+        last = get_last_checkpoint(str(folder)) if plan.resumable and folder.is_dir() else None
+        output = trainer.train(resume_from_checkpoint=last)
+        return Training(output.global_step, float(output.metrics["train_runtime"]), trainer.state.log_history)
+
+    def predict(self, model: nn.Module, split: str) -> tuple[dict[str, float], list[Any]]:
+        """Figures and answers on a split."""
+        rows = self.rows[split]
+        if split == "train":
+            rows = rows[: self.recipe.evaluation.train_examples]
+        features = self.task.encode(rows, self.tokenizer, training=False)
+        trainer = self._trainer(model, self.plan)
+        output = trainer.predict(features, **(self._generation() if self.task.generates else {}))  # type: ignore[arg-type]
+        answers = self.task.answers(rows, features, output.predictions, self.tokenizer)
+        figures = self.task.metrics(rows, answers)
+        if self.recipe.evaluation.bleurt:
+            figures["bleurt"] = bleurt(answers, [row["references"][0] for row in rows], self.recipe.evaluation.bleurt)
+        return figures, answers
+
+    def _generation(self) -> dict[str, Any]:
+        options = self.recipe.evaluation
+        return {
+            "max_new_tokens": options.max_new_tokens or self.recipe.task.max_target_length,
+            "num_beams": options.beams,
+            "do_sample": False,
+            # A model's own settings for sampling mean nothing here, and warn.
+            "temperature": None,
+            "top_p": None,
+            "top_k": None,
+            "pad_token_id": self.tokenizer.pad_token_id,
+        }
+
+    def _trainer(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        optimizer: Optimizer | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+    ) -> _Trainer:
+        options = self.recipe.training
+        arguments = Seq2SeqTrainingArguments(
+            output_dir=str(self.folder / CHECKPOINTS),
+            num_train_epochs=plan.epochs,
+            max_steps=plan.max_steps or -1,
+            per_device_train_batch_size=plan.batch_size,
+            per_device_eval_batch_size=options.evaluation_batch_size,
+            gradient_accumulation_steps=plan.accumulation,
+            lr_scheduler_type=options.schedule,
+            warmup_steps=options.warmup,
+            max_grad_norm=options.max_grad_norm,
+            bf16=options.bf16,
+            gradient_checkpointing=options.activation_checkpointing,
+            logging_steps=options.logging_steps,
+            save_strategy="steps" if plan.resumable else "no",
+            save_steps=options.save_steps,
+            save_total_limit=1,
+            predict_with_generate=self.task.generates,
+            # Rows are lists of what the model takes.
+            remove_unused_columns=False,
+            dataloader_pin_memory=torch.cuda.is_available(),
+            disable_tqdm=not self.progress,
+            report_to=[],
+            seed=self.recipe.seed,
+        )
+        trainer = _Trainer(
+            model,
+            arguments,
+            data_collator=self.collate,
+            train_dataset=self.train_features if optimizer is not None else None,  # type: ignore[arg-type]
+            processing_class=self.tokenizer,
+            optimizers=(optimizer, None),
+            callbacks=list(callbacks),
+            preprocess_logits_for_metrics=None if self.task.generates else self.task.reduce,
+        )
+        trainer.remove_callback(PrinterCallback)
+        if self.progress:
+            trainer.remove_callback(ProgressCallback)
+            trainer.add_callback(_Bar)
+        return trainer
+
+
+def _put(seed: Seed, body: dict[str, Tensor], where: str) -> None:
+    """Another run's body into this model's, parameter by parameter; a head of this task stays as it is."""
+    own = seed.model.base_model.state_dict()
+    fitting = {name: tensor for name, tensor in body.items() if name in own and own[name].shape == tensor.shape}
+    prefix = f"{seed.model.base_model_prefix}."
+    lacking = [name for name in own.keys() - fitting.keys() if not seed.in_head(prefix + name)]
+    if lacking:
+        raise ValueError(f"model.tuned={where} has another body: there is no {sorted(lacking)[0]} of the right shape.")
+    seed.model.base_model.load_state_dict(fitting, strict=False)
