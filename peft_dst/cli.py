@@ -263,6 +263,66 @@ def _export(
     print(f"{output}: {count} patches.")
 
 
+@app.command("train", epilog="Example: peft-dst train experiment.yaml training.learning_rate=2e-2 --output run")
+def _train(
+    config: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="The recipe, a YAML file.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[OPTION=VALUE]...", help="Options that are otherwise than in the file."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", file_okay=False, help="Folder of the run; runs/NAME if not given.")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Run an experiment from a recipe.
+
+    The folder then holds the adapter, the whole recipe (config.yaml) and what came of it (results.json). A finished run is
+    not run again, an interrupted one goes on from its last checkpoint, and a folder of another recipe is refused.
+    """
+    recipes = _recipes()
+    recipe = recipes.load_recipe(config, overrides or [])
+    folder = output or Path("runs") / config.stem
+    there = recipes.results(folder) is not None
+    record = recipes.train(recipe, folder, progress=_shows(quiet))
+    if not quiet:
+        print(f"{folder}: {'finished before' if there else 'finished'}; {record['free_parameters']:,} free parameters.")
+        _print_metrics(record["metrics"])
+
+
+@app.command("evaluate", epilog="Example: peft-dst evaluate run --split test")
+def _evaluate(
+    run: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Folder that peft-dst train made.")],
+    splits: Annotated[
+        list[str] | None, typer.Option("--split", help="train, validation or test; may be given several times.")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Measure what a run saved.
+
+    Its adapter is loaded onto a fresh base; the figures are printed, and written to evaluation.json beside it.
+    """
+    metrics = _recipes().evaluate(run, splits or ["test"], progress=_shows(quiet))
+    _print_metrics(metrics)
+
+
+def _recipes() -> Any:
+    """The package that runs recipes, which is only imported when one is run."""
+    try:
+        from . import recipes
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"recipes need {error.name}, which is not installed: pip install 'peft-dst[recipes]'."
+        ) from None
+    recipes.only_own_bars()
+    return recipes
+
+
+def _print_metrics(metrics: dict[str, dict[str, float]]) -> None:
+    for split, figures in metrics.items():
+        print(f"{split}: " + ", ".join(f"{name} {value:.4f}" for name, value in figures.items()))
+
+
 def _merge_into(base: Path, delta: SparseDelta, output: Path, quiet: bool) -> None:
     check_free(output)
     layout = _layout(base)

@@ -37,6 +37,7 @@ ORDER = [
     "training",
     "analysis",
     "registration",
+    "recipes",
     "cli",
     "__init__",
     "__main__",

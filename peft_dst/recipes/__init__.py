@@ -13,7 +13,18 @@ Needs the extra `recipes`. Nothing but the command line imports this, and that o
 """
 
 from .config import Recipe, at, load_recipe, make_recipe, points, to_dict
-from .runner import evaluate, results, train
+from .runner import evaluate, only_own_bars, results, train
 
 
-__all__ = ["Recipe", "at", "evaluate", "load_recipe", "make_recipe", "points", "results", "to_dict", "train"]
+__all__ = [
+    "Recipe",
+    "at",
+    "evaluate",
+    "load_recipe",
+    "make_recipe",
+    "only_own_bars",
+    "points",
+    "results",
+    "to_dict",
+    "train",
+]

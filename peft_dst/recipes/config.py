@@ -252,7 +252,9 @@ def points(recipe: Recipe) -> list[dict[str, Any]]:
     """What a sweep varies: for each of its runs a mapping from options to values; [{}] if it varies nothing."""
     grids = _grids(recipe.sweep)
     product = [
-        dict(zip(grid, values, strict=True)) for grid in grids for values in itertools.product(*map(_listed, grid.values()))
+        dict(zip(grid, values, strict=True))
+        for grid in grids
+        for values in itertools.product(*map(_listed, grid.values()))
     ]
     return product or [{}]
 
@@ -405,11 +407,15 @@ def _check(recipe: Recipe) -> None:
             raise ValueError(f"{name} must be 1 or more, got {number}.")
     method = recipe.method
     if method.epsilon is not None and method.num_free_parameters is not None:
-        raise ValueError("method.epsilon and method.num_free_parameters are two ways to set one budget; give one of them.")
+        raise ValueError(
+            "method.epsilon and method.num_free_parameters are two ways to set one budget; give one of them."
+        )
     if method.epsilon is not None and not 0 < method.epsilon <= 1:
         raise ValueError(f"method.epsilon must be a fraction with 0 < epsilon <= 1, got {method.epsilon}.")
     if method.name == "transfer" and not method.source:
-        raise ValueError("method.name=transfer takes over the subset of another adapter; set method.source to its folder.")
+        raise ValueError(
+            "method.name=transfer takes over the subset of another adapter; set method.source to its folder."
+        )
     if method.name in ("fisher_pretraining", "combined") and not (method.text or method.source):
         raise ValueError(f"method.name={method.name} scores on plain text; set method.text to a hub id or a folder.")
     for grid in _grids(recipe.sweep):

@@ -30,6 +30,10 @@ from .tasks.base import Features
 
 
 CHECKPOINTS = "checkpoints"
+# transformers' older name of it is `gradient_checkpointing`.
+CHECKPOINTING = "activation_checkpointing"
+if CHECKPOINTING not in Seq2SeqTrainingArguments.__dataclass_fields__:
+    CHECKPOINTING = "gradient_checkpointing"
 
 
 @dataclass(frozen=True)
@@ -178,7 +182,7 @@ class Lab:
             rows = rows[: self.recipe.evaluation.train_examples]
         features = self.task.encode(rows, self.tokenizer, training=False)
         trainer = self._trainer(model, self.plan)
-        output = trainer.predict(features, **(self._generation() if self.task.generates else {}))  # type: ignore[arg-type]
+        output = trainer.predict(features, **(self._generation() if self.task.generates else {}))
         answers = self.task.answers(rows, features, output.predictions, self.tokenizer)
         figures = self.task.metrics(rows, answers)
         if self.recipe.evaluation.bleurt:
@@ -217,7 +221,7 @@ class Lab:
             warmup_steps=options.warmup,
             max_grad_norm=options.max_grad_norm,
             bf16=options.bf16,
-            gradient_checkpointing=options.activation_checkpointing,
+            **({CHECKPOINTING: True} if options.activation_checkpointing else {}),
             logging_steps=options.logging_steps,
             save_strategy="steps" if plan.resumable else "no",
             save_steps=options.save_steps,
@@ -234,7 +238,7 @@ class Lab:
             model,
             arguments,
             data_collator=self.collate,
-            train_dataset=self.train_features if optimizer is not None else None,  # type: ignore[arg-type]
+            train_dataset=self.train_features if optimizer is not None else None,
             processing_class=self.tokenizer,
             optimizers=(optimizer, None),
             callbacks=list(callbacks),
@@ -249,10 +253,11 @@ class Lab:
 
 def _put(seed: Seed, body: dict[str, Tensor], where: str) -> None:
     """Another run's body into this model's, parameter by parameter; a head of this task stays as it is."""
-    own = seed.model.base_model.state_dict()
+    model: Any = seed.model
+    own = model.base_model.state_dict()
     fitting = {name: tensor for name, tensor in body.items() if name in own and own[name].shape == tensor.shape}
-    prefix = f"{seed.model.base_model_prefix}."
+    prefix = f"{model.base_model_prefix}."
     lacking = [name for name in own.keys() - fitting.keys() if not seed.in_head(prefix + name)]
     if lacking:
         raise ValueError(f"model.tuned={where} has another body: there is no {sorted(lacking)[0]} of the right shape.")
-    seed.model.base_model.load_state_dict(fitting, strict=False)
+    model.base_model.load_state_dict(fitting, strict=False)

@@ -154,7 +154,9 @@ def _full(lab: Lab) -> Prepared:
 def _head_only(lab: Lab) -> Prepared:
     seed = lab.start()
     if not seed.head:
-        raise ValueError("method.name=head_only trains nothing: the model has no fresh head. Name modules in model.head.")
+        raise ValueError(
+            "method.name=head_only trains nothing: the model has no fresh head. Name modules in model.head."
+        )
     for name, parameter in seed.model.named_parameters():
         parameter.requires_grad_(seed.in_head(name))
     return Prepared(seed.model, 0, _optimizer(lab, _two_rates(lab, seed, seed.model)))
@@ -171,7 +173,9 @@ def _lora(lab: Lab) -> Prepared:
 
 def _prompt_tuning(lab: Lab) -> Prepared:
     tokens = {"num_virtual_tokens": lab.recipe.method.virtual_tokens}
-    return _adapter(lab, PromptTuningConfig, prompt_tuning_config_for_budget, tokens, {"prompt_tuning_init": "SAMPLE_VOCAB"})
+    return _adapter(
+        lab, PromptTuningConfig, prompt_tuning_config_for_budget, tokens, {"prompt_tuning_init": "SAMPLE_VOCAB"}
+    )
 
 
 def _adapter(lab: Lab, kind: type, sized: Callable[..., Any], size: dict[str, int | None], given: dict) -> Prepared:
@@ -226,7 +230,7 @@ def _scores(lab: Lab) -> dict[str, Tensor]:
         if not file.is_file():
             scores = change_scores(lab.start().body(), _penalised(lab).body())
             file.parent.mkdir(parents=True, exist_ok=True)
-            save_scores(scores, file)
+            save_scores(file, scores)
         return load_scores(file)
     if options.name == "fisher":
         return _fisher(lab)
@@ -267,9 +271,11 @@ def _fisher_pretraining(lab: Lab) -> dict[str, Tensor]:
     return {name: scores[name] if name in scores else torch.zeros(shape) for name, shape in shapes.items()}
 
 
-def _score(lab: Lab, model: nn.Module, names: list[str], rows: list, collate: Any, file: str) -> dict[str, Tensor]:
+def _score(lab: Lab, model: nn.Module, names: list[str], rows: Any, collate: Any, file: str) -> dict[str, Tensor]:
     options = lab.recipe.method
-    loader: DataLoader = DataLoader(rows, batch_size=1 if options.score_definition == "per_example" else 4, collate_fn=collate)
+    loader: DataLoader = DataLoader(
+        rows, batch_size=1 if options.score_definition == "per_example" else 4, collate_fn=collate
+    )
     cache = Path(lab.folder) / "scores" / f"{file}.safetensors"
     cache.parent.mkdir(parents=True, exist_ok=True)
     if torch.cuda.is_available():
@@ -300,4 +306,4 @@ def _optimizer(lab: Lab, groups: list[dict[str, Any]], wrapped: bool = False) ->
     }[training.optimizer]
     if wrapped:
         return DSTOptimizer(groups, kind, release_gradients=training.release_gradients, **options)
-    return kind(groups, lr=float(training.learning_rate), **options)  # type: ignore[operator]
+    return kind(groups, lr=float(training.learning_rate), **options)

@@ -21,7 +21,7 @@ from sklearn.metrics import f1_score as sklearn_f1
 
 
 # Beside ASCII's: typographic quotes and accents count as punctuation in TriviaQA.
-_PUNCTUATION = str.maketrans({sign: " " for sign in string.punctuation + "‘’´`"})
+_PUNCTUATION = str.maketrans(dict.fromkeys(string.punctuation + "‘’´`", " "))
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 _NUMBER = re.compile(r"[-+]?\.?\d[\d,]*(?:\.\d+)?")
 

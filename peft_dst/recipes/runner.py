@@ -10,13 +10,17 @@ from __future__ import annotations
 import json
 import shutil
 import time
+import warnings
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
 
 from .config import Recipe, differences, load_recipe, to_dict, to_yaml
 from .lab import CHECKPOINTS, Lab, Training
@@ -55,7 +59,7 @@ def train(recipe: Recipe, folder: str | Path, *, progress: bool = False) -> dict
     ready = time.perf_counter()
     training = Training(0, 0.0, [])
     if prepared.optimizer is not None:
-        plan = _resumable(lab)
+        plan = replace(lab.plan, resumable=True)
         training = lab.fit(prepared.model, prepared.optimizer, plan, prepared.penalty, prepared.callbacks)
     memory = peak_memory()
     _save(prepared.model, folder)
@@ -84,6 +88,14 @@ def train(recipe: Recipe, folder: str | Path, *, progress: bool = False) -> dict
     write(folder / RESULTS, record)
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return record
+
+
+def only_own_bars() -> None:
+    """In a program: no bars and reports of every little loading, so that training's own can be seen."""
+    datasets.disable_progress_bars()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
 
 
 def claim(recipe: Recipe, folder: Path) -> dict[str, Any] | None:
@@ -176,12 +188,6 @@ def _after_head(lab: Lab) -> Metrics:
     if not lab.recipe.training.head_first.epochs:
         raise ValueError("evaluation.after_head needs a head that is trained first: set training.head_first.epochs.")
     return _metrics(lab, lab.start().model, lab.recipe.evaluation.splits, None)
-
-
-def _resumable(lab: Lab) -> Any:
-    from dataclasses import replace
-
-    return replace(lab.plan, resumable=True)
 
 
 def _metrics(lab: Lab, model: nn.Module, splits: Iterable[str], folder: Path | None) -> Metrics:

@@ -73,7 +73,9 @@ class Task(ABC):
         parts = {"train": self._rows(train), "validation": self._rows(validation), "test": self._rows(test)}
         for name, rows in parts.items():
             if not rows:
-                raise ValueError(f"{self.options.data} has no {name} examples; see task.{name} and task.validation_size.")
+                raise ValueError(
+                    f"{self.options.data} has no {name} examples; see task.{name} and task.validation_size."
+                )
         return Splits(
             parts["train"][: self.options.train_size], parts["validation"], parts["test"][: self.options.test_size]
         )
@@ -81,7 +83,7 @@ class Task(ABC):
     def _rows(self, data: Dataset) -> list[Row]:
         return [row for raw in data for row in self.convert(raw)]
 
-    def prepare(self, train: Dataset) -> None:
+    def prepare(self, train: Dataset) -> None:  # noqa: B027
         """Learn from the training data what rows need, such as the set of labels."""
 
     @abstractmethod

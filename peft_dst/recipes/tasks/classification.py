@@ -61,7 +61,8 @@ class Classification(Task):
         encoded = tokenizer(texts, seconds, truncation=True, max_length=self.options.max_length)
         numbers = {label: i for i, label in enumerate(self.labels)}
         return [
-            {name: encoded[name][i] for name in encoded} | {"labels": numbers[row["label"]]} for i, row in enumerate(rows)
+            {name: encoded[name][i] for name in encoded} | {"labels": numbers[row["label"]]}
+            for i, row in enumerate(rows)
         ]
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Collate:

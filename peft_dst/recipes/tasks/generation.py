@@ -81,7 +81,9 @@ class Generation(Task):
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Collate:
         padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         if padding is None:
-            raise ValueError("the tokenizer has neither a padding nor an end token; set model.tokenizer to one that has.")
+            raise ValueError(
+                "the tokenizer has neither a padding nor an end token; set model.tokenizer to one that has."
+            )
 
         def collate(features: list[Features]) -> dict[str, torch.Tensor]:
             # What a causal model shall continue stands at the right edge.
@@ -142,7 +144,6 @@ class QuestionAnswering(Generation):
         # TriviaQA on the hub names one of the aliases as the answer.
         target = value["value"] if isinstance(value, dict) and value.get("value") else answers[0]
         return [self.row({"question": question}, target, [*answers, target])]
-
 
     def metrics(self, rows: list[Row], answers: list[Any]) -> dict[str, float]:
         references = [row["references"] for row in rows]

@@ -85,8 +85,11 @@ class SuperGLUE(Generation):
 
 
 def part_scores(part: str, rows: list[Row], answers: list[str]) -> dict[str, float]:
-    """A task's own scores: accuracy; for CB also macro F1; for MultiRC F1 over answers and exact match over questions;
-    for ReCoRD token F1 and exact match."""
+    """A task's own scores.
+
+    Accuracy; for CB also macro F1; for MultiRC F1 over answers and exact match over questions; for ReCoRD token F1 and
+    exact match.
+    """
     targets = [row["references"][0] for row in rows]
     if part == "MultiRC":
         exact = grouped_match(answers, targets, [row["group"] for row in rows])
@@ -120,15 +123,14 @@ def _cb(raw: Row, index: int) -> list[Row]:
 
 
 def _copa(raw: Row, index: int) -> list[Row]:
-    text = (
-        f"copa choice1: {raw['choice1']} choice2: {raw['choice2']} premise: {raw['premise']} question: {raw['question']}"
-    )
+    text = f"copa choice1: {raw['choice1']} choice2: {raw['choice2']} premise: {raw['premise']} question: {raw['question']}"
     return [_example(text, f"choice{int(raw['label']) + 1}")]
 
 
 def _multirc(raw: Row, index: int) -> list[Row]:
     if "paragraph" in raw:  # the hub's: an answer a row
-        found = [(raw["paragraph"], raw["question"], raw["answer"], raw["label"], f"{raw['idx']['paragraph']}-{raw['idx']['question']}")]  # fmt: skip
+        group = f"{raw['idx']['paragraph']}-{raw['idx']['question']}"
+        found = [(raw["paragraph"], raw["question"], raw["answer"], raw["label"], group)]
     else:
         passage = raw["passage"]
         found = [

@@ -51,7 +51,9 @@ class Tagging(Task):
 
     def encode(self, rows: list[Row], tokenizer: PreTrainedTokenizerBase, training: bool) -> list[Features]:
         if not tokenizer.is_fast:
-            raise ValueError("tagging needs a fast tokenizer, which knows the tokens of each word; set model.tokenizer.")
+            raise ValueError(
+                "tagging needs a fast tokenizer, which knows the tokens of each word; set model.tokenizer."
+            )
         if getattr(tokenizer, "add_prefix_space", True) is False:
             # Byte-level ones take the words of a sentence only as if each stood after a space.
             tokenizer.add_prefix_space = True
