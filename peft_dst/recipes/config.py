@@ -188,7 +188,7 @@ class Recipe:
     seed: int = _option(0, "Of the head, the order of the batches, dropout, and random subsets.")
     title: str = _option("", "What this is, for people; of no effect.")
     sweep: Any = _option(
-        [],
+        None,
         "Options to vary: a mapping from names of options to lists of values (their product), or a list of such "
         "mappings (one after the other).",
     )
@@ -265,7 +265,7 @@ def at(recipe: Recipe, point: Mapping[str, Any]) -> Recipe:
     Raises:
         ValueError: for an option or value that does not exist.
     """
-    values = to_dict(recipe) | {"sweep": []}
+    values = to_dict(recipe) | {"sweep": None}
     for name, value in point.items():
         values = _merged(values, _nested(name, value))
     return make_recipe(values, where="the sweep")
@@ -318,6 +318,9 @@ def _merged(lower: Any, upper: Any) -> Any:
 
 def _merge(recipe: DictConfig, values: Mapping[str, Any], where: str) -> DictConfig:
     _check_names(values, Recipe, "", where)
+    if "sweep" in values:
+        # One sweep takes the place of another; a mapping would not merge with a list.
+        recipe = OmegaConf.merge(recipe, {"sweep": None})  # type: ignore[assignment]
     try:
         merged = OmegaConf.merge(recipe, OmegaConf.create(dict(values)))
     except OmegaConfBaseException as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,9 @@ class Lab:
         features = self.task.encode(rows, self.tokenizer, training=False)
         trainer = self._trainer(model, self.plan)
         output = trainer.predict(features, **(self._generation() if self.task.generates else {}))
+        with suppress(OSError):
+            # Trainer makes it, whatever it is for; one with checkpoints stays.
+            (self.folder / CHECKPOINTS).rmdir()
         answers = self.task.answers(rows, features, output.predictions, self.tokenizer)
         figures = self.task.metrics(rows, answers)
         if self.recipe.evaluation.bleurt:
