@@ -11,11 +11,58 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 
 SPECIALS = ["<pad>", "</s>", "<unk>", "<mask>", "<s>"]
-WORDS = (
-    "who what where is was the a an in of and red green blue cat dog house city river runs sleeps paris rome anna paul one two "
-    "three 1 2 3 4 5 6 #### question: answer: der die katze hund haus rot entailment contradiction neutral True False choice1 "
-    "choice2"
-).split()
+WORDS = [
+    "who",
+    "what",
+    "where",
+    "is",
+    "was",
+    "the",
+    "a",
+    "an",
+    "in",
+    "of",
+    "and",
+    "red",
+    "green",
+    "blue",
+    "cat",
+    "dog",
+    "house",
+    "city",
+    "river",
+    "runs",
+    "sleeps",
+    "paris",
+    "rome",
+    "anna",
+    "paul",
+    "one",
+    "two",
+    "three",
+    "1",
+    "2",
+    "3",
+    "4",
+    "5",
+    "6",
+    "####",
+    "question:",
+    "answer:",
+    "der",
+    "die",
+    "katze",
+    "hund",
+    "haus",
+    "rot",
+    "entailment",
+    "contradiction",
+    "neutral",
+    "True",
+    "False",
+    "choice1",
+    "choice2",
+]
 
 
 def write_rows(folder: Path, **splits: list[dict]) -> None:
@@ -68,11 +115,15 @@ def model(folder: Path, kind: str) -> Path:
         )  # fmt: skip
     elif kind == "gpt2":
         made = hf.GPT2LMHeadModel(
-            hf.GPT2Config(vocab_size=size, n_embd=16, n_layer=2, n_head=2, n_positions=64, bos_token_id=1, eos_token_id=1)
+            hf.GPT2Config(
+                vocab_size=size, n_embd=16, n_layer=2, n_head=2, n_positions=64, bos_token_id=1, eos_token_id=1
+            )
         )
     else:
         made = hf.LlamaForCausalLM(
-            hf.LlamaConfig(vocab_size=size, num_key_value_heads=2, bos_token_id=4, eos_token_id=1, pad_token_id=0, **sizes)
+            hf.LlamaConfig(
+                vocab_size=size, num_key_value_heads=2, bos_token_id=4, eos_token_id=1, pad_token_id=0, **sizes
+            )
         )
     made.save_pretrained(folder)
     if kind in ("gpt2", "llama"):

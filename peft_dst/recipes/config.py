@@ -11,7 +11,7 @@ import difflib
 import itertools
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -244,8 +244,8 @@ def to_yaml(recipe: Recipe) -> str:
 
 def differences(one: Recipe, other: Recipe) -> list[str]:
     """Names of the options in which two recipes differ, those of no effect aside."""
-    a, b = (_flat(to_dict(recipe)) for recipe in (one, other))
-    return [name for name in a.keys() | b.keys() if a.get(name) != b.get(name) and name not in ("title", "sweep")]
+    a, b = (_flat(to_dict(replace(recipe, title="", sweep=None))) for recipe in (one, other))
+    return sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
 
 
 def points(recipe: Recipe) -> list[dict[str, Any]]:

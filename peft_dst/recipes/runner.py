@@ -116,7 +116,7 @@ def claim(recipe: Recipe, folder: Path) -> dict[str, Any] | None:
         file.write_text(to_yaml(recipe))
         return None
     there = load_recipe(file)
-    if other := sorted(differences(there, recipe)):
+    if other := differences(there, recipe):
         was, now = (_value(to_dict(r), other[0]) for r in (there, recipe))
         raise ValueError(
             f"{folder} holds a run with {other[0]} = {was!r}, not {now!r}"

@@ -33,7 +33,9 @@ def test_an_answer_may_be_any_alias():
     aliases = [["Sam Clemens", "Mark Twain"], ["Paris"], ["The Who"], ["Anna"]]
     assert metrics.answer_match(["mark twain.", "London", "who", "Anna K"], aliases) == 2 / 4
     # Token F1: 1, 0, 1, and 2 · 1 / (2 + 1) of the best alias.
-    assert metrics.answer_f1(["mark twain.", "London", "who", "Anna K"], aliases) == pytest.approx((1 + 0 + 1 + 2 / 3) / 4)
+    assert metrics.answer_f1(["mark twain.", "London", "who", "Anna K"], aliases) == pytest.approx(
+        (1 + 0 + 1 + 2 / 3) / 4
+    )
     # A repeated word counts once where the reference has it once.
     assert metrics.answer_f1(["anna anna"], [["anna"]]) == pytest.approx(2 / 3)
     assert metrics.answer_f1([""], [["a"]]) == 1.0

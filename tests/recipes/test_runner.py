@@ -85,7 +85,9 @@ def test_a_finished_run_is_not_run_again_and_another_is_refused(options, tmp_pat
     record = train(recipe, tmp_path / "run")
     monkeypatch.setattr(Lab, "__init__", None)
     assert train(make_recipe(options | {"title": "a name"}), tmp_path / "run") == record
-    with pytest.raises(ValueError, match=r"run holds a run with method\.epsilon = 0\.02, not 0\.1; give another folder"):
+    with pytest.raises(
+        ValueError, match=r"run holds a run with method\.epsilon = 0\.02, not 0\.1; give another folder"
+    ):
         train(make_recipe(options, ["method.epsilon=0.1"]), tmp_path / "run")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("!")
@@ -112,13 +114,16 @@ def test_an_interrupted_run_goes_on(name, options, tmp_path, monkeypatch):
     def interrupted(self, model, optimizer, plan, penalty=None, callbacks=()):
         return fit(self, model, optimizer, plan, penalty, [*callbacks, *([Stop()] if plan.resumable else [])])
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(Lab, "fit", interrupted)
-        train(recipe, tmp_path / "parts")
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, tmp_path / "parts")
     assert results(tmp_path / "parts") is None
     seen = []
     monkeypatch.setattr(
-        Lab, "fit", lambda self, *a, **k: fit(self, *a[:3], *a[3:4], callbacks=[*(a[4] if len(a) > 4 else ()), Count(seen)])
+        Lab,
+        "fit",
+        lambda self, *a, **k: fit(self, *a[:3], *a[3:4], callbacks=[*(a[4] if len(a) > 4 else ()), Count(seen)]),
     )
     parts = train(recipe, tmp_path / "parts")
     assert seen == [4, 5, 6, 7, 8]

@@ -13,7 +13,7 @@ from datasets import Dataset
 
 from ..metrics import accuracy, answer_f1, answer_match, binary_f1, grouped_match, macro_f1, superglue_average
 from .base import Row, Splits
-from .data import load_rows
+from .data import find_folder, load_rows
 from .generation import Generation
 
 
@@ -57,14 +57,12 @@ class SuperGLUE(Generation):
         return Splits(train[: len(train) - size], train[len(train) - size :], test)
 
     def _data(self, name: str, split: str) -> Dataset:
+        # The hub's names of the tasks are in small letters.
+        subset = name if find_folder(f"{self.options.data}/{name}") else name.lower()
         try:
-            return load_rows(self.options.data, split, name)
-        except ValueError:
-            # The hub's names of the tasks are in small letters.
-            try:
-                return load_rows(self.options.data, split, name.lower())
-            except ValueError as error:
-                raise ValueError(f"{name}: {error} To leave it out, name the others in task.parts.") from None
+            return load_rows(self.options.data, split, subset)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error} To leave it out, name the others in task.parts.") from None
 
     def convert(self, raw: Row) -> list[Row]:
         raise AssertionError("rows are made by part")
