@@ -11,14 +11,17 @@ import types
 from pathlib import Path
 from typing import NamedTuple
 
+import datasets
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, ShiraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers.utils import logging as transformers_logging
 
 from peft_dst import DSTConfig
 from peft_dst.cli import app, main
 from peft_dst.delta import Checkpoint, SparseDelta
+from tests import toys
 from tests.models import BUILDERS, assert_same, bert, logits, train
 
 
@@ -46,7 +49,14 @@ def desk(tmp_path, monkeypatch):
         get_peft_model(bert_again(), config).save_pretrained(name)
     train(base, "bert", steps=1)
     base.save_pretrained("tuned")
-    return tmp_path
+    recipe = toys.classification(tmp_path)
+    Path("experiment.yaml").write_text(json.dumps(recipe))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / ".datasets")
+    yield tmp_path
+    # Programs are quieter than libraries.
+    transformers_logging.set_verbosity_warning()
+    transformers_logging.enable_progress_bar()
+    datasets.enable_progress_bars()
 
 
 def bert_again():
@@ -92,7 +102,7 @@ def test_help_explains_every_command_with_an_example(run):
     code, out, _ = run("--help")
     assert code == 0
     commands = [command.name for command in app.registered_commands]
-    assert len(commands) == 10
+    assert len(commands) == 12
     for command in commands:
         assert re.search(rf"^  {command} .*\.$", out, re.MULTILINE), command
         code, text, _ = run(command, "-h")
@@ -313,6 +323,53 @@ def test_convert_states_the_error(desk, run):
     assert code == 1
     assert "Say how many may be kept: epsilon" in err
     assert not (desk / "more").exists()
+
+
+def test_train_and_evaluate(desk, run):
+    command = ("train", "experiment.yaml", "method.epsilon=0.1", "--output", "run")
+    code, out, err = run(*command)
+    assert (code, err) == (0, "")
+    record = json.loads(Path("run/results.json").read_text())
+    assert record["recipe"]["method"]["epsilon"] == 0.1
+    accuracy = record["metrics"]["test"]["accuracy"]
+    assert out.startswith(f"run: finished; {record['free_parameters']:,} free parameters.\n")
+    assert f"test: accuracy {accuracy:.4f}, " in out
+    assert SparseDelta.load("run/adapter").num_entries == record["free_parameters"]
+    code, again, _ = run(*command)
+    assert (code, again) == (0, out.replace("finished;", "finished before;"))
+    code, out, _ = run("evaluate", "run")
+    assert code == 0
+    assert out.startswith(f"test: accuracy {accuracy:.4f}, ")
+    assert json.loads(Path("run/evaluation.json").read_text())["metrics"]["test"] == record["metrics"]["test"]
+    code, _, err = run("train", "experiment.yaml", "--output", "run")
+    assert code == 1
+    assert (
+        err == "error: run holds a run with method.epsilon = 0.1, not 0.02; give another folder, or remove that one.\n"
+    )
+    code, _, err = run("train", "experiment.yaml", "method.epsilom=0.1", "--output", "other")
+    assert code == 1
+    assert "did you mean method.epsilon" in err
+    assert not Path("other").exists()
+
+
+def test_recipes_need_their_extra(desk, run, monkeypatch):
+    """And nothing else does: not the package, not the help of the commands."""
+    for name in [name for name in sys.modules if name.startswith("peft_dst.recipes")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr(sys.modules["peft_dst"], "recipes", raising=False)
+    monkeypatch.setitem(sys.modules, "omegaconf", None)
+    code, _, err = run("train", "experiment.yaml")
+    assert code == 1
+    assert err == "error: recipes need omegaconf, which is not installed: pip install 'peft-dst[recipes]'.\n"
+    code, _, err = run("evaluate", "base")
+    assert code == 1
+    script = (
+        "import sys\nfor name in ('datasets', 'omegaconf', 'sacrebleu', 'seqeval', 'sklearn'): sys.modules[name] = None\n"
+        "from peft_dst.cli import main\nmain(['train', '--help'])"
+    )
+    done = process("-c", script, env={"PYTHONPATH": str(PAGE.parent.parent)})
+    assert done.returncode == 0, done.stderr
+    assert "OPTION=VALUE" in done.stdout
 
 
 def test_export_knows_one_form(desk, run):

@@ -11,58 +11,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 
 SPECIALS = ["<pad>", "</s>", "<unk>", "<mask>", "<s>"]
-WORDS = [
-    "who",
-    "what",
-    "where",
-    "is",
-    "was",
-    "the",
-    "a",
-    "an",
-    "in",
-    "of",
-    "and",
-    "red",
-    "green",
-    "blue",
-    "cat",
-    "dog",
-    "house",
-    "city",
-    "river",
-    "runs",
-    "sleeps",
-    "paris",
-    "rome",
-    "anna",
-    "paul",
-    "one",
-    "two",
-    "three",
-    "1",
-    "2",
-    "3",
-    "4",
-    "5",
-    "6",
-    "####",
-    "question:",
-    "answer:",
-    "der",
-    "die",
-    "katze",
-    "hund",
-    "haus",
-    "rot",
-    "entailment",
-    "contradiction",
-    "neutral",
-    "True",
-    "False",
-    "choice1",
-    "choice2",
-]
+WORDS = """
+who what where is was the a an in of and red green blue cat dog house city river runs sleeps paris rome anna paul
+one two three 1 2 3 4 5 6 #### question: answer: der die katze hund haus rot entailment contradiction neutral
+True False choice1 choice2
+""".split()  # noqa: SIM905
 
 
 def write_rows(folder: Path, **splits: list[dict]) -> None:

@@ -320,7 +320,7 @@ def _merge(recipe: DictConfig, values: Mapping[str, Any], where: str) -> DictCon
     _check_names(values, Recipe, "", where)
     if "sweep" in values:
         # One sweep takes the place of another; a mapping would not merge with a list.
-        recipe = OmegaConf.merge(recipe, {"sweep": None})  # type: ignore[assignment]
+        recipe = OmegaConf.merge(recipe, {"sweep": None})
     try:
         merged = OmegaConf.merge(recipe, OmegaConf.create(dict(values)))
     except OmegaConfBaseException as error:

@@ -197,11 +197,13 @@ def test_superglues_wording(tmp_path):
 
 def test_the_hubs_form_of_superglue_is_the_same():
     hub = {
-        "MultiRC": {"paragraph": "the cat", "question": "who", "answer": "cat", "label": 1, "idx": {"paragraph": 3, "question": 1}},
+        "MultiRC": {"paragraph": "the cat", "question": "who", "answer": "cat", "label": 1,
+                    "idx": {"paragraph": 3, "question": 1}},
         "ReCoRD": {"passage": "Anna saw Paul", "query": "q", "entities": ["Anna", "Paul"], "answers": ["Paul"]},
         "CB": {"premise": "p", "hypothesis": "h", "label": 2},
         "RTE": {"premise": "p", "hypothesis": "h", "label": 0},
-        "WSC": {"text": "he is Pete", "span1_index": 2, "span1_text": "Pete", "span2_index": 0, "span2_text": "he", "label": 1},
+        "WSC": {"text": "he is Pete", "span1_index": 2, "span1_text": "Pete", "span2_index": 0, "span2_text": "he",
+                "label": 1},
     }  # fmt: skip
     found = {part: READERS[part](row, 0)[0] for part, row in hub.items()}
     assert found["MultiRC"]["group"] == "3-1"

@@ -34,6 +34,10 @@ def load_rows(data: str, split: str, subset: str | None = None) -> Dataset:
         ValueError: if there is no such data set or split.
     """
     folder = find_folder(f"{data}/{subset}" if subset else data) or find_folder(data)
+    if folder is None and Path(data).is_dir():
+        raise ValueError(
+            f"{data} has no files of JSON lines (train.jsonl, …){f', nor has {subset} in it' if subset else ''}."
+        )
     if folder is None:
         try:
             return load_dataset(data, subset, split=split)
