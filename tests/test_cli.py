@@ -343,9 +343,7 @@ def test_train_and_evaluate(desk, run):
     assert json.loads(Path("run/evaluation.json").read_text())["metrics"]["test"] == record["metrics"]["test"]
     code, _, err = run("train", "experiment.yaml", "--output", "run")
     assert code == 1
-    assert (
-        err == "error: run holds a run with method.epsilon = 0.1, not 0.02; give another folder, or remove that one.\n"
-    )
+    assert err == "error: run holds a run with method.epsilon = 0.1, not 0.02; give another folder, or remove that one."
     code, _, err = run("train", "experiment.yaml", "method.epsilom=0.1", "--output", "other")
     assert code == 1
     assert "did you mean method.epsilon" in err
@@ -360,7 +358,7 @@ def test_recipes_need_their_extra(desk, run, monkeypatch):
     monkeypatch.setitem(sys.modules, "omegaconf", None)
     code, _, err = run("train", "experiment.yaml")
     assert code == 1
-    assert err == "error: recipes need omegaconf, which is not installed: pip install 'peft-dst[recipes]'.\n"
+    assert err == "error: recipes need omegaconf, which is not installed: pip install 'peft-dst[recipes]'."
     code, _, err = run("evaluate", "base")
     assert code == 1
     script = (

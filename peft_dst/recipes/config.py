@@ -77,6 +77,10 @@ class TaskOptions:
         None, "Validation split; null cuts validation_size examples from the training split."
     )
     test: str = _option("test", "Test split.")
+    evaluation_data: str | None = _option(
+        None, "Where the validation and test splits are, if not in data. A validation split that is cut is data's."
+    )
+    evaluation_subset: str | None = _option(None, "As subset, of evaluation_data.")
     columns: dict[str, str] = _option(
         {}, "Where the data has what under another name, e.g. {text: sentence}; dots go inside (translation.de)."
     )

@@ -243,6 +243,18 @@ def test_folders(tmp_path, monkeypatch):
         make_task(TaskOptions(name="classification", data="mine", test="validation", columns={"label": "kind"})).load()
 
 
+def test_what_is_evaluated_may_come_from_elsewhere(tmp_path):
+    toys.write_rows(tmp_path / "made-up", train=[{"query": "1 and 1", "response": f"#### {i}"} for i in range(10)])
+    toys.write_rows(
+        tmp_path / "real", dev=[{"question": "a", "answer": "#### 1"}] * 3, test=[{"question": "b", "answer": "x"}]
+    )
+    where = {"data": str(tmp_path / "made-up"), "evaluation_data": str(tmp_path / "real")}
+    rows = make_task(TaskOptions(name="maths", validation="dev[:2]", **where)).load()
+    assert (len(rows.train), len(rows.validation), rows.test[0]["target"]) == (10, 2, "x")
+    rows = make_task(TaskOptions(name="maths", **where)).load()
+    assert (len(rows.train), len(rows.validation), len(rows.test)) == (8, 2, 1)
+
+
 def test_templates_have_no_power():
     assert fill("{a} {a}: {b}", {"a": "x {b}", "b": "1"}) == "x {b} x {b}: 1"
     with pytest.raises(ValueError, match=r"task\.prompt names \{c\}, but the task's rows have a, b"):

@@ -63,10 +63,17 @@ class Task(ABC):
             held_out = train.select(range(len(train) - size, len(train)))
             train = train.select(range(len(train) - size))
         else:
-            held_out = load_rows(options.data, options.validation, options.subset)
+            held_out = self.evaluation_rows(options.validation)
             held_out = held_out.select(range(min(options.validation_size, len(held_out))))
         self.prepare(train)
-        return self.divided(train, held_out, load_rows(options.data, options.test, options.subset))
+        return self.divided(train, held_out, self.evaluation_rows(options.test))
+
+    def evaluation_rows(self, split: str) -> Dataset:
+        """Rows of a split that is not trained on."""
+        options = self.options
+        if options.evaluation_data is not None:
+            return load_rows(options.evaluation_data, split, options.evaluation_subset)
+        return load_rows(options.data, split, options.subset)
 
     def divided(self, train: Dataset, validation: Dataset, test: Dataset) -> Splits:
         """The rows of each split, converted and cut to size."""
