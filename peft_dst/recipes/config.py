@@ -225,6 +225,11 @@ def make_recipe(values: Mapping[str, Any], overrides: Iterable[str] = (), where:
             raise ValueError(f"{override!r} cannot be read: {error}") from None
         assert isinstance(given, dict)
         recipe = _merge(recipe, given, "the command line")
+    return _finished(recipe, where)
+
+
+def _finished(recipe: DictConfig, where: str) -> Recipe:
+    """The recipe, checked."""
     try:
         OmegaConf.resolve(recipe)
         found = OmegaConf.to_object(recipe)
@@ -269,10 +274,10 @@ def at(recipe: Recipe, point: Mapping[str, Any]) -> Recipe:
     Raises:
         ValueError: for an option or value that does not exist.
     """
-    values = to_dict(recipe) | {"sweep": None}
+    values: dict[str, Any] = {}
     for name, value in point.items():
         values = _merged(values, _nested(name, value))
-    return make_recipe(values, where="the sweep")
+    return _finished(_merge(OmegaConf.structured(replace(recipe, sweep=None)), values, "the sweep"), "the sweep")
 
 
 def option_names() -> dict[str, dataclasses.Field[Any]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -121,6 +122,8 @@ class Lab:
             from .runner import tuned_body
 
             _put(seed, tuned_body(Path(self.recipe.model.tuned)), self.recipe.model.tuned)
+        # Before anything remembers values of it (penalties) or is made from its parameters (optimizers).
+        seed.model.to(PartialState().device)
         return seed
 
     def start(self, head_epochs: float | None = None) -> Seed:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -278,10 +279,13 @@ def _score(lab: Lab, model: nn.Module, names: list[str], rows: Any, collate: Any
     )
     cache = Path(lab.folder) / "scores" / f"{file}.safetensors"
     cache.parent.mkdir(parents=True, exist_ok=True)
-    if torch.cuda.is_available():
-        model = model.cuda()
     return score_parameters(
-        model, loader, names=names, definition=options.score_definition, cache=cache, progress=lab.progress
+        model.to(PartialState().device),
+        loader,
+        names=names,
+        definition=options.score_definition,
+        cache=cache,
+        progress=lab.progress,
     )
 
 

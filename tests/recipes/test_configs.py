@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from peft_dst.recipes import at, load_recipe, points
-from peft_dst.recipes.config import _flat, _read, make_recipe, option_names, to_dict
+from peft_dst.recipes.config import _flat, make_recipe, option_names, to_dict
 
 
 ROOT = Path(__file__).parents[2]
@@ -17,41 +17,79 @@ FILES = sorted((ROOT / "configs").rglob("*.yaml"))
 # Parts of files, which are no experiments by themselves.
 EXPERIMENTS = [path for path in FILES if not path.name.startswith("_")]
 DEFAULTS = _flat(to_dict(make_recipe({"model": {"name": "?"}, "task": {"name": "maths", "data": "?"}})))
+# These have no default.
+for name in ("model.name", "task.name", "task.data"):
+    del DEFAULTS[name]
 
 
 def label(path):
     return path.relative_to(ROOT / "configs").as_posix()
 
 
-def own(path):
-    """What a file says itself; and what holds without it."""
-    values = yaml.safe_load(path.read_text())
-    below: dict = {}
-    for name in values.pop("defaults", []):
-        below |= _flat(_read(path.parent / name, ()))
-    return _flat(values), below
-
-
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=label)
 def test_every_experiment_resolves(path):
     recipe = load_recipe(path)
     assert recipe.title
-    runs = [at(recipe, point) for point in points(recipe)]
-    assert runs
+    runs = points(recipe)
     assert all(runs.count(run) == 1 for run in runs), "two runs of the sweep are the same"
+    # Every value of every option that is varied, in one run.
+    one_each = {repr(item): point for point in runs for item in point.items()}.values()
+    for point in {repr(point): point for point in one_each}.values():
+        at(recipe, point)
 
 
-@pytest.mark.parametrize("path", FILES, ids=label)
-def test_a_file_holds_differences_only(path):
-    values, below = own(path)
-    for name, value in values.items():
-        if name == "sweep" or name.startswith("sweep."):
-            continue
-        assert any(name == known or name.startswith(f"{known}.") for known in option_names()), name
-        number = float(value) if isinstance(value, str) and re.fullmatch(r"[\d.]+e-?\d+", value) else value
-        assert number != below.get(name, DEFAULTS.get(name, "no default")), f"{name} is {value!r} without this file"
+def chain(path):
+    """The files that make an experiment, each with what it says itself, in the order in which they are merged."""
+    values = yaml.safe_load(path.read_text())
+    parts = [found for name in values.pop("defaults", []) for found in chain(path.parent / name)]
+    return [*parts, (path, {n: v for n, v in _flat(values).items() if not n.startswith("sweep")})]
+
+
+def test_files_hold_differences_only():
+    """An option is in a file because it differs from what holds without: of a part in one experiment at least."""
+    said, needed = set(), set()
+    for experiment in EXPERIMENTS:
+        values = dict(DEFAULTS)
+        for path, own in chain(experiment):
+            for name, value in own.items():
+                assert any(name == known or name.startswith(f"{known}.") for known in option_names()), (path, name)
+                # YAML's own reader takes 1e-3 for a word.
+                number = float(value) if isinstance(value, str) and re.fullmatch(r"[\d.]+e-?\d+", value) else value
+                said.add((label(path), name))
+                if name not in values or number != values[name]:
+                    needed.add((label(path), name))
+            values |= own
+    assert said == needed, said - needed
 
 
 def test_every_part_is_used():
     used = {name for path in EXPERIMENTS for name in yaml.safe_load(path.read_text()).get("defaults", [])}
     assert used == {path.name for path in FILES} - {path.name for path in EXPERIMENTS}
+
+
+def test_the_page_names_every_experiment():
+    """And explains every option, and no others."""
+    page = (ROOT / "docs" / "experiments.md").read_text()
+    for path in EXPERIMENTS:
+        # Files of several sizes or tasks are one line, with braces.
+        names = {name for line in page.splitlines() if line.startswith("| `") for name in expand(line.split("`")[1])}
+        assert label(path) in names, path
+    assert {f"configs/{name}" for name in names if name.endswith(".yaml")} == {
+        f"configs/{label(p)}" for p in EXPERIMENTS
+    }
+
+
+def expand(name):
+    """a_{b,c}.yaml as a shell has it."""
+    match = re.search(r"\{([^}]*)\}", name)
+    if not match:
+        return [name]
+    return [found for part in match[1].split(",") for found in expand(name.replace(match[0], part, 1))]
+
+
+def test_the_page_of_options_is_current(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import recipe_options
+
+    page = (ROOT / "docs" / "experiments.md").read_text()
+    assert recipe_options.render() in page, "run python docs/recipe_options.py"
