@@ -1,4 +1,4 @@
-"""Writes the options of recipes into docs/experiments.md, from the help of their fields: each is explained once, in the code.
+"""Writes the options of recipes into docs/experiments.md, from the help of their fields.
 
 python docs/recipe_options.py
 """
