@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from .analysis import inspect, overlap
 from .config import DSTConfig
-from .conversion import convert_adapter, convert_checkpoint
+from .conversion import convert_adapter, convert_checkpoint, is_delta
 from .core.distances import Distance
 from .core.silos import Siloing
 from .delta import (
@@ -32,9 +32,11 @@ from .delta import (
     copy_others,
     export_patches,
     merge,
+    new_folder,
     place,
 )
 from .extraction import Extraction, extract, layout_of
+from .tables import printable
 
 
 app = typer.Typer(
@@ -74,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         app(None if arguments is None else list(arguments))
     except (ValueError, OSError) as error:
         # What is refused is said in one sentence; anything else is a defect, and shows where.
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
         sys.exit(1)
 
 
@@ -192,7 +194,12 @@ def _verify(
     """
     found = SparseDelta.load(delta)
     if base is not None:
-        place(found, Checkpoint(base), _layout(base))
+        unknown = place(found, Checkpoint(base), _layout(base)).not_compared
+        if unknown:
+            raise ValueError(
+                f"whether {base} is the base of {delta} cannot be told: the values of {unknown[0]!r} ({len(unknown)} such "
+                "tensors) have checksums in none of the dtypes that those of the base can be rounded to."
+            )
     against = "" if base is None else f", and belongs to {base}"
     print(f"{delta} is good: {found.num_entries:,} entries in {len(found)} tensors, {len(found.dense)} dense{against}.")
 
@@ -221,7 +228,7 @@ def _convert(
     budget is made, and what was cut off is stated as a share of the change (relative Frobenius norm), by module.
     """
     if (source / CONFIG_NAME).is_file():
-        if json.loads((source / CONFIG_NAME).read_text()).get("peft_type") == "DST":
+        if is_delta(source):
             _merge_into(base, SparseDelta.load(source), output, quiet)
             return
         made = convert_adapter(
@@ -333,11 +340,11 @@ def _merge_into(base: Path, delta: SparseDelta, output: Path, quiet: bool) -> No
         print(f"{output}: {merged.entries:,} values in {len(merged.tensors)} tensors; {merged.size:,} bytes in all.")
         for note, names in (("replaced whole", merged.replaced), ("added", merged.added)):
             if names:
-                print(f"{note}: {', '.join(names)}")
+                print(printable(f"{note}: {', '.join(names)}"))
     if new := [*merged.reshaped, *merged.added]:
         print(
-            f"note: config.json is the base's, and knows nothing of the shape of {', '.join(new)}. Load the result with "
-            "the class and options of the fine-tuned model (num_labels, …).",
+            f"note: config.json is the base's, and knows nothing of the shape of {printable(', '.join(new))}. Load the "
+            "result with the class and options of the fine-tuned model (num_labels, …).",
             file=sys.stderr,
         )
 
@@ -346,20 +353,26 @@ def _layout(base: Path) -> Layout | None:
     try:
         return layout_of(base)
     except ValueError as error:
-        print(f"note: tensors are taken by their names in the file, each for itself: {error}", file=sys.stderr)
+        print(
+            f"note: tensors are taken by their names in the file, each for itself: {printable(error)}", file=sys.stderr
+        )
         return None
 
 
 def _rewrite(source: Path, output: Path | None, packed: bool) -> None:
     if output is not None:
-        check_free(output)
+        check_free(output, beside=source)
     delta = SparseDelta.load(source)
     before = _size(source)
-    output = source if output is None else output
-    if output != source and source.is_dir() and output.suffix != ".safetensors":
-        output.mkdir(parents=True, exist_ok=True)
-        copy_others(source, output)
-    replace(delta, config={**delta.config, "packed": packed}).save(output, packed=packed)
+    delta = replace(delta, config={**delta.config, "packed": packed})
+    if output is None or output.suffix == ".safetensors":
+        output = output or source
+        delta.save(output, packed=packed)
+    else:
+        with new_folder(output) as folder:
+            if source.is_dir():
+                copy_others(source, folder)
+            delta.save(folder, packed=packed)
     print(f"{output}: {before:,} bytes before, {_size(output):,} now.")
 
 

@@ -8,6 +8,7 @@ changes are kept, as many as the budget allows: of all deltas of that size over 
 
 from __future__ import annotations
 
+import json
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,14 @@ from typing import Any
 import torch
 import transformers
 from peft import PeftConfig, PeftModel
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
 
 from .card import AUTO_CLASSES
 from .config import DSTConfig
 from .core.distances import Distance
 from .core.silos import Siloing
-from .delta import WEIGHTS_NAME, Checkpoint, Layout, SparseDelta, check_free, open_file
+from .delta import CONFIG_NAME, WEIGHTS_NAME, Checkpoint, Layout, SparseDelta, check_free, open_file
 from .extraction import Extraction, extract, layout_of, skeleton
 from .targets import is_saved_densely
 
@@ -29,6 +31,19 @@ from .targets import is_saved_densely
 # Methods whose change is sparse by itself.
 _SPARSE = ("SHIRA", "SUPERTUNING")
 _HEADS = ("classifier.weight", "score.weight", "out_proj.weight")
+
+
+def is_delta(folder: Path) -> bool:
+    """Whether a folder's adapter_config.json is that of a DST adapter.
+
+    Raises:
+        ValueError: if it cannot be read.
+    """
+    path = folder / CONFIG_NAME
+    try:
+        return json.loads(path.read_text()).get("peft_type") == "DST"
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read ({error}). It is damaged; save or download it again.") from error
 
 
 def convert_adapter(
@@ -65,7 +80,16 @@ def convert_adapter(
         ValueError: if it is no adapter that PEFT can merge, it changes nothing, or a dense method is given no budget.
     """
     check_free(Path(output))
-    config = PeftConfig.from_pretrained(str(adapter))
+    if not any((Path(adapter) / name).is_file() for name in (WEIGHTS_NAME, "adapter_model.bin")):
+        raise ValueError(f"{adapter} has no {WEIGHTS_NAME}. Give the folder of a saved adapter.")
+    try:
+        config = PeftConfig.from_pretrained(str(adapter))
+        PEFT_TYPE_TO_CONFIG_MAPPING[config.peft_type]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{adapter} has an {CONFIG_NAME} that PEFT cannot read ({type(error).__name__}: {error}). It is damaged, or of "
+            "a method that is not installed."
+        ) from error
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     exact = epsilon is None and num_free_parameters is None
     if kind == "DST":

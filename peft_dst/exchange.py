@@ -27,6 +27,7 @@ from .delta import (
     DeltaError,
     Record,
     Summary,
+    check_dense_values,
     check_entries,
     check_record,
     check_seed,
@@ -158,6 +159,7 @@ def _check_dense(model: nn.Module, adapter_name: str, tensors: dict[str, Tensor]
                 f"the adapter file holds a dense tensor {key!r}, which would overwrite the base model's own. A DST "
                 "adapter holds positions and values, and dense tensors of its modules_to_save only."
             )
+        check_dense_values(key, tensor)
         kept[key] = tensor
     return kept
 

@@ -5,17 +5,31 @@ whole batch, and the samples of each adapter are corrected by its entries (`core
 parameters an adapter changes (norms, convolutions, attention with parameters of its own, modules_to_save) runs once an
 adapter, on its samples alone and with its values written in.
 
-What cannot be told apart by sample is refused by name: flattened tokens of mixtures of experts, caches handed to a module
-that would run more than once, and parameters that somebody reads without calling the module that has them.
+For that one must know which tensors have their samples along the first dimension, and a size does not tell: a batch may
+have as many samples as its texts have tokens, or an expert tokens. So the first mixed batch of a model is also put through
+the seed twice, as it is and with a sample more, before anything is corrected. What is then longer by one row has its
+samples there; what has not changed is what all samples have in common. This is remembered for each module and kind of
+input.
+
+Served are modules that get their samples along the first dimension, or one row for all samples. Refused, by name:
+- modules that get them along another dimension, or flattened with others (sequence-first layers, windows, routers);
+- rows that were selected by their values (the tokens of an expert, unpadded texts), whatever their number is;
+- images and sounds that are not one for each sample, as far as the placeholders in `input_ids` tell;
+- caches handed to a module that would run more than once, and whatever else cannot be divided;
+- parameters that somebody reads without calling the module that has them;
+- a model that fails with a sample more, where that leaves a module unknown.
+The model's own inputs are taken at their word: one with as many rows as there are names has a row for each sample.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from peft.utils.other import ModulesToSaveWrapper
@@ -29,6 +43,7 @@ from .core import scatter
 from .core.correction import correct_embedding, correct_linear, embedding_entries, linear_difference
 from .core.distances import wide_dtype
 from .layer import SparseLayer
+from .layouts import Layout, Selected, compare, with_rows
 from .overlay import OverlayWeight
 
 
@@ -39,6 +54,12 @@ Rows = slice | Tensor
 _BIAS_METHODS = ("compute_bias", "compute_position_bias")
 # Besides tensors, what a module may be given that runs once an adapter: it does not change from one run to the next.
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device, torch.Size)
+# By model: module's name, method and kind of input → layout.
+_LAYOUTS: WeakKeyDictionary[nn.Module, dict[Any, Layout]] = WeakKeyDictionary()
+# The placeholders that multimodal models have in their input_ids, as their configs call them.
+_PLACEHOLDER = re.compile(r"(image|video|audio|speech|vision)_token_(id|index)")
+# Inputs that have a row for each sample in these models.
+_NO_IMAGES = re.compile("embeds|mask|labels|ids|position")
 
 
 class Patch(NamedTuple):
@@ -73,46 +94,119 @@ class Batch:
     Attributes:
         names: the adapter of each sample.
         copies: how many times `generate` repeats each sample, beside calls where it does not.
-        size: number of samples in the last call of a module that computes a bias for all of them.
+        rows: how many rows the samples have in the outermost call of a module that is going on.
+        calls: the modules that are being called, of those that hosts are in; with what the outermost one was given.
         inside: the hosts that are being called.
+        given: what the module was given that computes a bias for all samples.
+        selected: tensors of the outermost call whose rows were selected by their values.
+        trial: while the layouts are found out: what each module was given and returned.
     """
 
-    def __init__(self, names: Sequence[str], copies: int):
+    def __init__(self, model: nn.Module, names: Sequence[str], copies: int):
         self.names = list(names)
         self.copies = copies
-        self.size = len(names)
+        self.rows = len(names)
+        self.calls: list[tuple[nn.Module, Any, Any]] = []
         self.inside: list[Host] = []
+        self.given: Tensor | None = None
+        self.selected = Selected()
+        self.trial: dict[Any, list[list[torch.Size]]] | None = None
+        self._known = _LAYOUTS.setdefault(model, {})
+        self._tried = False
+        self._failure: Exception | None = None
 
-    def names_for(self, host: Host, tensor: Tensor | None) -> list[str]:
-        """The adapter of each row of an input.
+    @property
+    def alone(self) -> str | None:
+        """The one adapter of all samples, if there is one: then it does not matter where they are."""
+        return self.names[0] if len(set(self.names)) == 1 else None
 
-        Raises:
-            ValueError: if its rows are not the samples.
-        """
-        size = tensor.shape[0] if tensor is not None and tensor.dim() else 0
-        # A vector of ids could as well be positions that all samples have in common.
-        if size and not (tensor is not None and tensor.dim() == 1 and isinstance(host.module, nn.Embedding)):
-            if size in (1, len(self.names)):
-                return self.names
-            if size == len(self.names) * self.copies:
-                return [name for name in self.names for _ in range(self.copies)]
-        shape = "no tensor" if tensor is None else f"an input of shape {tuple(tensor.shape)}"
-        raise ValueError(
-            f"Length of `adapter_names` should be the same as the number of inputs, but got {len(self.names)} names, and "
-            f"{host} was given {shape}. If the names are right, then this module does not get its samples along the first "
-            "dimension, and cannot serve several adapters at once: call the model with one adapter at a time, or tune the "
-            "adapters with this module in exclude_modules."
+    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Note that a module is called."""
+        self.calls.append((module, args, kwargs))
+        if len(self.calls) > 1 or self.trial is not None:
+            return
+        self._tried, self._failure = False, None
+        # Who made the inputs of the model knows what is in their rows: beams are selected, for one.
+        self.selected = Selected()
+        sizes = [leaf.shape[0] for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.dim()]
+        repeated = len(self.names) * self.copies
+        self.rows = repeated if repeated in sizes else len(self.names)
+
+    def leave(self, *_: Any) -> None:
+        """Note that the call of a module is over."""
+        self.calls.pop()
+
+    def layout(self, host: Host, tensors: Sequence[Tensor]) -> Layout:
+        """The layouts of what a host is given, and then of what it returns. The live weights must be the seed."""
+        key = _key(host, tensors)
+        if key not in self._known and not self._tried and self.calls:
+            self._tried = True
+            self._try()
+        layout = self._known.get(key, (None,) * len(tensors))
+        return (
+            tuple(None if tensor in self.selected else at for tensor, at in zip(tensors, layout, strict=False))
+            + layout[len(tensors) :]
         )
 
+    def names_for(self, host: Host, tensor: Tensor | None, at: bool | None) -> list[str]:
+        """The adapter of each row of a tensor with this layout.
+
+        Raises:
+            ValueError: if its rows are not the samples, and it has more than one.
+        """
+        size = tensor.shape[0] if tensor is not None and tensor.dim() else 0
+        if (at and size == self.rows) or (at is False and size == 1):
+            return [name for name in self.names for _ in range(self.rows // len(self.names))]
+        shape = "no tensor" if tensor is None else f"an input of shape {tuple(tensor.shape)}"
+        why = "this module does not get its samples along the first dimension"
+        if tensor is not None and tensor in self.selected:
+            why = "the rows that this module gets were selected by their values, as the tokens of an expert are"
+        elif self._failure is not None:
+            why = f"where this module has its samples is not known, as the model fails with one more ({self._failure})"
+        raise ValueError(
+            f"Length of `adapter_names` should be the same as the number of inputs, but got {len(self.names)} names, and "
+            f"{host} was given {shape}. If the names are right, then {why}, and it cannot serve several adapters at once: "
+            "call the model with one adapter at a time, or tune the adapters with this module in exclude_modules."
+        ) from self._failure
+
     @contextlib.contextmanager
-    def only(self, adapter: str, rows: int) -> Iterator[None]:
+    def only(self, adapter: str) -> Iterator[None]:
         """While it lasts all samples are one adapter's."""
-        before = self.names, self.copies, self.size
-        self.names, self.copies, self.size = [adapter] * rows, 1, rows
+        before = self.names
+        self.names = [adapter]
         try:
             yield
         finally:
-            self.names, self.copies, self.size = before
+            self.names = before
+
+    def note(self, host: Host, tensors: Sequence[Tensor], outputs: Any = ()) -> None:
+        """Note what a host was given in a trial, and what it returned."""
+        assert self.trial is not None
+        shapes = [leaf.shape for leaf in (*tensors, *tree_leaves(outputs)) if isinstance(leaf, Tensor)]
+        self.trial.setdefault(_key(host, tensors), []).append(shapes)
+
+    def _try(self) -> None:
+        """Find out where modules have their samples: call the outermost one as it is called, and with a sample more."""
+        module, args, kwargs = self.calls[0]
+        before = self.calls, self.inside, self.given
+        found = []
+        for rows in (self.rows, self.rows + 1):
+            self.trial, self.calls, self.inside = {}, [], []
+            try:
+                more = functools.partial(with_rows, self.rows, rows)
+                module(*tree_map(more, args), **tree_map(more, kwargs))
+            except Exception as error:
+                # What had been called by then is known all the same; the rest is refused.
+                self._failure = error
+            found.append(self.trial)
+            self.trial = None
+            self.calls, self.inside, self.given = before
+        for key in found[0].keys() | found[1].keys():
+            self._known[key] = compare(found[0].get(key, []), found[1].get(key, []), self.rows)
+
+
+def _key(host: Host, tensors: Sequence[Tensor]) -> Any:
+    return host.name, host.method, tuple((t.dim(), t.dim() > 0 and t.shape[0] == 1) for t in tensors)
 
 
 def segments(names: Sequence[str]) -> dict[str, Rows]:
@@ -144,6 +238,38 @@ def check_length(names: Sequence[str], inputs: Any) -> None:
         )
 
 
+def check_placeholders(model: nn.Module, names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Check that images (videos, sounds) that are as many as the samples are one for each, by their placeholders.
+
+    There is one for each if every sample has a placeholder. Models that know none have no say in it: there the rows of
+    every input are samples, as with CLIP.
+
+    Args:
+        model: the base model, whose config names the placeholders.
+        names: for each sample the name of an adapter.
+        args: what the model is given: its input_ids, int64 (batch, length), come first,
+        kwargs: or by name, and floating tensors of two dimensions or more.
+
+    Raises:
+        ValueError: if a sample has none of what another one has, or there are no input_ids to tell.
+    """
+    config = getattr(model, "config", None)
+    found = config.to_dict() if config is not None and hasattr(config, "to_dict") else {}
+    tokens = {value for key, value in found.items() if _PLACEHOLDER.fullmatch(key) and isinstance(value, int)}
+    given = {key: value for key, value in kwargs.items() if isinstance(value, Tensor) and not _NO_IMAGES.search(key)}
+    others = [t for t in given.values() if t.dim() > 1 and t.is_floating_point() and len(t) == len(names)]
+    if not (tokens and others) or len(set(names)) == 1:
+        return
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    have = [(ids == token).any(1).tolist() for token in tokens] if isinstance(ids, Tensor) and ids.dim() == 2 else []
+    if any(any(of_one) and not all(of_one) for of_one in have) or not any(map(any, have)):
+        raise ValueError(
+            f"{len(others[0])} images (or the like, {tuple(others[0].shape)}) were given for as many samples, but not one "
+            "for each, as far as the placeholders in input_ids tell. Whose adapter each of them is for is not known: give "
+            "each sample one, or call the model with one adapter at a time."
+        )
+
+
 @contextlib.contextmanager
 def mixed_batch(model: nn.Module, names: Sequence[str], copies: int = 1) -> Iterator[None]:
     """While it lasts, each sample of a batch goes through the model with an adapter of its own.
@@ -167,7 +293,7 @@ def mixed_batch(model: nn.Module, names: Sequence[str], copies: int = 1) -> Iter
     _check(model, found, wanted.keys() - {BASE})
     # One adapter for all samples needs no corrections: it may as well stand in the weights.
     alone = tuple(wanted.keys() - {BASE}) if len(wanted) == 1 else ()
-    batch = Batch(names, copies)
+    batch = Batch(model, names, copies)
     with contextlib.ExitStack() as stack:
         # Other weights stand there by the time of a backward pass, whose gradients would be wrong.
         stack.enter_context(torch.no_grad())
@@ -177,14 +303,25 @@ def mixed_batch(model: nn.Module, names: Sequence[str], copies: int = 1) -> Iter
             stack.callback(marker.show, None)
             marker.show(alone)
         hosts = [] if len(wanted) == 1 else _hosts(modules, found, wanted.keys() - {BASE})
+        hosts += [Host(name, module) for name, module in modules.items() if isinstance(module, ModulesToSaveWrapper)]
+        for module in _callers(modules, hosts):
+            # First of all hooks, and whatever happens.
+            stack.callback(module.register_forward_pre_hook(batch.enter, prepend=True, with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(batch.leave, always_call=True).remove)
         for host in hosts:
-            _attach(stack, host, batch)
-        for name, module in modules.items():
-            if isinstance(module, ModulesToSaveWrapper):
-                _attach_copies(stack, Host(name, module), batch)
+            (_attach_copies if isinstance(host.module, ModulesToSaveWrapper) else _attach)(stack, host, batch)
         if hosts:
             stack.enter_context(_Guard(hosts, batch))
         yield
+
+
+def _callers(modules: Mapping[str, nn.Module], hosts: Sequence[Host]) -> list[nn.Module]:
+    """The hosts, and all modules that they are in."""
+    names = {"", *(host.name for host in hosts)}
+    for host in hosts:
+        parts = host.name.split(".")
+        names.update(".".join(parts[:i]) for i in range(1, len(parts)))
+    return [module for name, module in modules.items() if name in names]
 
 
 def _eager() -> contextlib.AbstractContextManager[Any]:
@@ -262,7 +399,7 @@ def _attach(stack: contextlib.ExitStack, host: Host, batch: Batch) -> None:
     """Have a host serve the batch until the stack is left."""
     module = host.module
     if host.method != "forward":
-        note = module.register_forward_pre_hook(functools.partial(_note_size, batch), with_kwargs=True)
+        note = module.register_forward_pre_hook(functools.partial(_note_given, batch), with_kwargs=True)
         stack.callback(note.remove)
         _replace(
             stack, module, host.method, functools.partial(_bias_by_sample, host, batch, getattr(module, host.method))
@@ -300,7 +437,10 @@ def _replace(stack: contextlib.ExitStack, module: nn.Module, method: str, functi
 
 
 class _Guard(TorchFunctionMode):
-    """Refuses whatever makes a tensor of a changed parameter, unless its host was called to do so."""
+    """Refuses whatever makes a tensor of a changed parameter, unless its host was called to do so.
+
+    And follows the tensors whose rows are no longer those of the samples because they were selected by their values.
+    """
 
     def __init__(self, hosts: Sequence[Host], batch: Batch):
         super().__init__()
@@ -308,16 +448,23 @@ class _Guard(TorchFunctionMode):
         self.hosts = {key: host for host in hosts for key in host.parameters if host.method == "forward"}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for argument in (*args, *(kwargs or {}).values()):
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        batch = self.batch
+        if batch.trial is not None:
+            # The seed is whatever reads it.
+            return result
+        for argument in (*args, *kwargs.values()):
             for tensor in argument if isinstance(argument, list | tuple) else (argument,):
                 host = self.hosts.get(id(tensor))
-                if host and not any(id(tensor) in h.parameters for h in self.batch.inside) and _has_tensor(result):
+                if host and not any(id(tensor) in h.parameters for h in batch.inside) and _has_tensor(result):
                     raise NotImplementedError(
                         f"a parameter of {host} is read without calling that module, so samples of several adapters "
                         "cannot be told apart there. Call the model with one adapter at a time, or tune the adapters "
                         "with this module in exclude_modules."
                     )
+        if batch.calls and batch.alone is None:
+            batch.selected.follow(func, args, kwargs, result, batch.rows)
         return result
 
 
@@ -388,8 +535,11 @@ def _after_forward(
     if correct is None or output is None:
         return None
     input = _first_tensor(args, kwargs)
-    names = batch.names_for(host, input)
     assert input is not None
+    if batch.trial is not None:
+        batch.note(host, [input])
+        return None
+    names = [batch.alone] * len(input) if batch.alone else batch.names_for(host, input, batch.layout(host, [input])[0])
     if input.shape[0] < len(names):
         # One row for all samples, as positions often are: from here on each has its own.
         input = input.expand(len(names), *input.shape[1:])
@@ -413,9 +563,20 @@ def _by_sample(
     host: Host, batch: Batch, run: Callable[[str, tuple[Any, ...], dict[str, Any]], Any], *args: Any, **kwargs: Any
 ) -> Any:
     """Call a module once an adapter on its samples, and put the outputs together."""
-    first = _first_tensor(args, kwargs)
-    names = batch.names_for(host, first)
-    assert first is not None
+    leaves, spec = tree_flatten((args, kwargs))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    if batch.trial is not None:
+        output = run(BASE, args, kwargs)
+        batch.note(host, tensors, output)
+        return output
+    if batch.alone:
+        return run(batch.alone, args, kwargs)
+    layout = batch.layout(host, tensors)
+    # What all samples have in common is no obstacle beside something that has their rows.
+    telling = next((i for i, at in enumerate(layout[: len(tensors)]) if at is not False), 0)
+    bad = next((i for i, at in enumerate(layout[: len(tensors)]) if at is None), telling)
+    names = batch.names_for(host, tensors[bad] if tensors else None, layout[bad] if tensors else None)
+    first = tensors[0]
     # Attention and recurrent layers of torch: what is first need not be the sample, and theirs mix what is not.
     if not getattr(host.module, "batch_first", True) or (hasattr(host.module, "batch_first") and first.dim() < 3):
         raise NotImplementedError(
@@ -423,21 +584,17 @@ def _by_sample(
             "with batch_first=True and call it with batches, call the model with one adapter at a time, or tune the "
             "adapters with this module in exclude_modules."
         )
-    size = first.shape[0]
+    _check_plain(host, leaves)
     parts = segments(names)
-    if len(parts) > 1:
-        _check_plain(host, (args, kwargs))
     outputs = []
     for adapter, rows in parts.items():
-
-        def take(leaf: Any, rows: Rows = rows) -> Any:
-            return (
-                leaf[rows] if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == size == len(names) else leaf
-            )
-
-        with batch.only(adapter, _count(rows)):
-            outputs.append(run(adapter, tree_map(take, args), tree_map(take, kwargs)))
-    return outputs[0] if len(outputs) == 1 else _join(host, outputs, list(parts.values()))
+        # What is done here is none of the guard's business.
+        with torch._C.DisableTorchFunction():
+            divided = iter([tensor[rows] if at else tensor for tensor, at in zip(tensors, layout, strict=False)])
+        given = tree_unflatten([next(divided) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
+        with batch.only(adapter):
+            outputs.append(run(adapter, *given))
+    return _join(host, outputs, list(parts.values()), layout[len(tensors) :])
 
 
 def _check_plain(host: Host, arguments: Any) -> None:
@@ -454,17 +611,19 @@ def _run_tuned(
     host: Host, forward: Callable[..., Any], adapter: str, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     with contextlib.ExitStack() as stack:
-        for patch in host.tuned.get(adapter, ()):
+        for patch in (patch for patches in host.tuned.values() for patch in patches):
             if getattr(patch.module, "max_norm", None) is not None:
-                # Such an embedding shortens whole rows when it is called, beyond the entries that can be put back.
+                # Such an embedding shortens whole rows when it is called, with whatever values, beyond the entries.
                 stack.callback(patch.data.copy_, patch.data.clone())
+        for patch in host.tuned.get(adapter, ()):
             stack.callback(scatter, patch.data, patch.indices, patch.seeds)
             scatter(patch.data, patch.indices, patch.values)
         return forward(*args, **kwargs)
 
 
-def _join(host: Host, outputs: list[Any], rows: list[Rows]) -> Any:
+def _join(host: Host, outputs: list[Any], rows: list[Rows], layout: Layout) -> Any:
     """Put the samples of all adapters back in their order, in whatever structure they came."""
+    layouts = iter(layout)
     counts = [_count(at) for at in rows]
     places = torch.cat([torch.arange(at.start, at.stop) if isinstance(at, slice) else at for at in rows])
     order = None if bool((places.diff() > 0).all()) else places.argsort()
@@ -475,10 +634,13 @@ def _join(host: Host, outputs: list[Any], rows: list[Rows]) -> Any:
             if any(isinstance(leaf, Tensor) or leaf != leaves[0] for leaf in leaves):
                 raise NotImplementedError(f"{host} returns values that cannot be put together for several adapters.")
             return leaves[0]
-        if all(leaf.dim() and leaf.shape[0] == 1 for leaf in leaves):
+        common = all(leaf.dim() and leaf.shape[0] == 1 for leaf in leaves)
+        # Rows that all samples have in common may happen to be as many as an adapter's samples.
+        fits = next(layouts, None) or common
+        if common:
             # One row for all samples of an adapter, as positions often are.
             leaves = [leaf.expand(n, *leaf.shape[1:]) for leaf, n in zip(leaves, counts, strict=True)]
-        fits = all(leaf.dim() and leaf.shape[0] == n for leaf, n in zip(leaves, counts, strict=True))
+        fits = fits and all(leaf.dim() and leaf.shape[0] == n for leaf, n in zip(leaves, counts, strict=True))
         if not fits or any(leaf.shape[1:] != leaves[0].shape[1:] for leaf in leaves):
             shapes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves)
             raise ValueError(
@@ -486,8 +648,9 @@ def _join(host: Host, outputs: list[Any], rows: list[Rows]) -> Any:
                 "this batch, which cannot be put together. Heads of modules_to_save must have the same width; otherwise "
                 "call the model with one adapter at a time."
             )
-        joined = torch.cat(list(leaves))
-        return joined if order is None else joined[order]
+        with torch._C.DisableTorchFunction():
+            joined = torch.cat(list(leaves))
+            return joined if order is None else joined[order]
 
     if any(spec != flat[0][1] for _, spec in flat):
         raise NotImplementedError(f"{host} returns different structures for the adapters in this batch.")
@@ -497,24 +660,26 @@ def _join(host: Host, outputs: list[Any], rows: list[Rows]) -> Any:
 # One bias for all samples
 
 
-def _note_size(batch: Batch, module: nn.Module, args: Any, kwargs: Any) -> None:
-    first = _first_tensor(args, kwargs)
-    if first is not None:
-        batch.size = first.shape[0]
+def _note_given(batch: Batch, module: nn.Module, args: Any, kwargs: Any) -> None:
+    batch.given = _first_tensor(args, kwargs)
 
 
 def _bias_by_sample(host: Host, batch: Batch, method: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
     """A bias of relative positions (1 or batch, heads, queries, keys), which each adapter makes from its own table."""
-    names = batch.names_for(host, torch.empty(batch.size, 0))
+    given = [] if batch.given is None else [batch.given]
+    if batch.trial is not None:
+        batch.note(host, given)
+        return method(*args, **kwargs)
+    if batch.alone:
+        return _run_tuned(host, method, batch.alone, args, kwargs)
+    names = batch.names_for(host, batch.given, batch.layout(host, given)[0] if given else None)
     made = {}
     for adapter in dict.fromkeys(names):
-        with batch.only(adapter, batch.size):
+        with batch.only(adapter):
             made[adapter] = _run_tuned(host, method, adapter, args, kwargs)
         if made[adapter].dim() != 4 or made[adapter].shape[0] not in (1, len(names)):
             raise NotImplementedError(
                 f"{host} computes a bias of shape {tuple(made[adapter].shape)}, where one of (batch, heads, queries, keys) "
                 "could be divided by sample. Call the model with one adapter at a time."
             )
-    if len(made) == 1:
-        return made[names[0]]
     return torch.stack([made[name][min(row, made[name].shape[0] - 1)] for row, name in enumerate(names)])

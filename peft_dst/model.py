@@ -24,7 +24,7 @@ from .core import Constraint, Silo, SparseWeight, partition
 from .core.silos import compile_silo_patterns, read_names
 from .delta import MARKER, DeltaError, Summary, check_shape, parse_summaries
 from .layer import SparseLayer, markers
-from .mixed import check_length, mixed_batch
+from .mixed import check_length, check_placeholders, mixed_batch
 from .overlay import OverlayWeight
 from .tables import text_table
 from .targets import Target, find_targets, is_excluded, is_saved_densely, is_targeted
@@ -399,6 +399,7 @@ class DSTModel(BaseTuner):
         if names is None:
             return contextlib.nullcontext()
         check_length(names, (args, kwargs))
+        check_placeholders(self.model, names, args, kwargs)
         return mixed_batch(self.model, names, _copies(kwargs))
 
     # Removal and switching

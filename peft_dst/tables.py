@@ -5,8 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
+def printable(text: object) -> str:
+    """Text from a file, without what would command a terminal: control characters are written out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in str(text))
+
+
 def text_table(header: Sequence[str], *groups: Sequence[Sequence[str]]) -> list[str]:
     """Lines of a table: the first column to the left, the others to the right, a rule before each group of rows."""
+    groups = tuple([[printable(cell) for cell in row] for row in group] for group in groups)
     rows = [header, *(row for group in groups for row in group)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
 

@@ -23,6 +23,7 @@ ORDER = [
     "layer",
     "targets",
     "exchange",
+    "layouts",
     "mixed",
     "static",
     "weighted",

@@ -93,13 +93,13 @@ def test_damaged_files_are_refused(change, match, build, saved):
     ("records", "match"),
     [
         (
-            {"bert.pooler.dense.weight": [10**12, "0", {"float32": "0"}, [10**12, 16], "float32"]},
+            {"bert.pooler.dense.weight": [10**12, "00000000", {"float32": "00000000"}, [10**12, 16], "float32"]},
             "1,000,000,000,000 entries",
         ),
         ({"bert.pooler.dense.weight": "many"}, "malformed entry for 'bert.pooler.dense.weight'"),
         ({"bert.pooler.dense.weight": [-1, "0", {}]}, "malformed entry"),
         (
-            {"no.such.weight": [1, "0", {"float32": "0"}, [1], "float32"]},
+            {"no.such.weight": [1, "00000000", {"float32": "00000000"}, [1], "float32"]},
             "'no.such.weight', which the model does not have",
         ),
     ],
@@ -112,7 +112,7 @@ def test_damaged_descriptions_are_refused_before_memory_is_taken(where, records,
         path.write_text(json.dumps({**json.loads(path.read_text()), "records": records}))
         save_file(load_file(tensors), tensors)
     else:
-        save_file(load_file(tensors), tensors, metadata={"dst_records": json.dumps(records)})
+        save_file(load_file(tensors), tensors, metadata={"dst_format_version": "1", "dst_records": json.dumps(records)})
     assert_refused(build("bert"), folder, match)
 
 

@@ -9,9 +9,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from ..core.silos import compile_silo_patterns, read_names
+from ..core.silos import read_names
 from ..delta import SparseDelta, SparseTensor
-from ..tables import text_table
+from ..tables import printable, text_table
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ class Inspection:
             [_row(name, contents) for name, contents in self.tensors.items()],
         )
         said = {key: self.config.get(key) for key in ("base_model_name_or_path", "epsilon", "siloing", "distance")}
-        lines += [f"{key}: {value}" for key, value in said.items() if value is not None]
-        lines += [f"dense: {key} {shape}" for key, shape in self.dense.items()]
+        lines += [printable(f"{key}: {value}") for key, value in said.items() if value is not None]
+        lines += [printable(f"dense: {key} {shape}") for key, shape in self.dense.items()]
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
@@ -101,8 +101,8 @@ def inspect(delta: SparseDelta) -> Inspection:
     """Look into a delta."""
     tensors = {name: _contents([tensor]) for name, tensor in delta.items()}
     members: dict[str, list[SparseTensor]] = {}
-    patterns = compile_silo_patterns(delta.config.get("silo_pattern"))
-    for name, (_, kind) in read_names([*delta], patterns).items():
+    # The file's own silo_pattern is not used: a regular expression from a stranger may run for ever.
+    for name, (_, kind) in read_names([*delta], ()).items():
         members.setdefault(kind, []).append(delta[name])
     return Inspection(
         _contents(delta.values()),

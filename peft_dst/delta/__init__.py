@@ -12,6 +12,7 @@ from .files import (
     PARTS,
     PEFT_PREFIX,
     WEIGHTS_NAME,
+    check_dense_values,
     find_records,
     is_wrapper_s_copy,
     pair,
@@ -20,7 +21,7 @@ from .files import (
     reconcile,
     stamp,
 )
-from .merging import Merged, check_free, copy_others, merge
+from .merging import Merged, check_free, copy_others, merge, new_folder
 from .packed import pack
 from .patches import export_patches
 from .records import (
@@ -56,6 +57,7 @@ __all__ = [
     "SparseDelta",
     "SparseTensor",
     "Summary",
+    "check_dense_values",
     "check_entries",
     "check_free",
     "check_record",
@@ -69,6 +71,7 @@ __all__ = [
     "index_dtype",
     "is_wrapper_s_copy",
     "merge",
+    "new_folder",
     "open_file",
     "pack",
     "pair",

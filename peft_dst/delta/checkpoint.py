@@ -22,12 +22,27 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .files import MARKER, PEFT_PREFIX
-from .records import DeltaError
+from .records import DeltaError, is_comparable
 from .sparse import SparseDelta, SparseTensor
 
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+# What checkpoints hold, by its name in their headers.
+SAFETENSORS_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+}
 
 
 class Checkpoint(Mapping[str, Tensor]):
@@ -85,7 +100,7 @@ def _open_shards(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
     path = folder / INDEX
     try:
         places = {str(name): str(shard) for name, shard in json.loads(path.read_text())["weight_map"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} has no readable weight_map. It is damaged; save or download it again.") from error
     for shard in places.values():
         if Path(shard).name != shard:
@@ -122,6 +137,7 @@ class Placement:
             checkpoint holds more than once is there under each name.
         replaced: name in the checkpoint → the dense tensor in its place.
         added: name that the checkpoint does not have → dense tensor.
+        not_compared: names of the delta's tensors whose checksums say nothing of the base's dtype.
         prefix: what the delta's names have in front of the checkpoint's ("bert."), or nothing.
     """
 
@@ -129,6 +145,7 @@ class Placement:
     replaced: dict[str, Tensor]
     added: dict[str, Tensor]
     prefix: str
+    not_compared: tuple[str, ...] = ()
 
 
 def place(delta: SparseDelta, base: Checkpoint, layout: Layout | None = None) -> Placement:
@@ -160,7 +177,13 @@ def place(delta: SparseDelta, base: Checkpoint, layout: Layout | None = None) ->
         raise DeltaError(
             f"{min(both)!r} has entries, and a dense tensor in its place. The file was edited; save it again."
         )
-    return Placement(entries, replaced, added, spelling.dropped)
+    summaries = {name: tensor.summary() for name, tensor in delta.items()}
+    unknown = [
+        name
+        for name, summary in summaries.items()
+        if summary is not None and not is_comparable(summary, base[places[name][0]].dtype)
+    ]
+    return Placement(entries, replaced, added, spelling.dropped, tuple(unknown))
 
 
 class _Spelling(NamedTuple):
@@ -220,6 +243,11 @@ def _place_dense(
     floating = {base[name].dtype for name in base if base[name].is_floating_point()}
     replaced, added = {}, {}
     for key, tensor in delta.dense.items():
+        if not key.startswith(PEFT_PREFIX) or tensor.dtype not in SAFETENSORS_DTYPES:
+            raise DeltaError(
+                f"{key!r} is dense, of {tensor.dtype}; expected is a key that begins with {PEFT_PREFIX!r}, and a dtype "
+                "that checkpoints have. The file was edited; save it again."
+            )
         name = key.removeprefix(PEFT_PREFIX)
         parts = name.split(".")
         around = [".".join(parts[:length]) for length in range(1, len(parts))]

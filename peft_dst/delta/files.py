@@ -146,9 +146,13 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
             metadata = file.metadata() or {}
             packed = {key: file.get_tensor(key) for key in file.keys() if key == DESCRIPTION}  # noqa: SIM118
         found = {k.removeprefix("dst_"): json.loads(v) for k, v in metadata.items() if k.startswith("dst_")}
+        if found:
+            _check_version(path, found)
         return {**found, "records": describe(packed)} if packed else found
     except (SafetensorError, OSError) as error:
         raise DeltaError(f"{path} cannot be read ({error}). It is damaged; save or download it again.") from error
+    except DeltaError:
+        raise
     except (ValueError, RecursionError) as error:
         raise DeltaError(f"{path} has broken metadata ({error}). It is damaged; save or download it again.") from error
 
@@ -162,7 +166,7 @@ def reconcile(config: dict[str, Any], metadata: Mapping[str, Any]) -> dict[str, 
     if records is None or records == config.get("records"):
         return config
     said = metadata.get("config")
-    return {**(said if isinstance(said, dict) else config), "records": records}
+    return {**(config if said is None else _checked(WEIGHTS_NAME, said)), "records": records}
 
 
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -196,12 +200,19 @@ def _checked(path: object, config: Any) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("peft_type") != "DST":
         kind = config.get("peft_type") if isinstance(config, dict) else None
         raise DeltaError(f"{path} describes an adapter of type {kind!r}, not 'DST'. Only DST adapters hold records.")
-    if config.get("format_version") != FORMAT_VERSION:
+    _check_version(path, config)
+    kept = config.get("modules_to_save")
+    if kept is not None and not (isinstance(kept, list) and all(isinstance(name, str) and name for name in kept)):
+        raise DeltaError(f"{path} has malformed `modules_to_save`: {kept!r:.80}. It is a list of modules' names.")
+    return config
+
+
+def _check_version(path: object, said: Mapping[str, Any]) -> None:
+    if said.get("format_version") != FORMAT_VERSION:
         raise DeltaError(
-            f"{path} has format version {config.get('format_version')!r}; this peft_dst reads version {FORMAT_VERSION}. "
+            f"{path} has format version {said.get('format_version')!r}; this peft_dst reads version {FORMAT_VERSION}. "
             "Install a peft_dst that writes that version, or save the adapter again with this one."
         )
-    return config
 
 
 def read(path: str | os.PathLike[str], *, allow_nonfinite: bool = False) -> Contents:
@@ -252,7 +263,20 @@ def read(path: str | os.PathLike[str], *, allow_nonfinite: bool = False) -> Cont
         like = torch.empty(summaries[name].shape, dtype=record.values.dtype, device="meta")
         check_record(name, like, record, allow_nonfinite=allow_nonfinite)
         check_entries(name, summaries[name], record)
+    for key, tensor in () if allow_nonfinite else dense.items():
+        check_dense_values(key, tensor)
     return Contents(records, summaries, dense, config)
+
+
+def check_dense_values(key: str, tensor: Tensor) -> None:
+    """Check that a dense tensor is finite.
+
+    Raises:
+        DeltaError: if not.
+    """
+    if tensor.is_floating_point() and not tensor.isfinite().all():
+        at = int((~tensor.isfinite()).reshape(-1).nonzero()[0])
+        raise DeltaError(f"{key!r} is not finite at position {at}. An adapter may not bring non-finite weights.")
 
 
 def name_records(records: Mapping[str, Record]) -> dict[str, Tensor]:
@@ -262,7 +286,12 @@ def name_records(records: Mapping[str, Record]) -> dict[str, Tensor]:
         host, _, parameter = name.rpartition(".")
         marker = f"{host}.{MARKER}" if host else MARKER
         for part, entries in zip(PARTS, record, strict=True):
-            tensors[f"{PEFT_PREFIX}{marker}.{part}.{parameter}"] = entries.contiguous()
+            key = f"{marker}.{part}.{parameter}"
+            if not RECORD_KEY.fullmatch(key):
+                raise DeltaError(
+                    f"{name!r} is no name of a parameter that a file can hold: it is empty, or has a line break."
+                )
+            tensors[PEFT_PREFIX + key] = entries.contiguous()
     return tensors
 
 

@@ -12,7 +12,8 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -20,7 +21,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from .checkpoint import INDEX, SINGLE, Checkpoint, Layout, Placement, place
+from .checkpoint import INDEX, SAFETENSORS_DTYPES, SINGLE, Checkpoint, Layout, Placement, place
 from .files import usual_mode
 from .records import DeltaError
 from .sparse import SparseDelta, SparseTensor
@@ -28,20 +29,6 @@ from .sparse import SparseDelta, SparseTensor
 
 # Read and written at once; a multiple of every dtype's size.
 CHUNK = 1 << 24
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-}
 # The same weights in other forms, which would be the base's in the folder of the merged model.
 _OTHER_FORMS = re.compile(r".*\.(bin|safetensors|pt|pth|ckpt|h5|msgpack|ot|gguf|onnx|tflite)(\.index\.json)?")
 _OTHER_FOLDERS = {"onnx", "openvino", "original", "coreml"}
@@ -107,21 +94,13 @@ def merge(
         ValueError: if output holds something, or base is no checkpoint. Nothing has been written by then.
     """
     output = Path(output)
-    check_free(output)
+    check_free(output, beside=Path(base))
     checkpoint = Checkpoint(base)
     placement = place(delta, checkpoint, layout)
     reshaped = tuple(placement.prefix + n for n, t in placement.replaced.items() if t.shape != checkpoint[n].shape)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
-    try:
-        copy_others(checkpoint.folder, temporary)
-        size = _write_weights(checkpoint, placement, temporary, on_bytes or (lambda count: None))
-        # mkdtemp's folder is private.
-        temporary.chmod(usual_mode(0o777))
-        os.replace(temporary, output)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    with new_folder(output) as folder:
+        copy_others(checkpoint.folder, folder)
+        size = _write_weights(checkpoint, placement, folder, on_bytes or (lambda count: None))
     return Merged(
         tuple(placement.prefix + name for name in placement.entries),
         sum(len(tensor) for tensor in placement.entries.values()),
@@ -132,25 +111,66 @@ def merge(
     )
 
 
-def check_free(output: Path) -> None:
+def check_free(output: Path, beside: Path | None = None) -> None:
     """Check that nothing is where something is to be written.
 
+    Args:
+        output: where.
+        beside: a folder that is read meanwhile, and must not become larger by it.
+
     Raises:
-        ValueError: if there is.
+        ValueError: if there is something, or it is inside the folder that is read.
     """
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+    if output.is_symlink() or (output.exists() and not (output.is_dir() and not any(output.iterdir()))):
         raise ValueError(f"{output} exists already. Give another name, or remove it first.")
+    if beside is not None and beside.is_dir() and output.resolve().is_relative_to(beside.resolve()):
+        raise ValueError(f"{output} is inside of {beside}, which is read. Give a place outside.")
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """A folder beside a place, to write into; when that is done it is renamed into its place, and else it is removed."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
+    try:
+        yield temporary
+        # mkdtemp's folder is private.
+        temporary.chmod(usual_mode(0o777))
+        os.replace(temporary, output)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def copy_others(folder: Path, target: Path) -> None:
-    """Copy what stands beside a model's weights: configs, tokenizer, model card, folders of further modules."""
+    """Copy what stands beside a model's weights: configs, tokenizer, model card, folders of further modules.
+
+    Links are followed to files of the folder itself and of the Hub's cache, which consists of them.
+
+    Raises:
+        ValueError: if a link leads elsewhere.
+    """
+    # The cache has snapshots/<revision>/<file> -> ../../blobs/<hash>.
+    roots = (folder.resolve(), folder.absolute().parent.parent / "blobs")
+    for path in _files(folder):
+        if path.is_symlink() and not any(path.resolve().is_relative_to(root) for root in roots):
+            raise ValueError(f"{path} is a link that leads out of its folder. Remove it, or put the file in its place.")
+        place = target / path.relative_to(folder)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, place)
+
+
+def _files(folder: Path, inside: bool = False) -> list[Path]:
+    """Regular files to copy, and links to such; not below links, which may go round in circles."""
+    found = []
     for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or _OTHER_FORMS.fullmatch(path.name) or path.name == INDEX:
-            continue
-        if path.is_file():
-            shutil.copy(path, target / path.name)
-        elif path.is_dir() and path.name not in _OTHER_FOLDERS:
-            shutil.copytree(path, target / path.name)
+        # Folders of further modules have weights of their own.
+        weights = not inside and (path.name == INDEX or _OTHER_FORMS.fullmatch(path.name))
+        if path.is_file() and not weights and path.name[0] != ".":
+            found.append(path)
+        elif path.is_dir() and not path.is_symlink() and path.name not in _OTHER_FOLDERS and path.name[0] != ".":
+            found += _files(path, inside=True)
+    return found
 
 
 def _write_weights(base: Checkpoint, placement: Placement, folder: Path, on_bytes: Callable[[int], object]) -> int:
@@ -162,7 +182,7 @@ def _write_weights(base: Checkpoint, placement: Placement, folder: Path, on_byte
         items, metadata = _items(base, shard, placement)
         if shard == shards[-1]:
             for name, tensor in placement.added.items():
-                items[name] = _Item(_DTYPES[tensor.dtype], list(tensor.shape), tensor)
+                items[name] = _Item(SAFETENSORS_DTYPES[tensor.dtype], list(tensor.shape), tensor)
         with open(base.folder / shard, "rb") as source, open(folder / shard, "wb") as target:
             _write_file(source, target, items, metadata, on_bytes)
         places |= dict.fromkeys(items, shard)
@@ -184,7 +204,7 @@ def _items(base: Checkpoint, shard: str, placement: Placement) -> tuple[dict[str
     for name, said in header.items():
         if name in placement.replaced:
             tensor = placement.replaced[name]
-            item = _Item(_DTYPES[tensor.dtype], list(tensor.shape), tensor)
+            item = _Item(SAFETENSORS_DTYPES[tensor.dtype], list(tensor.shape), tensor)
         else:
             start, end = (8 + length + offset for offset in said["data_offsets"])
             item = _Item(said["dtype"], said["shape"], (start, end), placement.entries.get(name))
@@ -258,9 +278,9 @@ def _overlay(buffer: bytearray, start: int, count: int, entries: SparseTensor) -
 
 def _write_index(base: Checkpoint, folder: Path, places: Mapping[str, str], total: int, more: int) -> None:
     index = json.loads((base.folder / INDEX).read_text())
-    metadata = index.get("metadata") or {}
-    metadata["total_size"] = total
-    if "total_parameters" in metadata:
+    metadata = index.get("metadata")
+    metadata = {**(metadata if isinstance(metadata, dict) else {}), "total_size": total}
+    if type(metadata.get("total_parameters")) is int:
         metadata["total_parameters"] += more
     index = {**index, "metadata": metadata, "weight_map": dict(sorted(places.items()))}
     (folder / INDEX).write_text(json.dumps(index, indent=2))

@@ -26,8 +26,8 @@ from .records import DTYPES, DeltaError, Record, Summary, index_dtype
 DESCRIPTION = "dst_packed_records"
 _PARTS = ("dst_packed_indices", "dst_packed_values")
 _KEYS = {DESCRIPTION, *(f"{part}_{dtype}" for part in _PARTS for dtype in DTYPES)}
-# Of a description, decompressed. A tensor takes some 200 bytes of it.
-_LONGEST = 1 << 26
+# How long a description may be, decompressed: most of it is checksums, and those hardly get shorter.
+_RATIO, _SLACK = 16, 1 << 12
 
 
 def is_packed(key: str) -> bool:
@@ -79,7 +79,7 @@ def describe(packed: Mapping[str, Tensor]) -> dict[str, Any]:
         if code is None or code.dtype != torch.uint8:
             raise ValueError("it is missing" if code is None else f"it is {code.dtype}")
         reader = zlib.decompressobj()
-        text = reader.decompress(code.cpu().numpy().tobytes(), _LONGEST)
+        text = reader.decompress(code.cpu().numpy().tobytes(), _RATIO * code.numel() + _SLACK)
         if not reader.eof or reader.unused_data:
             raise ValueError("it does not end where it should")
         found = json.loads(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,6 +13,9 @@ from torch import Tensor
 
 
 FORMAT_VERSION = 1
+# No tensor has as many components, nor as many dimensions.
+MAX_NUMEL = 2**62
+_MAX_DIMENSIONS = 64
 # Dtypes in which a seed can be compared, from exact to coarse.
 _PRECISIONS: dict[torch.dtype, str] = {
     torch.float64: "float64",
@@ -62,12 +66,12 @@ class Summary(NamedTuple):
             entries, digest, seed, shape, dtype = raw
             if (
                 type(entries) is int
-                and type(digest) is str
+                and _is_checksum(digest)
                 and isinstance(seed, Mapping)
                 and seed
+                and all(key in DTYPES and _is_checksum(checksum) for key, checksum in seed.items())
                 and isinstance(shape, list | tuple)
-                and all(type(size) is int and size > 0 for size in shape)
-                and 0 < entries <= math.prod(shape) < 2**62
+                and 0 < entries <= _numel(shape) < MAX_NUMEL
                 and dtype in DTYPES
             ):
                 return cls(entries, digest, dict(seed), tuple(shape), dtype)
@@ -77,6 +81,30 @@ class Summary(NamedTuple):
             f"adapter_config.json has a malformed entry for {name!r} in `records`: {raw!r:.80}. The file was damaged or "
             "edited; save the adapter again."
         )
+
+
+def _is_checksum(value: object) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{8}", value) is not None
+
+
+def _numel(shape: Sequence[object]) -> int:
+    """Number of components, or `MAX_NUMEL` for what is no shape; without multiplying numbers of any length."""
+    numel = 1
+    for size in shape if len(shape) <= _MAX_DIMENSIONS else (0,):
+        if type(size) is not int or not 0 < size < MAX_NUMEL or numel >= MAX_NUMEL:
+            return MAX_NUMEL
+        numel *= size
+    return numel
+
+
+def check_floating(name: str, dtype: torch.dtype) -> None:
+    """Check that a tensor is of a dtype whose components a delta can change.
+
+    Raises:
+        DeltaError: naming the tensor.
+    """
+    if dtype not in _PRECISIONS:
+        raise DeltaError(f"{name!r} is {dtype}: a delta has values for {', '.join(DTYPES)} only. Leave the tensor out.")
 
 
 def index_dtype(numel: int) -> torch.dtype:
@@ -189,6 +217,11 @@ def check_entries(name: str, summary: Summary, record: Record) -> None:
             f"{name!r}: the entries in adapter_model.safetensors are not those that adapter_config.json describes. The "
             "two files come from different saves; copy or download both again."
         )
+
+
+def is_comparable(summary: Summary, dtype: torch.dtype) -> bool:
+    """Whether a base's values in this dtype can be compared with those that were summarised."""
+    return any(_PRECISIONS[coarser] in summary.seed for coarser in _coarser(dtype))
 
 
 def check_seed(name: str, summary: Summary, record: Record, seeds: Tensor) -> None:

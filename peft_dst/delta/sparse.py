@@ -33,10 +33,12 @@ from .files import (
 )
 from .packed import pack
 from .records import (
+    DTYPES,
     FORMAT_VERSION,
     DeltaError,
     Record,
     Summary,
+    check_floating,
     check_record,
     check_seed,
     check_shape,
@@ -65,6 +67,9 @@ class SparseTensor:
     values: Tensor
     seeds: Tensor | None = None
     digests: Mapping[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", tuple(self.shape))
 
     def __len__(self) -> int:
         return self.indices.numel()
@@ -119,6 +124,8 @@ class SparseDelta(Mapping[str, SparseTensor]):
     tensors: Mapping[str, SparseTensor]
     dense: Mapping[str, Tensor] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
+    # It puts back what stood in weights, finite or not.
+    _restores: bool = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
         kept = {name: tensor for name, tensor in self.tensors.items() if len(tensor)}
@@ -177,7 +184,7 @@ class SparseDelta(Mapping[str, SparseTensor]):
         }
         return cls(tensors, found.dense, found.config)
 
-    def save(self, path: str | os.PathLike[str], *, packed: bool = False) -> None:
+    def save(self, path: str | os.PathLike[str], *, packed: bool = False, allow_nonfinite: bool = False) -> None:
         """Write it as an adapter that PEFT can load.
 
         Each file is replaced in one step, the tensors first: a kill at any moment leaves the old adapter or the new one.
@@ -186,16 +193,22 @@ class SparseDelta(Mapping[str, SparseTensor]):
             path: a folder, which is made if it is not there, and gets adapter_model.safetensors and adapter_config.json;
                 or a file, if it ends in ".safetensors".
             packed: code positions in few bytes; PEFT's loading opens such a file, transformers' own does not.
+            allow_nonfinite: write NaN and infinite values, which only a reader takes that asks for them.
 
         Raises:
+            DeltaError: if an entry is none: positions that do not ascend, or lie outside.
             ValueError: if neither seeds nor their checksums are known, without which a base cannot be recognised.
         """
         summaries = {name: summary for name in sorted(self) if (summary := self[name].summary()) is not None}
         if len(summaries) < len(self):
             self._need_seeds("to let a reader recognise its base")
         entries = {name: tensor.record() for name, tensor in self.items()}
+        for name, tensor in self.items():
+            like = torch.empty(tensor.shape, dtype=tensor.values.dtype, device="meta")
+            check_record(name, like, entries[name], allow_nonfinite=allow_nonfinite)
         tensors = {**self.dense, **(pack(entries, summaries) if packed else name_records(entries))}
         config = dict(self.config) or self._default_config()
+        config |= {"peft_type": "DST", "format_version": FORMAT_VERSION}
         path = Path(path)
         if path.suffix == ".safetensors":
             write_file(path, tensors, config, summaries)
@@ -244,11 +257,9 @@ class SparseDelta(Mapping[str, SparseTensor]):
                     "leads from a base to weights of the same shapes; leave the tensor out, or give its own base."
                 )
             seed = base[name].detach()
-            if not seed.dtype.is_floating_point:
-                if not torch.equal(seed, tensor):
-                    raise DeltaError(
-                        f"{name!r} is {seed.dtype} and differs: a delta changes floating-point weights only. Leave it out."
-                    )
+            if seed.dtype not in DTYPES.values():
+                if seed.dtype != tensor.dtype or not torch.equal(_bytes(seed), _bytes(tensor)):
+                    check_floating(name, seed.dtype)
                 continue
             flat, new = seed.reshape(-1), tensor.detach().to(seed).reshape(-1)
             indices = (bits(flat) != bits(new)).nonzero().view(-1)
@@ -323,7 +334,8 @@ class SparseDelta(Mapping[str, SparseTensor]):
             target = there[name].detach()
             summary = tensor.summary() or summarize(tensor.record(), tensor.values[:0], tensor.shape)._replace(seed={})
             check_shape(name, summary, target.shape)
-            check_record(name, target, tensor.record())
+            check_floating(name, target.dtype)
+            check_record(name, target, tensor.record(), allow_nonfinite=self._restores)
             if check and summary.seed:
                 check_seed(name, summary, tensor.record(), gather(target, tensor.indices.to(target.device)))
             found[name] = target
@@ -337,7 +349,8 @@ class SparseDelta(Mapping[str, SparseTensor]):
                 name: replace(t, values=t.seeds, seeds=t.values, digests=None)
                 for name, t in self.items()
                 if t.seeds is not None
-            }
+            },
+            _restores=True,
         )
 
     # Algebra
@@ -407,11 +420,14 @@ class SparseDelta(Mapping[str, SparseTensor]):
             prefixes = [keep] if isinstance(keep, str) else list(keep)
             unknown = [p for p in prefixes if not any(f"{name}.".startswith(f"{p}.") for name in self)]
             if unknown:
-                raise ValueError(f"the delta has no entries in {unknown[0]!r}; it has some in {', '.join(self)}.")
+                some = ", ".join(list(self)[:3]) + (f" and {len(self) - 3} more" if len(self) > 3 else "")
+                raise ValueError(f"the delta has no entries in {unknown[0]!r}; it has some in {some or 'nothing'}.")
             return self.restrict(lambda name: any(f"{name}.".startswith(f"{prefix}.") for prefix in prefixes))
         return self._with({name: tensor for name, tensor in self.items() if keep(name)})
 
-    def prune(self, num_entries: int, kind: str = "inverse_relative") -> SparseDelta:
+    def prune(
+        self, num_entries: int | None = None, kind: str = "inverse_relative", *, epsilon: float | None = None
+    ) -> SparseDelta:
         """The entries that are furthest from their seed, over all tensors. Needs the seeds.
 
         Of equal distances the earlier tensor's and the lower position win, as in training.
@@ -419,11 +435,16 @@ class SparseDelta(Mapping[str, SparseTensor]):
         Args:
             num_entries: how many to keep.
             kind: the distance, see `peft_dst.core.distance`.
+            epsilon: the same as a fraction of the components of all tensors that have entries.
 
         Raises:
-            ValueError: if there are fewer entries.
+            ValueError: if there are fewer entries, or not one of the two numbers is given.
         """
         self._need_seeds("to measure distances")
+        if (num_entries is None) == (epsilon is None):
+            raise ValueError("give one of num_entries and epsilon: how much is to be kept.")
+        if num_entries is None:
+            num_entries = round((epsilon or 0.0) * sum(math.prod(tensor.shape) for tensor in self.values()))
         if not 0 <= num_entries <= self.num_entries:
             raise ValueError(f"the delta has {self.num_entries:,} entries, of which {num_entries:,} cannot be kept.")
         distances = [distance(kind, t.seeds, t.values).double() for t in self.values() if t.seeds is not None]
@@ -441,8 +462,8 @@ class SparseDelta(Mapping[str, SparseTensor]):
         Raises:
             DeltaError: if a value is not finite in it.
         """
-        if not dtype.is_floating_point:
-            raise ValueError(f"values are floating point; {dtype} is not.")
+        if dtype not in DTYPES.values():
+            raise ValueError(f"values are {', '.join(DTYPES)}; {dtype} is none of them.")
         changed = {}
         for name, tensor in self.items():
             check_record(name, torch.empty(tensor.shape, dtype=dtype, device="meta"), tensor.record())
@@ -568,6 +589,10 @@ def _shared(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _changed(tensor: SparseTensor) -> SparseTensor:
     assert tensor.seeds is not None
     return tensor.take(bits(tensor.values) != bits(tensor.seeds.to(tensor.values)))
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
 def _named(weights: Weights) -> Mapping[str, Tensor]:

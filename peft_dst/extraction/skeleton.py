@@ -111,20 +111,26 @@ def structure_of(base: Source, tuned: Source, model_class: Callable[[Any], nn.Mo
 def _build_on_meta(folder: Path, model_class: Callable[[Any], nn.Module] | None) -> nn.Module:
     try:
         config = transformers.AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # config classes check their options each in its own way
         raise ValueError(
             f"{folder} has no config.json that transformers can read ({error}). Load both models and pass them instead."
         ) from error
     if model_class is None:
-        names = getattr(config, "architectures", None) or ["none"]
-        model_class = getattr(transformers, names[0], None)
-        if model_class is None:
+        names = getattr(config, "architectures", None)
+        model_class = getattr(transformers, str(names[0]), None) if isinstance(names, list) and names else None
+        if not (isinstance(model_class, type) and issubclass(model_class, nn.Module)):
             raise ValueError(
-                f"config.json of {folder} names {names[0]!r} as its architecture, which transformers does not have. Give "
+                f"config.json of {folder} names {names!r} as its architecture, which transformers does not have. Give "
                 "its class as model_class, or load both models and pass them instead."
             )
-    with torch.device("meta"):
-        return model_class(config)
+    try:
+        with torch.device("meta"):
+            return model_class(config)
+    except Exception as error:  # whatever a class makes of options that it cannot use
+        raise ValueError(
+            f"config.json of {folder} describes no {model_class.__name__} ({type(error).__name__}: {error}). It is "
+            "damaged; save or download it again."
+        ) from error
 
 
 def layout_of(folder: str | PathLike[str]) -> Layout:

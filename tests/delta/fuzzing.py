@@ -19,6 +19,7 @@ import signal
 import sys
 import tempfile
 import warnings
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,6 +63,8 @@ STRANGE: list[Any] = [
     [],
     [[]],
     [2**40, 2**40],
+    [10**4000] * 800,
+    [1] * 100,
     [0],
     {},
     {"float32": "00000000"},
@@ -240,7 +243,11 @@ class Damage:
     def swap(self, folder: Path) -> None:
         """What comes from somewhere else."""
         path = folder / WEIGHTS_NAME
-        match int(self.random.integers(5)):
+        match int(self.random.integers(6)):
+            case 5 if "dst_packed_records" in load_file(path):
+                text = self.pick(['{"a":[' + "[]," * 10**6 + "[]]}", "{" + " " * 10**8 + "}", "[" * 10**6])
+                code = torch.frombuffer(bytearray(zlib.compress(text.encode())), dtype=torch.uint8)
+                replace_file(path, {**load_file(path), "dst_packed_records": code}, self._metadata(path))
             case 0:
                 path.write_bytes(b"")
             case 1:

@@ -135,12 +135,15 @@ def test_a_damaged_file(saved):
         ({"dst_records": "[" * 100_000}, "broken metadata"),
         ({"dst_records": "[1]"}, "malformed `records`"),
         ({"dst_records": "{}"}, "does not describe them"),
+        ({"dst_records": "{}", "dst_format_version": "2"}, "format version 2"),
+        ({"dst_records": "{}", "dst_format_version": "null"}, "format version None"),
+        ({"dst_records": "{}", "dst_config": '{"peft_type": "LORA", "format_version": 1}'}, "of type 'LORA'"),
     ],
 )
 def test_damaged_metadata(metadata, message, saved):
     folder, _, _ = saved()
     path = folder / "adapter_model.safetensors"
-    save_file(load_file(path), path, metadata=metadata)
+    save_file(load_file(path), path, metadata={"dst_format_version": "1", **metadata})
     with pytest.raises(DeltaError, match=message):
         SparseDelta.load(folder)
 

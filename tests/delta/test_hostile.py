@@ -17,7 +17,7 @@ from tests.models import assert_same, weights
 
 @pytest.mark.parametrize(("arguments", "outcomes"), [(["--count", "2500"], 11), (["--count", "150", "--peft"], 8)])
 def test_damaged_adapters(arguments, outcomes, tmp_path):
-    """A small part of what was run by hand (docs/LOG.md): 300,000 inputs."""
+    """A small part of what was run by hand (docs/LOG.md)."""
     run = subprocess.run(
         [sys.executable, "-m", "tests.delta.fuzzing", *arguments, "--keep", tmp_path],
         cwd=Path(__file__).parents[2],

@@ -190,6 +190,8 @@ def test_pruned_to_the_furthest(data):
     kept = data.draw(st.integers(0, delta.num_entries))
     pruned = delta.prune(kept, "absolute")
     assert pruned.num_entries == kept
+    size = sum(math.prod(tensor.shape) for tensor in delta.values())
+    assert delta.prune(kind="absolute", epsilon=kept / size if size else 0.0) == pruned
     far = [
         (-abs(float(value) - float(seed)), order, index)
         for order, tensor in enumerate(delta.values())
@@ -319,6 +321,8 @@ def test_deltas_of_two_bases_are_not_mixed(tmp_path):
         one().restrict(["nothing"])
     with pytest.raises(ValueError, match="2 entries, of which 3 cannot"):
         one().prune(3)
+    with pytest.raises(ValueError, match="give one of num_entries and epsilon"):
+        one().prune(1, epsilon=0.5)
     with pytest.raises(ValueError, match="finite"):
         one().scale(math.inf)
     with pytest.raises(DeltaError, match=r"not finite in torch\.float16"):
@@ -329,10 +333,50 @@ def test_deltas_of_two_bases_are_not_mixed(tmp_path):
 
 
 def test_non_finite_values_on_request(tmp_path):
-    one(values=(1.0, math.nan)).save(tmp_path)
+    with pytest.raises(DeltaError, match="entry 1 has the value nan"):
+        one(values=(1.0, math.nan)).save(tmp_path)
+    one(values=(1.0, math.nan)).save(tmp_path, allow_nonfinite=True)
     with pytest.raises(DeltaError, match="entry 1 has the value nan"):
         SparseDelta.load(tmp_path)
     loaded = SparseDelta.load(tmp_path, allow_nonfinite=True)
     assert loaded["w"].values.isnan().tolist() == [False, True]
     with pytest.raises(DeltaError, match="entry 1 has the value nan"):
         loaded.apply({"w": torch.zeros(4)})
+
+
+@pytest.mark.parametrize("stood", [math.inf, -math.inf, math.nan])
+def test_what_was_not_finite_comes_back(stood):
+    """A mask's minus infinity, a weight that diverged: whatever stood there is put back."""
+    weights = {"w": torch.tensor([stood, 1.0, 2.0])}
+    before = weights["w"].clone()
+    delta = SparseDelta.between(weights, {"w": torch.tensor([0.0, 1.0, 5.0])})
+    undo = delta.apply(weights)
+    assert weights["w"].tolist() == [0.0, 1.0, 5.0]
+    undo.apply(weights, check=False)
+    assert torch.equal(bits(weights["w"]), bits(before))
+    delta.apply(weights)
+    delta.revert(weights)
+    assert torch.equal(bits(weights["w"]), bits(before))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn])
+def test_tensors_that_no_delta_changes_are_named(dtype):
+    other = torch.ones(4).to(dtype)
+    with pytest.raises(DeltaError, match=f"'w' is {dtype}: a delta has values for float64, float32"):
+        one().apply({"w": other})
+    with pytest.raises(DeltaError, match=f"'w' is {dtype}"):
+        SparseDelta.between({"w": other}, {"w": torch.zeros(4).to(dtype)})
+    assert not SparseDelta.between({"w": other}, {"w": other.clone()})
+    with pytest.raises(ValueError, match="float16"):
+        one().to(dtype)
+
+
+@pytest.mark.parametrize(
+    ("name", "indices"), [("w", [3, 1]), ("w", [1, 1]), ("w", [1, 4]), ("w", [-1, 1]), ("", [0, 1]), ("a\n.w", [0, 1])]
+)
+def test_what_cannot_be_read_is_not_written(name, indices, tmp_path):
+    one().save(tmp_path)
+    values = torch.ones(2)
+    with pytest.raises(DeltaError):
+        SparseDelta({name: SparseTensor((4,), torch.tensor(indices), values, values)}).save(tmp_path)
+    assert SparseDelta.load(tmp_path) == one()

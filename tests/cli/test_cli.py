@@ -11,72 +11,19 @@ import types
 from pathlib import Path
 from typing import NamedTuple
 
-import datasets
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, ShiraConfig, get_peft_model
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers.utils import logging as transformers_logging
 
 from peft_dst import DSTConfig
-from peft_dst.cli import app, main
+from peft_dst.cli import app
 from peft_dst.delta import Checkpoint, SparseDelta
-from tests import toys
+from tests.cli.conftest import WEIGHTS, bert_again
 from tests.models import BUILDERS, assert_same, bert, logits, train
 
 
-PAGE = Path(__file__).parent.parent / "docs" / "cli.md"
-WEIGHTS = "adapter_model.safetensors"
-
-
-@pytest.fixture
-def desk(tmp_path, monkeypatch):
-    """A folder with a base, a fine-tuned checkpoint and adapters, where the commands run."""
-    monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    base = bert()
-    base.save_pretrained("base")
-    model = get_peft_model(bert_again(), DSTConfig(epsilon=0.02, modules_to_save=["classifier"]))
-    train(model, "bert")
-    model.save_pretrained("my-adapter")
-    another = get_peft_model(bert_again(), DSTConfig(epsilon=0.02))
-    train(another, "bert", first=10)
-    another.save_pretrained("another-adapter")
-    for name, config in (
-        ("my-lora", LoraConfig(r=2, target_modules=["query"], init_lora_weights=False)),
-        ("my-shira", ShiraConfig(r=1, target_modules=["query"], init_weights=False)),
-    ):
-        get_peft_model(bert_again(), config).save_pretrained(name)
-    train(base, "bert", steps=1)
-    base.save_pretrained("tuned")
-    recipe = toys.classification(tmp_path)
-    Path("experiment.yaml").write_text(json.dumps(recipe))
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / ".datasets")
-    yield tmp_path
-    # Programs are quieter than libraries.
-    transformers_logging.set_verbosity_warning()
-    transformers_logging.enable_progress_bar()
-    datasets.enable_progress_bars()
-
-
-def bert_again():
-    return type(bert()).from_pretrained("base")
-
-
-@pytest.fixture
-def run(capsys):
-    """Run a command in this process: its exit code, what it prints, and what it says on stderr."""
-
-    def run(*arguments):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit:
-            main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        # What transformers shows of its own is not ours to look at.
-        err = "\n".join(line for line in err.splitlines() if line.startswith(("error", "note", "Error", "Usage")))
-        return exit.value.code or 0, out, err
-
-    return run
+PAGE = Path(__file__).parents[2] / "docs" / "cli.md"
 
 
 def process(*arguments, **options):
@@ -84,14 +31,12 @@ def process(*arguments, **options):
 
 
 def test_the_entry_points(desk):
-    done = process(
-        "-m", "peft_dst", "verify", "my-adapter", "--base", "base", env={"PYTHONPATH": str(PAGE.parent.parent)}
-    )
+    done = process("-m", "peft_dst", "verify", "my-adapter", "--base", "base", env={"PYTHONPATH": str(PAGE.parents[1])})
     assert (done.returncode, done.stderr) == (0, "")
     assert re.fullmatch(r"my-adapter is good: \d+ entries in \d+ tensors, 2 dense, and belongs to base.\n", done.stdout)
     # What the installed script calls.
     script = "import sys; from peft_dst.cli import main; sys.exit(main(['merge', 'base', 'nothing', '-o', 'merged']))"
-    done = process("-c", script, env={"PYTHONPATH": str(PAGE.parent.parent)})
+    done = process("-c", script, env={"PYTHONPATH": str(PAGE.parents[1])})
     assert done.returncode == 2
     assert "'nothing' does not exist" in done.stderr
     project = (PAGE.parent.parent / "pyproject.toml").read_text()
@@ -323,51 +268,6 @@ def test_convert_states_the_error(desk, run):
     assert code == 1
     assert "Say how many may be kept: epsilon" in err
     assert not (desk / "more").exists()
-
-
-def test_train_and_evaluate(desk, run):
-    command = ("train", "experiment.yaml", "method.epsilon=0.1", "--output", "run")
-    code, out, err = run(*command)
-    assert (code, err) == (0, "")
-    record = json.loads(Path("run/results.json").read_text())
-    assert record["recipe"]["method"]["epsilon"] == 0.1
-    accuracy = record["metrics"]["test"]["accuracy"]
-    assert out.startswith(f"run: finished; {record['free_parameters']:,} free parameters.\n")
-    assert f"test: accuracy {accuracy:.4f}, " in out
-    assert SparseDelta.load("run/adapter").num_entries == record["free_parameters"]
-    code, again, _ = run(*command)
-    assert (code, again) == (0, out.replace("finished;", "finished before;"))
-    code, out, _ = run("evaluate", "run")
-    assert code == 0
-    assert out.startswith(f"test: accuracy {accuracy:.4f}, ")
-    assert json.loads(Path("run/evaluation.json").read_text())["metrics"]["test"] == record["metrics"]["test"]
-    code, _, err = run("train", "experiment.yaml", "--output", "run")
-    assert code == 1
-    assert err == "error: run holds a run with method.epsilon = 0.1, not 0.02; give another folder, or remove that one."
-    code, _, err = run("train", "experiment.yaml", "method.epsilom=0.1", "--output", "other")
-    assert code == 1
-    assert "did you mean method.epsilon" in err
-    assert not Path("other").exists()
-
-
-def test_recipes_need_their_extra(desk, run, monkeypatch):
-    """And nothing else does: not the package, not the help of the commands."""
-    for name in [name for name in sys.modules if name.startswith("peft_dst.recipes")]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delattr(sys.modules["peft_dst"], "recipes", raising=False)
-    monkeypatch.setitem(sys.modules, "omegaconf", None)
-    code, _, err = run("train", "experiment.yaml")
-    assert code == 1
-    assert err == "error: recipes need omegaconf, which is not installed: pip install 'peft-dst[recipes]'."
-    code, _, err = run("evaluate", "base")
-    assert code == 1
-    script = (
-        "import sys\nfor name in ('datasets', 'omegaconf', 'sacrebleu', 'seqeval', 'sklearn'): sys.modules[name] = None\n"
-        "from peft_dst.cli import main\nmain(['train', '--help'])"
-    )
-    done = process("-c", script, env={"PYTHONPATH": str(PAGE.parent.parent)})
-    assert done.returncode == 0, done.stderr
-    assert "OPTION=VALUE" in done.stdout
 
 
 def test_export_knows_one_form(desk, run):
