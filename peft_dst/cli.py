@@ -36,7 +36,7 @@ from .delta import (
     place,
 )
 from .extraction import Extraction, extract, layout_of
-from .tables import printable
+from .tables import printable, text_table
 
 
 app = typer.Typer(
@@ -311,6 +311,51 @@ def _evaluate(
     """
     metrics = _recipes().evaluate(run, splits or ["test"], progress=_shows(quiet))
     _print_metrics(metrics)
+
+
+@app.command("sweep", epilog="Example: peft-dst sweep sweep.yaml --output sweep --workers 2")
+def _sweep(
+    config: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="The recipe, with its sweep.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[OPTION=VALUE]...", help="Options that are otherwise than in the file."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", file_okay=False, help="Folder of the runs; runs/NAME if not given.")
+    ] = None,
+    workers: Annotated[
+        int, typer.Option("--workers", "-w", min=0, help="Runs side by side; 0: none besides this process.")
+    ] = 1,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            help="The point that the others are tested against, as --list names it; else the best on validation."
+        ),
+    ] = None,
+    listing: Annotated[bool, typer.Option("--list", help="Print the points, and run nothing.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run a recipe for many values of its options, seeds among them.
+
+    Each point of the sweep is run with each seed, every run in a process and a folder of its own. With search.option, that
+    option is first chosen for each point, on validation data alone. Whatever stops a sweep, the same command goes on with
+    it. The last word is a table: mean and standard deviation over seeds, and p of a paired t-test against one point.
+    """
+    recipes = _recipes()
+    recipe = recipes.load_recipe(config, overrides or [])
+    if listing:
+        for group in recipes.groups(recipe):
+            print(f"{recipes.title(group.point)}: {len(group.recipes)} seeds")
+        return
+    folder = output or Path("runs") / config.stem
+    summary = recipes.sweep(recipe, folder, workers=workers, progress=_shows(quiet), against=against)
+    if not quiet:
+        header, rows = recipes.rows_of(summary)
+        print("\n".join(text_table(header, rows)))
+    for name, error in summary["failures"].items():
+        print(f"error: {folder / 'runs' / name}: {error}", file=sys.stderr)
+    if summary["failures"]:
+        raise typer.Exit(1)
 
 
 def _recipes() -> Any:

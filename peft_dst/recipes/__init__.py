@@ -8,23 +8,34 @@ Needs the extra `recipes`. Nothing but the command line imports this, and that o
 * `models`   the model at its seed, head and body
 * `lab`      what the stages of a run share
 * `methods`  from a method's name to a model ready to train
+* `snapshots` how a subset moves meanwhile
 * `record`   what is written down
 * `runner`   train and evaluate
+* `search`   a value chosen on validation data
+* `summary`  what came of many runs
+* `processes` runs side by side
+* `sweep`    many runs
 """
 
 from .config import Recipe, at, load_recipe, make_recipe, points, to_dict
 from .runner import evaluate, only_own_bars, results, train
+from .summary import rows_of, title
+from .sweep import groups, sweep
 
 
 __all__ = [
     "Recipe",
     "at",
     "evaluate",
+    "groups",
     "load_recipe",
     "make_recipe",
     "only_own_bars",
     "points",
     "results",
+    "rows_of",
+    "sweep",
+    "title",
     "to_dict",
     "train",
 ]

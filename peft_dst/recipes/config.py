@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import hashlib
 import itertools
+import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -153,6 +155,9 @@ class TrainingOptions:
     batch_size: int = _option(16, "Training examples a step and device.")
     evaluation_batch_size: int = _option(64, "Examples a step of evaluation.")
     accumulation: int = _option(1, "Batches a step.")
+    group_by_length: bool = _option(
+        False, "Batches of examples of about one length, still in random order: less padding."
+    )
     optimizer: str = _option("adamw", f"One of {', '.join(OPTIMIZERS)}.")
     weight_decay: float = _option(0.0, "Of the body, for methods without a constraint; and of the head.")
     schedule: str = _option("linear", "Of the learning rate, transformers' name: linear, cosine, constant, …")
@@ -166,6 +171,9 @@ class TrainingOptions:
     bf16: bool = _option(False, "Autocast to bfloat16.")
     save_steps: int = _option(500, "Steps between two checkpoints, from which an interrupted run goes on.")
     logging_steps: int = _option(50, "Steps between two entries of the history.")
+    snapshots: int = _option(
+        0, "Record a dynamic subset so many times, evenly over training, and how much any two have in common (churn)."
+    )
     head_first: HeadFirstOptions = field(default_factory=HeadFirstOptions)
 
 
@@ -181,6 +189,17 @@ class EvaluationOptions:
 
 
 @dataclass
+class SearchOptions:
+    option: str | None = _option(
+        None,
+        "An option that a sweep chooses on the validation split, for each of its points, before anything is tested: e.g. "
+        "training.learning_rate. Null: none.",
+    )
+    trials: int = _option(7, "Values tried at most, of the series 1, 2, 5, 10, outwards from the recipe's own.")
+    seed: int = _option(0, "Seed of the trials.")
+
+
+@dataclass
 class Recipe:
     """One experiment."""
 
@@ -189,6 +208,7 @@ class Recipe:
     method: MethodOptions = field(default_factory=MethodOptions)
     training: TrainingOptions = field(default_factory=TrainingOptions)
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
+    search: SearchOptions = field(default_factory=SearchOptions)
     seed: int = _option(0, "Of the head, the order of the batches, dropout, and random subsets.")
     title: str = _option("", "What this is, for people; of no effect.")
     sweep: Any = _option(
@@ -252,9 +272,33 @@ def to_yaml(recipe: Recipe) -> str:
 
 
 def differences(one: Recipe, other: Recipe) -> list[str]:
-    """Names of the options in which two recipes differ, those of no effect aside."""
-    a, b = (_flat(to_dict(replace(recipe, title="", sweep=None))) for recipe in (one, other))
+    """Names of the options in which two recipes differ, those of no effect on a single training aside."""
+    a, b = (_flat(to_dict(_trained(recipe))) for recipe in (one, other))
     return sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
+
+
+def digest(recipe: Recipe, options: Iterable[str] | None = None) -> str:
+    """Ten characters for what a recipe trains: those of two recipes are equal if `differences` finds none.
+
+    Options at their defaults do not count, so that one which is added here later changes nothing.
+
+    Args:
+        recipe: any recipe.
+        options: beginnings of the names of the options that count; all, if not given.
+    """
+    default = _flat(to_dict(Recipe()))
+    given = {
+        name: value
+        for name, value in _flat(to_dict(_trained(recipe))).items()
+        if value != default.get(name) and (options is None or name.startswith(tuple(options)))
+    }
+    return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def _trained(recipe: Recipe) -> Recipe:
+    """The recipe with everything at its default that has no effect on what is trained."""
+    evaluation = replace(recipe.evaluation, splits=[])
+    return replace(recipe, title="", sweep=None, search=SearchOptions(), evaluation=evaluation)
 
 
 def points(recipe: Recipe) -> list[dict[str, Any]]:
@@ -278,6 +322,14 @@ def at(recipe: Recipe, point: Mapping[str, Any]) -> Recipe:
     for name, value in point.items():
         values = _merged(values, _nested(name, value))
     return _finished(_merge(OmegaConf.structured(replace(recipe, sweep=None)), values, "the sweep"), "the sweep")
+
+
+def value_of(recipe: Recipe, name: str) -> Any:
+    """An option's value by its dotted name; None if there is no such option."""
+    values: Any = to_dict(recipe)
+    for part in name.split("."):
+        values = values.get(part) if isinstance(values, dict) else None
+    return values
 
 
 def option_names() -> dict[str, dataclasses.Field[Any]]:
@@ -414,6 +466,7 @@ def _check(recipe: Recipe) -> None:
         ("task.max_length", recipe.task.max_length),
         ("task.max_target_length", recipe.task.max_target_length),
         ("task.validation_size", recipe.task.validation_size),
+        ("search.trials", recipe.search.trials),
     ):
         if number < 1:
             raise ValueError(f"{name} must be 1 or more, got {number}.")
@@ -430,6 +483,10 @@ def _check(recipe: Recipe) -> None:
         )
     if method.name in ("fisher_pretraining", "combined") and not (method.text or method.source):
         raise ValueError(f"method.name={method.name} scores on plain text; set method.text to a hub id or a folder.")
+    if recipe.search.option not in (None, *option_names()):
+        raise ValueError(
+            f"search.option is {recipe.search.option}, which does not exist{_nearest(recipe.search.option)}."
+        )
     for grid in _grids(recipe.sweep):
         for name in grid:
             if name not in option_names():

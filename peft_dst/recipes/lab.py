@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -24,14 +25,22 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..baselines import SeedPenalty
-from .config import Recipe
+from .config import Recipe, digest
 from .metrics import bleurt, check_bleurt
 from .models import Seed, load_seed, load_tokenizer
 from .tasks import make_task
 from .tasks.base import Features
 
 
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, CACHE = "checkpoints", "cache"
+# What a head that is trained first depends on.
+OF_HEAD = (
+    "model.",
+    "task.",
+    "seed",
+    "training.head_first.",
+    *(f"training.{name}" for name in ("group_by_length", "schedule", "warmup", "max_grad_norm", "bf16")),
+)
 # transformers' older name of it is `gradient_checkpointing`.
 CHECKPOINTING = "activation_checkpointing"
 if CHECKPOINTING not in Seq2SeqTrainingArguments.__dataclass_fields__:
@@ -90,15 +99,17 @@ class Lab:
 
     Args:
         recipe: the recipe.
-        folder: where checkpoints, scores and the head's state go; made when something is written.
+        folder: where checkpoints go; made when something is written.
         progress: show bars.
+        cache: folder of what several runs share, such as scores; if not given, one in the run's folder.
 
     Raises:
         ValueError: if the data or the model do not fit the recipe.
     """
 
-    def __init__(self, recipe: Recipe, folder: Path, progress: bool = False) -> None:
+    def __init__(self, recipe: Recipe, folder: Path, progress: bool = False, cache: Path | None = None) -> None:
         self.recipe, self.folder, self.progress = recipe, folder, progress
+        self.cache = cache or folder / CACHE
         if recipe.evaluation.bleurt:
             check_bleurt()
         self.task = make_task(recipe.task)
@@ -113,6 +124,21 @@ class Lab:
         if self._train is None:
             self._train = self.task.encode(self.rows.train, self.tokenizer, training=True)
         return self._train
+
+    @contextmanager
+    def shared(self, name: str, options: Sequence[str], **training: Any) -> Iterator[Path]:
+        """The file of something that is made once for all recipes that agree in some options; others wait meanwhile.
+
+        Args:
+            name: of what is made.
+            options: beginnings of the names of the options that it depends on.
+            **training: options of training that are otherwise.
+        """
+        recipe = replace(self.recipe, training=replace(self.recipe.training, **training))
+        self.cache.mkdir(parents=True, exist_ok=True)
+        file = self.cache / f"{name}-{digest(recipe, options)}.safetensors"
+        with FileLock(file.with_suffix(".lock")):
+            yield file
 
     def bare(self) -> Seed:
         """The seed with a fresh head: always the same one."""
@@ -135,12 +161,12 @@ class Lab:
         epochs = self.recipe.training.head_first.epochs if head_epochs is None else head_epochs
         seed = self.bare()
         if epochs and seed.head:
-            file = self.folder / f"head_{epochs:g}_epochs.safetensors"
-            if not file.is_file():
-                self._train_head(seed, epochs, file)
-                # What was trained is put onto a model that knows of no training.
-                seed = self.bare()
-            seed.model.load_state_dict(load_file(file), strict=False)
+            with self.shared(f"head-{epochs:g}", OF_HEAD) as file:
+                if not file.is_file():
+                    self._train_head(seed, epochs, file)
+                    # What was trained is put onto a model that knows of no training.
+                    seed = self.bare()
+                seed.model.load_state_dict(load_file(file), strict=False)
         # The order of the examples is the same for every method.
         set_seed(self.recipe.seed)
         return seed
@@ -153,9 +179,7 @@ class Lab:
         set_seed(self.recipe.seed)
         optimizer = torch.optim.AdamW(head.values(), lr=options.learning_rate, weight_decay=0.0, fused=True)
         self.fit(seed.model, optimizer, Plan(epochs, options.batch_size))
-        self.folder.mkdir(parents=True, exist_ok=True)
-        state = {name: t.contiguous() for name, t in seed.model.state_dict().items() if seed.in_head(name)}
-        save_file(state, file)
+        save_whole({name: t for name, t in seed.model.state_dict().items() if seed.in_head(name)}, file)
 
     @property
     def plan(self) -> Plan:
@@ -224,6 +248,10 @@ class Lab:
             per_device_train_batch_size=plan.batch_size,
             per_device_eval_batch_size=options.evaluation_batch_size,
             gradient_accumulation_steps=plan.accumulation,
+            # Trainer would order the examples of an evaluation by it, too, and with them the answers.
+            train_sampling_strategy="group_by_length"
+            if options.group_by_length and optimizer is not None
+            else "random",
             lr_scheduler_type=options.schedule,
             warmup_steps=options.warmup,
             max_grad_norm=options.max_grad_norm,
@@ -256,6 +284,13 @@ class Lab:
             trainer.remove_callback(ProgressCallback)
             trainer.add_callback(_Bar)
         return trainer
+
+
+def save_whole(tensors: dict[str, Tensor], file: Path) -> None:
+    """A file that appears when it is whole."""
+    temporary = file.with_suffix(".part")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+    temporary.replace(file)
 
 
 def _put(seed: Seed, body: dict[str, Tensor], where: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
@@ -22,11 +23,12 @@ from ..baselines import SeedPenalty, lora_config_for_budget, prompt_tuning_confi
 from ..config import BY_SEED, DEFAULT_EPSILON, GIVEN, DSTConfig
 from ..extraction import extract
 from ..static import fix_subset
-from ..subsets import change_scores, combined_scores, load_scores, save_scores, score_parameters
+from ..subsets import change_scores, combined_scores, load_scores, score_parameters
 from ..training import DSTCallback, DSTOptimizer, parameter_groups
 from .config import SELECTED, MethodOptions
-from .lab import Lab
+from .lab import OF_HEAD, Lab, save_whole
 from .models import Seed, source
+from .snapshots import SNAPSHOTS, Snapshots
 from .tasks import load_rows
 
 
@@ -136,11 +138,14 @@ def _subset(lab: Lab) -> Prepared:
     wrapped = training.dst_optimizer
     if wrapped is None:
         wrapped = (not static and lab.recipe.model.dtype != "float32") or training.release_gradients
+    callbacks: list[TrainerCallback] = [] if static else [DSTCallback()]
+    if training.snapshots and not static:
+        callbacks.append(Snapshots(lab.folder / SNAPSHOTS, training.snapshots))
     return Prepared(
         model,
         model.constraint().budget,
         _optimizer(lab, groups, wrapped),
-        callbacks=[] if static else [DSTCallback()],
+        callbacks=callbacks,
     )
 
 
@@ -210,10 +215,16 @@ def _pruned(lab: Lab) -> Prepared:
 
 def _penalised(lab: Lab) -> Seed:
     """The model that is pruned: fully tuned with an l1 penalty (second paper, Section 3.1)."""
-    seed = lab.start()
-    rate = lab.recipe.method.pruning_learning_rate
-    groups = _two_rates(lab, seed, seed.model, rate)
-    lab.fit(seed.model, _optimizer(lab, groups), lab.plan, _penalty(lab, seed, "l1"))
+    rate = lab.recipe.method.pruning_learning_rate or float(lab.recipe.training.learning_rate)
+    depends = (*OF_HEAD, "training.", "method.coefficient")
+    with lab.shared("penalised", depends, learning_rate=rate, snapshots=0) as file:
+        if not file.is_file():
+            seed = lab.start()
+            groups = _two_rates(lab, seed, seed.model, rate)
+            lab.fit(seed.model, _optimizer(lab, groups), lab.plan, _penalty(lab, seed, "l1"))
+            save_whole(dict(seed.model.named_parameters()), file)
+        seed = lab.start()
+        seed.model.load_state_dict(load_file(file), strict=False)
     return seed
 
 
@@ -227,12 +238,7 @@ def _scores(lab: Lab) -> dict[str, Tensor]:
     if options.source:
         return load_scores(options.source)
     if options.name == "diff_pruning":
-        file = lab.folder / "scores" / "change.safetensors"
-        if not file.is_file():
-            scores = change_scores(lab.start().body(), _penalised(lab).body())
-            file.parent.mkdir(parents=True, exist_ok=True)
-            save_scores(file, scores)
-        return load_scores(file)
+        return change_scores(lab.start().body(), _penalised(lab).body())
     if options.name == "fisher":
         return _fisher(lab)
     if options.name == "fisher_pretraining":
@@ -244,7 +250,8 @@ def _fisher(lab: Lab) -> dict[str, Tensor]:
     """Squared gradients of the task's loss, under a head trained before: as the recipe says, or else for one epoch."""
     seed = lab.start(lab.recipe.training.head_first.epochs or 1.0)
     rows = lab.train_features[: lab.recipe.method.score_examples]
-    return _score(lab, seed.model, list(seed.body()), rows, lab.collate, "fisher")
+    with lab.shared("fisher", (*OF_HEAD, "method.score_")) as file:
+        return _score(lab, seed.model, list(seed.body()), rows, lab.collate, file)
 
 
 def _fisher_pretraining(lab: Lab) -> dict[str, Tensor]:
@@ -267,18 +274,18 @@ def _fisher_pretraining(lab: Lab) -> dict[str, Tensor]:
     shapes = {name: tensor.shape for name, tensor in seed.body().items()}
     known = dict(model.named_parameters())
     names = [name for name, shape in shapes.items() if name in known and known[name].shape == shape]
-    scores = _score(lab, model, names, [{"input_ids": i} for i in ids], collate, "fisher_pretraining")
+    depends = ("model.", "seed", "task.name", "task.max_length", "method.text", "method.score_definition")
+    with lab.shared("fisher_pretraining", depends) as file:
+        scores = _score(lab, model, names, [{"input_ids": i} for i in ids], collate, file)
     # What pretraining has no gradient for (a pooler) ranks last.
     return {name: scores[name] if name in scores else torch.zeros(shape) for name, shape in shapes.items()}
 
 
-def _score(lab: Lab, model: nn.Module, names: list[str], rows: Any, collate: Any, file: str) -> dict[str, Tensor]:
+def _score(lab: Lab, model: nn.Module, names: list[str], rows: Any, collate: Any, cache: Path) -> dict[str, Tensor]:
     options = lab.recipe.method
     loader: DataLoader = DataLoader(
         rows, batch_size=1 if options.score_definition == "per_example" else 4, collate_fn=collate
     )
-    cache = Path(lab.folder) / "scores" / f"{file}.safetensors"
-    cache.parent.mkdir(parents=True, exist_ok=True)
     return score_parameters(
         model.to(PartialState().device),
         loader,

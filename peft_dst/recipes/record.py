@@ -26,6 +26,8 @@ PACKAGES = (
 )
 RESULTS = "results.json"
 CONFIG = "config.yaml"
+# In a run's folder before it is one.
+LOCK, LOG, ERROR = ".lock", "log.txt", "error.txt"
 
 
 def surroundings() -> dict[str, Any]:
