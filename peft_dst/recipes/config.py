@@ -49,7 +49,8 @@ def _option(default: Any, help: str) -> Any:
 class ModelOptions:
     name: str = _option(
         MISSING,
-        "Hub id, folder, or package:NAME/PATH, a folder inside an installed Python package (which is not imported).",
+        "Hub id, folder (as it is, or inside the folder that PEFT_DST_DATA names), or package:NAME/PATH, a folder inside an "
+        "installed Python package (which is not imported).",
     )
     revision: str | None = _option(None, "Branch, tag or commit on the hub.")
     tokenizer: str | None = _option(None, "Hub id or folder of the tokenizer, if not the model's own.")

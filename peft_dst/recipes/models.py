@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase, set_seed
 
 from .config import ModelOptions
-from .tasks import Task
+from .tasks import Task, local_folder
 
 
 PACKAGE = "package:"
@@ -35,13 +35,13 @@ class Seed:
 
 
 def source(name: str) -> str:
-    """What transformers loads: a hub id, a folder, or a folder inside an installed package.
+    """What transformers loads: a hub id, a folder (also inside $PEFT_DST_DATA), or one inside an installed package.
 
     Raises:
         ValueError: if that package is not installed, or has no such folder.
     """
     if not name.startswith(PACKAGE):
-        return name
+        return str(local_folder(name, "*.json") or name)
     package, _, inside = name.removeprefix(PACKAGE).partition("/")
     found = importlib.util.find_spec(package) if package.isidentifier() else None
     if found is None or not found.submodule_search_locations:

@@ -15,11 +15,21 @@ from datasets import Dataset, load_dataset
 VARIABLE = "PEFT_DST_DATA"
 
 
-def find_folder(data: str) -> Path | None:
-    """The local folder that a name stands for, if there is one."""
+def local_folder(name: str, holding: str) -> Path | None:
+    """The folder that a name stands for, here or inside $PEFT_DST_DATA, if there is one with such a file in it.
+
+    Args:
+        name: relative or absolute.
+        holding: name of a file, or a pattern of names.
+    """
     root = os.environ.get(VARIABLE)
-    candidates = [Path(data), *([Path(root) / data] if root else [])]
-    return next((folder for folder in candidates if folder.is_dir() and any(folder.glob("*.jsonl"))), None)
+    candidates = [Path(name), *([Path(root) / name] if root else [])]
+    return next((folder for folder in candidates if folder.is_dir() and any(folder.glob(holding))), None)
+
+
+def find_folder(data: str) -> Path | None:
+    """The local folder of a data set, if there is one."""
+    return local_folder(data, "*.jsonl")
 
 
 def load_rows(data: str, split: str, subset: str | None = None) -> Dataset:
