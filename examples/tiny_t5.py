@@ -47,7 +47,9 @@ def make_tokenizer(data: Iterable[str], size: int) -> PreTrainedTokenizerFast:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("data", type=Path, nargs="+", help="files of JSON lines, from whose texts the tokenizer is learned")
+    parser.add_argument(
+        "data", type=Path, nargs="+", help="files of JSON lines, from whose texts the tokenizer is learned"
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder of the model")
     parser.add_argument("--vocabulary", type=int, default=2000, help="number of tokens, at most")
     parser.add_argument("--rows", type=int, default=3000, help="rows that are read of each file")
@@ -70,6 +72,9 @@ def main() -> None:
         eos_token_id=tokenizer.eos_token_id,
     )
     model = T5ForConditionalGeneration(config)
+    with torch.no_grad():
+        # Drawn at 1, for models that are pretrained for long; so large, it is mostly sure of the wrong token.
+        model.lm_head.weight.mul_(options.width**-0.5)
     model.save_pretrained(options.output)
     tokenizer.save_pretrained(options.output)
     print(f"{options.output}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer):,} tokens")

@@ -280,6 +280,10 @@ def _train(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", file_okay=False, help="Folder of the run; runs/NAME if not given.")
     ] = None,
+    comparison: Annotated[
+        Path | None,
+        typer.Option(dir_okay=False, help="Also write the result to this file as PEFT's comparison of methods has it."),
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Run an experiment from a recipe.
@@ -292,6 +296,8 @@ def _train(
     folder = output or Path("runs") / config.stem
     there = recipes.results(folder) is not None
     record = recipes.train(recipe, folder, progress=_shows(quiet))
+    if comparison is not None:
+        comparison.write_text(json.dumps(recipes.compared(folder), indent=2) + "\n")
     if not quiet:
         print(f"{folder}: {'finished before' if there else 'finished'}; {record['free_parameters']:,} free parameters.")
         _print_metrics(record["metrics"])

@@ -10,13 +10,16 @@ Needs the extra `recipes`. Nothing but the command line imports this, and that o
 * `methods`  from a method's name to a model ready to train
 * `snapshots` how a subset moves meanwhile
 * `record`   what is written down
+* `forgetting` what a causal model loses of its language
 * `runner`   train and evaluate
+* `comparison` a run as PEFT's comparison of methods writes it
 * `search`   a value chosen on validation data
 * `summary`  what came of many runs
 * `processes` runs side by side
 * `sweep`    many runs
 """
 
+from .comparison import compared
 from .config import Recipe, at, load_recipe, make_recipe, points, to_dict
 from .runner import evaluate, only_own_bars, results, train
 from .summary import rows_of, title
@@ -26,6 +29,7 @@ from .sweep import groups, sweep
 __all__ = [
     "Recipe",
     "at",
+    "compared",
     "evaluate",
     "groups",
     "load_recipe",

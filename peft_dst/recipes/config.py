@@ -49,8 +49,8 @@ def _option(default: Any, help: str) -> Any:
 class ModelOptions:
     name: str = _option(
         MISSING,
-        "Hub id, folder (as it is, or inside the folder that PEFT_DST_DATA names), or package:NAME/PATH, a folder inside an "
-        "installed Python package (which is not imported).",
+        "Hub id, folder (as it is, or inside the folder that PEFT_DST_DATA names), or package:NAME/PATH, a folder inside "
+        "an installed Python package (which is not imported).",
     )
     revision: str | None = _option(None, "Branch, tag or commit on the hub.")
     tokenizer: str | None = _option(None, "Hub id or folder of the tokenizer, if not the model's own.")
@@ -96,6 +96,10 @@ class TaskOptions:
     prompt: str | None = _option(
         None, "Input of a generating model, with columns in braces, e.g. 'question: {question}'. null: the task's own."
     )
+    max_characters: int | None = _option(
+        None, "Training examples of more characters, input and target together, are left out (generation)."
+    )
+    train_inputs: bool = _option(False, "A causal model is trained on its inputs, too, not on the targets alone.")
     parts: list[str] = _option([], "The SuperGLUE tasks in the mix; empty means all eight.")
     mask_probability: float = _option(0.15, "Share of the words that are masked (masked_words).")
 
@@ -169,6 +173,7 @@ class TrainingOptions:
     )
     release_gradients: bool = _option(False, "As DSTOptimizer's.")
     activation_checkpointing: bool = _option(False, "Recompute activations in the backward pass.")
+    empty_cache_steps: int | None = _option(None, "Give unused memory of the accelerator back so often.")
     bf16: bool = _option(False, "Autocast to bfloat16.")
     save_steps: int = _option(500, "Steps between two checkpoints, from which an interrupted run goes on.")
     logging_steps: int = _option(50, "Steps between two entries of the history.")
@@ -182,6 +187,12 @@ class TrainingOptions:
 class EvaluationOptions:
     splits: list[str] = _option(["validation", "test"], "Of train, validation and test.")
     train_examples: int = _option(500, "How many of the training examples, where train is one of the splits.")
+    every: int | None = _option(None, "Also measure the validation split after every so many steps of training.")
+    text: str | None = _option(
+        None, "Plain text (hub id or folder, as task.data) on which a causal model's loss is measured before and after."
+    )
+    text_split: str = _option("train", "Split of that text.")
+    text_examples: int = _option(100, "Rows of that text, the first ones.")
     after_head: bool = _option(False, "Also evaluate after the head's own training.")
     beams: int = _option(1, "Beams of the search (generation); 1 is greedy.")
     max_new_tokens: int | None = _option(None, "Tokens of an answer at most; null: task.max_target_length.")
@@ -458,6 +469,8 @@ def _check(recipe: Recipe) -> None:
     if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < math.inf:
         raise ValueError(f"training.learning_rate must be a number of 0 or more, got {rate!r}.")
     for name, number in (
+        ("evaluation.every", 1 if recipe.evaluation.every is None else recipe.evaluation.every),
+        ("evaluation.text_examples", recipe.evaluation.text_examples),
         ("training.batch_size", recipe.training.batch_size),
         ("training.evaluation_batch_size", recipe.training.evaluation_batch_size),
         ("training.accumulation", recipe.training.accumulation),

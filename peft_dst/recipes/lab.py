@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -60,11 +62,17 @@ class Plan:
 
 @dataclass
 class Training:
-    """What came of a training."""
+    """What came of a training.
+
+    Seconds leave out what was measured in between. Memory is in bytes, of an accelerator; tokens are those of the inputs,
+    and counted only where something is measured in between.
+    """
 
     steps: int
     seconds: float
     history: list[dict[str, Any]]
+    tokens: int = 0
+    memory: dict[str, int] | None = None
 
 
 class _Bar(ProgressCallback):
@@ -79,13 +87,44 @@ class _Trainer(Seq2SeqTrainer):
     """Trainer with a penalty on the distance from the seed; answers without the questions before them."""
 
     penalty: SeedPenalty | None = None
+    # What is measured in the middle of training, and the seconds that it took.
+    measure: Callable[[], dict[str, float]] | None = None
+    measuring = 0.0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Bytes of the accelerator, allocated and reserved, after each backward pass.
+        self.memory: list[tuple[int, int]] = []
+        self.begin = time.perf_counter()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
         # Once a step, before Trainer clips.
         if self.penalty is not None and self.accelerator.sync_gradients:
             self.penalty.add_gradient()
+        if torch.cuda.is_available():
+            self.memory.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
         return loss
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """In the middle of training: figures of answers, where Trainer would take the loss."""
+        assert self.measure is not None
+        begin = time.perf_counter()
+        figures = {f"validation_{name}": figure for name, figure in self.measure().items()}
+        seconds = {"training_seconds": begin - self.begin - self.measuring}
+        self.measuring += time.perf_counter() - begin
+        since = self.memory[-self.args.eval_steps * self.args.gradient_accumulation_steps :]
+        sizes = zip(("memory_allocated", "memory_reserved"), zip(*since, strict=True), strict=bool(since))
+        self.log(
+            {
+                **figures,
+                **seconds,
+                "measuring_seconds": self.measuring,
+                **{name: statistics.fmean(size) for name, size in sizes},
+            }
+        )
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)
+        return figures
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         loss, found, labels = super().prediction_step(model, inputs, *args, **kwargs)
@@ -198,22 +237,34 @@ class Lab:
         """Train on the training examples; a resumable training goes on from its last checkpoint."""
         trainer = self._trainer(model, plan, optimizer, callbacks)
         trainer.penalty = penalty
+        trainer.measure = lambda: self._answered(trainer, "validation")[0]
         folder = self.folder / CHECKPOINTS
         last = get_last_checkpoint(str(folder)) if plan.resumable and folder.is_dir() else None
         output = trainer.train(resume_from_checkpoint=last)
-        return Training(output.global_step, float(output.metrics["train_runtime"]), trainer.state.log_history)
+        seconds = float(output.metrics["train_runtime"]) - trainer.measuring
+        reserved = [size for _, size in trainer.memory]
+        memory = None
+        if reserved:
+            highest = torch.tensor(reserved, dtype=torch.float64).quantile(0.99)
+            memory = {"reserved": int(statistics.fmean(reserved)), "reserved_99th": int(highest)}
+        return Training(
+            output.global_step, seconds, trainer.state.log_history, trainer.state.num_input_tokens_seen, memory
+        )
 
     def predict(self, model: nn.Module, split: str) -> tuple[dict[str, float], list[Any]]:
         """Figures and answers on a split."""
+        found = self._answered(self._trainer(model, self.plan), split)
+        with suppress(OSError):
+            # Trainer makes it, whatever it is for; one with checkpoints stays.
+            (self.folder / CHECKPOINTS).rmdir()
+        return found
+
+    def _answered(self, trainer: _Trainer, split: str) -> tuple[dict[str, float], list[Any]]:
         rows = self.rows[split]
         if split == "train":
             rows = rows[: self.recipe.evaluation.train_examples]
         features = self.task.encode(rows, self.tokenizer, training=False)
-        trainer = self._trainer(model, self.plan)
         output = trainer.predict(features, **(self._generation() if self.task.generates else {}))
-        with suppress(OSError):
-            # Trainer makes it, whatever it is for; one with checkpoints stays.
-            (self.folder / CHECKPOINTS).rmdir()
         answers = self.task.answers(rows, features, output.predictions, self.tokenizer)
         figures = self.task.metrics(rows, answers)
         if self.recipe.evaluation.bleurt:
@@ -241,6 +292,8 @@ class Lab:
         callbacks: Sequence[TrainerCallback] = (),
     ) -> _Trainer:
         options = self.recipe.training
+        # Only in the recipe's own training, not in what comes before it.
+        every = self.recipe.evaluation.every if plan.resumable else None
         arguments = Seq2SeqTrainingArguments(
             output_dir=str(self.folder / CHECKPOINTS),
             num_train_epochs=plan.epochs,
@@ -261,6 +314,10 @@ class Lab:
             save_strategy="steps" if plan.resumable else "no",
             save_steps=options.save_steps,
             save_total_limit=1,
+            eval_strategy="no" if every is None else "steps",
+            eval_steps=every,
+            include_num_input_tokens_seen="no" if every is None else "non_padding",
+            torch_empty_cache_steps=options.empty_cache_steps,
             predict_with_generate=self.task.generates,
             # Rows are lists of what the model takes.
             remove_unused_columns=False,
@@ -274,6 +331,8 @@ class Lab:
             arguments,
             data_collator=self.collate,
             train_dataset=self.train_features if optimizer is not None else None,
+            # Trainer wants one; `measure` takes the rows that it is about.
+            eval_dataset=None if every is None else [],
             processing_class=self.tokenizer,
             optimizers=(optimizer, None),
             callbacks=list(callbacks),

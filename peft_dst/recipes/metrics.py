@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import statistics
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
@@ -22,6 +22,9 @@ from sklearn.metrics import f1_score as sklearn_f1
 
 # Beside ASCII's: typographic quotes and accents count as punctuation in TriviaQA.
 _PUNCTUATION = str.maketrans(dict.fromkeys(string.punctuation + "‘’´`", " "))
+_ASCII_PUNCTUATION = str.maketrans("", "", string.punctuation)
+# How MetaMathQA and GSM8K announce an answer, the longer ones first.
+_ANNOUNCED = ("The answer is: ", "The answer is ", "The final answer is: ", "The final answer is ", "#### ")
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 _NUMBER = re.compile(r"[-+]?\.?\d[\d,]*(?:\.\d+)?")
 
@@ -44,35 +47,48 @@ def binary_f1(predictions: Sequence[Any], references: Sequence[Any], positive: A
 
 def normalise_answer(text: str) -> str:
     """An answer as TriviaQA compares it: lower case, without punctuation, articles and double spaces."""
-    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+    return _without_articles(text.lower().translate(_PUNCTUATION))
 
 
-def answer_match(predictions: Sequence[str], aliases: Sequence[Sequence[str]]) -> float:
+def normalise_squad(text: str) -> str:
+    """An answer as SQuAD and ReCoRD compare it: where TriviaQA puts a space for punctuation, there is nothing."""
+    return _without_articles(text.lower().translate(_ASCII_PUNCTUATION))
+
+
+def _without_articles(text: str) -> str:
+    return " ".join(_ARTICLES.sub(" ", text).split())
+
+
+def answer_match(
+    predictions: Sequence[str], aliases: Sequence[Sequence[str]], normalise: Callable[[str], str] = normalise_answer
+) -> float:
     """TriviaQA's exact match: share of predictions that are one of the accepted answers, both normalised."""
     pairs = zip(predictions, aliases, strict=True)
-    return _mean([normalise_answer(p) in {normalise_answer(alias) for alias in accepted} for p, accepted in pairs])
+    return _mean([normalise(p) in {normalise(alias) for alias in accepted} for p, accepted in pairs])
 
 
-def answer_f1(predictions: Sequence[str], aliases: Sequence[Sequence[str]]) -> float:
+def answer_f1(
+    predictions: Sequence[str], aliases: Sequence[Sequence[str]], normalise: Callable[[str], str] = normalise_answer
+) -> float:
     """Token F1 with the best of the accepted answers, normalised; as for TriviaQA, SQuAD and ReCoRD."""
     return _mean(
         [
-            max((_token_f1(p, alias) for alias in accepted), default=0.0)
+            max((_token_f1(normalise(p), normalise(alias)) for alias in accepted), default=0.0)
             for p, accepted in zip(predictions, aliases, strict=True)
         ]
     )
 
 
 def _token_f1(prediction: str, reference: str) -> float:
-    one, other = normalise_answer(prediction).split(), normalise_answer(reference).split()
+    one, other = prediction.split(), reference.split()
     common = sum(min(one.count(token), other.count(token)) for token in set(one))
-    return 2 * common / (len(one) + len(other)) if common else float(one == other)
+    return 2 * common / (len(one) + len(other)) if common else 0.0
 
 
 def final_number(text: str) -> Decimal | None:
-    """GSM8K's answer in a chain of thought: the number after the last `####`, or else the last one there is."""
-    _, marked, end = text.rpartition("####")
-    found = _NUMBER.findall(end)
+    """GSM8K's answer in a chain of thought: the number after the first `####`, or else the last one there is."""
+    _, marked, end = text.partition("####")
+    found = _NUMBER.findall(end if marked else text)
     if not found:
         return None
     try:
@@ -85,6 +101,28 @@ def number_match(predictions: Sequence[str], references: Sequence[str]) -> float
     """GSM8K's accuracy: share of predictions whose final number is the reference's, whatever its notation."""
     pairs = [(final_number(p), final_number(r)) for p, r in zip(predictions, references, strict=True)]
     return _mean([one is not None and one == other for one, other in pairs])
+
+
+def stated_match(predictions: Sequence[str], references: Sequence[str]) -> float:
+    """Accuracy by the rule of PEFT's comparison of methods: what is stated as the answer, and nothing else on that line.
+
+    Stricter than `number_match`: no number counts that is not announced (`The answer is: `, `#### `, …), or has words
+    after it. Fractions are divided.
+    """
+    pairs = [(_stated(p), _stated(r)) for p, r in zip(predictions, references, strict=True)]
+    return _mean([one is not None and one == other for one, other in pairs])
+
+
+def _stated(text: str) -> float | str | None:
+    announced = next((words for words in _ANNOUNCED if words in text.strip().rstrip(".!?")), None)
+    if announced is None:
+        return None
+    answer = text.strip().rstrip(".!?").rpartition(announced)[2].strip().split("\n", 1)[0].strip(" .!?$%")
+    above, divided, below = answer.partition("/")
+    try:
+        return float(Decimal(above.strip()) / Decimal(below.strip() if divided else 1))
+    except (ArithmeticError, ValueError):
+        return answer
 
 
 def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:

@@ -47,12 +47,13 @@ def surroundings() -> dict[str, Any]:
 
 
 def peak_memory() -> dict[str, Any]:
-    """Bytes at the peak: what tensors took on the accelerator.
+    """Bytes at the peak: what tensors took on the accelerator, and what was reserved for them.
 
     Without one, what the process had resident, which counts all that it did before.
     """
     if torch.cuda.is_available():
-        return {"bytes": torch.cuda.max_memory_allocated(), "of": "accelerator"}
+        reserved = torch.cuda.max_memory_reserved()
+        return {"bytes": torch.cuda.max_memory_allocated(), "reserved": reserved, "of": "accelerator"}
     try:
         import resource
     except ImportError:  # Windows

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from ..config import DSTConfig
 from ..core.silos import compile_silo_patterns, read_names
 from ..delta import SparseDelta
 from .config import Recipe, differences, load_recipe, to_dict, to_yaml, value_of
+from .forgetting import text_loss
 from .lab import CACHE, CHECKPOINTS, Lab, Training
 from .methods import prepare
 from .models import Seed
@@ -79,12 +81,13 @@ def train(
 
 
 def _run(recipe: Recipe, folder: Path, progress: bool, cache: Path | None) -> dict[str, Any]:
-    begin = time.perf_counter()
+    begin, now = time.perf_counter(), datetime.now(timezone.utc)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     lab = Lab(recipe, folder, progress, cache)
     after_head = _after_head(lab) if recipe.evaluation.after_head else {}
     prepared = prepare(lab)
+    texts = {"before": text_loss(lab, prepared.model, seed=True)} if recipe.evaluation.text else {}
     ready = time.perf_counter()
     training = Training(0, 0.0, [])
     if prepared.optimizer is not None:
@@ -94,17 +97,21 @@ def _run(recipe: Recipe, folder: Path, progress: bool, cache: Path | None) -> di
     _save(prepared.model, folder)
     evaluating = time.perf_counter()
     metrics = _metrics(lab, prepared.model, recipe.evaluation.splits, folder)
+    if texts:
+        texts["after"] = text_loss(lab, prepared.model)
     done = time.perf_counter()
     record = {
         "recipe": to_dict(recipe),
         "metrics": metrics,
         **({"metrics_after_head": after_head} if after_head else {}),
+        **({"text_loss": texts} if texts else {}),
         "free_parameters": prepared.free_parameters,
         **_sizes(lab.bare()),
         "file_sizes": file_sizes(_saved(folder)),
         **_subset(prepared.model, folder),
         "examples": {name: len(lab.rows[name]) for name in ("train", "validation", "test")},
         "steps": training.steps,
+        **({"tokens": training.tokens} if training.tokens else {}),
         "seconds": {
             "preparation": round(ready - begin, 2),
             "training": round(training.seconds, 2),
@@ -113,6 +120,8 @@ def _run(recipe: Recipe, folder: Path, progress: bool, cache: Path | None) -> di
             **_switching(prepared.model),
         },
         "peak_memory": memory,
+        **({"training_memory": training.memory} if training.memory else {}),
+        "created_at": now.isoformat(timespec="seconds"),
         **surroundings(),
         "history": training.history,
     }
@@ -183,7 +192,7 @@ def evaluate(folder: str | Path, splits: Iterable[str] = ("test",), *, progress:
     unknown = [split for split in splits if split not in ("train", "validation", "test")]
     if unknown:
         raise ValueError(f"there is no split {unknown[0]!r}; use train, validation or test.")
-    metrics = _measured(_recipe_of(folder), folder, splits, progress)
+    metrics = _measured(recipe_of(folder), folder, splits, progress)
     write(folder / "evaluation.json", {"metrics": metrics, **surroundings()})
     return metrics
 
@@ -212,7 +221,7 @@ def tuned_body(folder: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: if the run is not finished, or its method leaves the body as it is.
     """
-    recipe = _recipe_of(folder)
+    recipe = recipe_of(folder)
     if recipe.method.name == "prompt_tuning":
         raise ValueError(f"{folder} is a run of prompt tuning, which changes no weight of the body.")
     model: Any = load_trained(Lab(recipe, folder), folder)
@@ -221,7 +230,12 @@ def tuned_body(folder: Path) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in model.base_model.state_dict().items()}
 
 
-def _recipe_of(folder: Path) -> Recipe:
+def recipe_of(folder: Path) -> Recipe:
+    """The recipe of a finished run.
+
+    Raises:
+        ValueError: if the folder holds none.
+    """
     if results(folder) is None or not (folder / CONFIG).is_file():
         raise ValueError(f"{folder} holds no finished run; peft-dst train makes one.")
     return load_recipe(folder / CONFIG)

@@ -12,7 +12,7 @@
 from ..config import TaskOptions
 from .base import Splits, Task
 from .classification import Classification
-from .data import load_rows, local_folder
+from .data import first_rows, load_rows, local_folder
 from .generation import Maths, QuestionAnswering, Translation
 from .superglue import SuperGLUE
 from .tagging import Tagging
@@ -35,4 +35,4 @@ def make_task(options: TaskOptions) -> Task:
     return KINDS[options.name](options)
 
 
-__all__ = ["KINDS", "Splits", "Task", "load_rows", "local_folder", "make_task"]
+__all__ = ["KINDS", "Splits", "Task", "first_rows", "load_rows", "local_folder", "make_task"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,20 @@ def load_rows(data: str, split: str, subset: str | None = None) -> Dataset:
         if name not in files:
             raise ValueError(f"{folder} has no {name}.jsonl; its splits are {', '.join(files)}.")
     return load_dataset("json", data_files={name: files[name] for name in wanted}, split=split)
+
+
+def first_rows(data: str, split: str, count: int) -> list[dict[str, Any]]:
+    """The first rows of a split, `count` at most; of the hub's data sets no more than these is fetched.
+
+    Raises:
+        ValueError: if there is no such data set or split.
+    """
+    if find_folder(data) is None and not Path(data).is_dir():
+        try:
+            return list(islice(load_dataset(data, split=split, streaming=True), count))
+        except Exception:  # said below, with where it was looked for
+            pass
+    return list(islice(load_rows(data, split), count))
 
 
 def pick(row: Mapping[str, Any], name: str, columns: Mapping[str, str], usual: Sequence[str] = ()) -> Any:

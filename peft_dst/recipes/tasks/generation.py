@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from abc import abstractmethod
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoModelForCausalLM,
@@ -17,8 +19,8 @@ from transformers import (
 )
 
 from ..config import TaskOptions
-from ..metrics import answer_f1, answer_match, bleu, number_match
-from .base import IGNORED, Collate, Features, Row, Task
+from ..metrics import answer_f1, answer_match, bleu, number_match, stated_match
+from .base import IGNORED, Collate, Features, Row, Splits, Task
 from .data import pick
 
 
@@ -57,6 +59,24 @@ class Generation(Task):
     def row(self, values: Row, target: str, references: list[str]) -> Row:
         return {"input": fill(self.options.prompt or self.prompt, values), "target": target, "references": references}
 
+    def divided(self, train: Dataset, validation: Dataset, test: Dataset) -> Splits:
+        splits = super().divided(train, validation, test)
+        return replace(splits, train=self.short(splits.train))
+
+    def short(self, rows: list[Row]) -> list[Row]:
+        """The rows of no more than task.max_characters.
+
+        Raises:
+            ValueError: if there are none.
+        """
+        most = self.options.max_characters
+        if most is None:
+            return rows
+        found = [row for row in rows if len(row["input"]) + len(row["target"]) <= most]
+        if not found:
+            raise ValueError(f"no training example has {most} characters or fewer; raise task.max_characters.")
+        return found
+
     def model_class(self, config: PretrainedConfig) -> type:
         self.task_type = "SEQ_2_SEQ_LM" if config.is_encoder_decoder else "CAUSAL_LM"
         return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
@@ -73,8 +93,9 @@ class Generation(Task):
         targets = tokenizer([row["target"] for row in rows], add_special_tokens=False, **limits)["input_ids"]
         # A causal model reads its input, and is trained on the target and on where it ends.
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        learned = self.options.train_inputs
         return [
-            {"input_ids": ids + target + end, "labels": [IGNORED] * len(ids) + target + end}
+            {"input_ids": ids + target + end, "labels": (ids if learned else [IGNORED] * len(ids)) + target + end}
             for ids, target in zip(inputs, targets, strict=True)
         ]
 
@@ -151,7 +172,7 @@ class QuestionAnswering(Generation):
 
 
 class Maths(Generation):
-    """GSM8K: a chain of thought that ends in `#### number`."""
+    """GSM8K: a chain of thought that ends in `#### number`; MetaMathQA's ends in `The answer is: number`."""
 
     prompt = "question: {question}\nanswer: "
 
@@ -161,4 +182,5 @@ class Maths(Generation):
         return [self.row({"question": question}, answer, [answer])]
 
     def metrics(self, rows: list[Row], answers: list[Any]) -> dict[str, float]:
-        return {"accuracy": number_match(answers, [row["references"][0] for row in rows])}
+        references = [row["references"][0] for row in rows]
+        return {"accuracy": number_match(answers, references), "stated": stated_match(answers, references)}

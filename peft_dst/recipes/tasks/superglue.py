@@ -11,13 +11,23 @@ from typing import Any
 
 from datasets import Dataset
 
-from ..metrics import accuracy, answer_f1, answer_match, binary_f1, grouped_match, macro_f1, superglue_average
+from ..metrics import (
+    accuracy,
+    answer_f1,
+    answer_match,
+    binary_f1,
+    grouped_match,
+    macro_f1,
+    normalise_squad,
+    superglue_average,
+)
 from .base import Row, Splits
 from .data import find_folder, load_rows
 from .generation import Generation
 
 
 PARTS = ("BoolQ", "CB", "COPA", "MultiRC", "ReCoRD", "RTE", "WiC", "WSC")
+HUB = {"WSC": "wsc.fixed"}
 CB_LABELS = ("entailment", "contradiction", "neutral")
 RTE_LABELS = ("entailment", "not_entailment")
 
@@ -38,7 +48,7 @@ class SuperGLUE(Generation):
         # The mix in proportion: all examples of all tasks in one random order.
         train = Dataset.from_list([row for splits in divided for row in splits.train]).shuffle(seed=options.data_seed)
         return Splits(
-            list(train)[: options.train_size],
+            self.short(list(train)[: options.train_size]),
             [row for splits in divided for row in splits.validation],
             [row for splits in divided for row in splits.test],
         )
@@ -57,8 +67,8 @@ class SuperGLUE(Generation):
         return Splits(train[: len(train) - size], train[len(train) - size :], test)
 
     def _data(self, name: str, split: str) -> Dataset:
-        # The hub's names of the tasks are in small letters.
-        subset = name if find_folder(f"{self.options.data}/{name}") else name.lower()
+        # The hub's names of the tasks are in small letters; of WSC it has one with its spans put right, T5's.
+        subset = name if find_folder(f"{self.options.data}/{name}") else HUB.get(name, name.lower())
         try:
             return load_rows(self.options.data, split, subset)
         except ValueError as error:
@@ -94,7 +104,10 @@ def part_scores(part: str, rows: list[Row], answers: list[str]) -> dict[str, flo
         return {"f1": binary_f1(answers, targets, "True"), "exact_match": exact}
     if part == "ReCoRD":
         accepted = [row["references"] for row in rows]
-        return {"f1": answer_f1(answers, accepted), "exact_match": answer_match(answers, accepted)}
+        return {
+            "f1": answer_f1(answers, accepted, normalise_squad),
+            "exact_match": answer_match(answers, accepted, normalise_squad),
+        }
     found = {"accuracy": accuracy(answers, targets)}
     return found | ({"f1": macro_f1(answers, targets)} if part == "CB" else {})
 
