@@ -1,20 +1,23 @@
-"""A tiny T5 1.1 with random weights, and a tokenizer learned from JSON lines: to try a recipe on, before the real model.
+"""A tiny T5 1.1 and its tokenizer, both learned from JSON lines in two minutes: to try a recipe on, before the real model.
 
     python examples/tiny_t5.py DIR/gsm8k/train.jsonl DIR/multi30k_de_en/train.jsonl --output runs/tiny_t5
     peft-dst train configs/tiny/gsm8k_t5.yaml --output runs/gsm8k
 
-Every text of the files counts, whatever its column. Half a minute, 3 MB.
+Every text of the files counts, whatever its column. The model learns to go on with a text of which it reads the first half;
+it is far too small to know anything. 1.3 MB.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 
@@ -45,6 +48,28 @@ def make_tokenizer(data: Iterable[str], size: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=made, pad_token=PAD, eos_token=END, unk_token=UNKNOWN)
 
 
+def pretrain(
+    model: T5ForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, data: list[str], steps: int
+) -> float:
+    """The second half of each text from its first; the mean loss of the last steps."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    order = random.Random(0)
+    losses = []
+    for _ in range(steps):
+        batch = tokenizer(order.sample(data, 32), truncation=True, max_length=64, add_special_tokens=False)["input_ids"]
+        halves = [(ids[: len(ids) // 2], [*ids[len(ids) // 2 :], tokenizer.eos_token_id]) for ids in batch]
+        read, said = (
+            pad_sequence([torch.tensor(half) for half in side], True, 0) for side in zip(*halves, strict=True)
+        )
+        # 0 is padding.
+        loss = model(input_ids=read, attention_mask=(read > 0).long(), labels=said.masked_fill(said == 0, -100)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return sum(losses[-20:]) / max(1, len(losses[-20:]))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument(
@@ -54,9 +79,11 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=2000, help="number of tokens, at most")
     parser.add_argument("--rows", type=int, default=3000, help="rows that are read of each file")
     parser.add_argument("--width", type=int, default=64, help="of the model, four heads and two layers a side")
+    parser.add_argument("--steps", type=int, default=500, help="of pretraining; 0 leaves the weights random")
     parser.add_argument("--seed", type=int, default=0, help="of the weights")
     options = parser.parse_args()
-    tokenizer = make_tokenizer(texts(options.data, options.rows), options.vocabulary)
+    data = list(texts(options.data, options.rows))
+    tokenizer = make_tokenizer(data, options.vocabulary)
     torch.manual_seed(options.seed)
     config = T5Config(
         vocab_size=len(tokenizer),
@@ -75,9 +102,11 @@ def main() -> None:
     with torch.no_grad():
         # Drawn at 1, for models that are pretrained for long; so large, it is mostly sure of the wrong token.
         model.lm_head.weight.mul_(options.width**-0.5)
+    loss = pretrain(model, tokenizer, [text for text in data if len(text) >= 20], options.steps)
     model.save_pretrained(options.output)
     tokenizer.save_pretrained(options.output)
-    print(f"{options.output}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer):,} tokens")
+    size = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{options.output}: {size:,} parameters, {len(tokenizer):,} tokens, loss {loss:.2f}")
 
 
 if __name__ == "__main__":

@@ -125,7 +125,8 @@ def _metrics(record: dict[str, Any]) -> list[dict[str, Any]]:
     seen = {"step": 0, "training_seconds": 0.0, "measuring_seconds": 0.0, "num_input_tokens_seen": 0}
     for entry in record["history"]:
         losses += [entry["loss"]] if "loss" in entry else []
-        if "validation_stated" not in entry:
+        if "validation_stated" not in entry or entry["step"] % record["recipe"]["evaluation"]["every"]:
+            # Trainer also measures after the last step, whichever it is.
             continue
         seconds = entry["training_seconds"] - seen["training_seconds"]
         found.append(
