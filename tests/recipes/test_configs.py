@@ -9,10 +9,10 @@ import pytest
 import yaml
 
 from peft_dst.recipes import at, load_recipe, points
-from peft_dst.recipes.config import _flat, make_recipe, option_names, to_dict
+from peft_dst.recipes.config import _flat, _listed, make_recipe, option_names, to_dict
 
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted((ROOT / "configs").rglob("*.yaml"))
 # Parts of files, which are no experiments by themselves.
 EXPERIMENTS = [path for path in FILES if not path.name.startswith("_")]
@@ -45,8 +45,9 @@ def test_every_experiment_resolves(path):
 
 def chain(path):
     """The files that make an experiment, each with what it says itself, in the order in which they are merged."""
+    path = path.resolve()
     values = yaml.safe_load(path.read_text())
-    parts = [found for name in values.pop("defaults", []) for found in chain(path.parent / name)]
+    parts = [found for name in _listed(values.pop("defaults", [])) for found in chain(path.parent / name)]
     return [*parts, (path, {n: v for n, v in _flat(values).items() if not n.startswith("sweep")})]
 
 
@@ -68,8 +69,8 @@ def test_files_hold_differences_only():
 
 
 def test_every_part_is_used():
-    used = {name for path in EXPERIMENTS for name in yaml.safe_load(path.read_text()).get("defaults", [])}
-    assert used == {path.name for path in FILES} - {path.name for path in EXPERIMENTS}
+    used = {found for path in EXPERIMENTS for found, _ in chain(path)[:-1]}
+    assert used == set(FILES) - set(EXPERIMENTS)
 
 
 def test_the_page_names_every_experiment():

@@ -23,10 +23,23 @@ from peft_dst.recipes.tasks.superglue import part_scores
         ("Theatre of another era", "theatre of another era"),
         ("a", ""),
         ("1,000.5", "1 000 5"),
+        # Their dashes and accents are not in the official list: they stay.
+        ("Jean–Paul Sartre’s", "jean–paul sartre s"),
+        ("Beyoncé", "beyoncé"),
+        ("A.A. Milne", "milne"),
+        ("An_the_a", ""),
     ],
 )
 def test_triviaqa_normalises(text, normalised):
     assert metrics.normalise_answer(text) == normalised
+
+
+@pytest.mark.parametrize(
+    ("text", "normalised"),
+    [("The U.S.", "us"), ("rock'n'roll", "rocknroll"), ("A.A. Milne", "aa milne"), ("the ‘Quoted’", "‘quoted’")],
+)
+def test_squad_normalises_without_spaces(text, normalised):
+    assert metrics.normalise_squad(text) == normalised
 
 
 def test_an_answer_may_be_any_alias():
@@ -38,7 +51,10 @@ def test_an_answer_may_be_any_alias():
     )
     # A repeated word counts once where the reference has it once.
     assert metrics.answer_f1(["anna anna"], [["anna"]]) == pytest.approx(2 / 3)
-    assert metrics.answer_f1([""], [["a"]]) == 1.0
+    # An article is nothing, and so is an empty answer: an exact match, but the official F1 wants a word in common.
+    assert metrics.answer_match([""], [["a"]]) == 1.0
+    assert metrics.answer_f1([""], [["a"]]) == 0.0
+    assert metrics.answer_match([], []) == metrics.answer_f1([], []) == 0.0
 
 
 @pytest.mark.parametrize(
@@ -48,7 +64,12 @@ def test_an_answer_may_be_any_alias():
         ("#### 1,234", "1234"),
         ("#### -5", "-5"),
         ("#### $70.50 a day 3", "70.5"),
-        ("first #### 4 then #### 8", "8"),
+        # As in GSM8K's own script, which searches for the first mark.
+        ("first #### 4 then #### 8", "4"),
+        ("#### 3\nquestion: and 9 more", "3"),
+        ("#### 1,234,567.50", "1234567.5"),
+        ("#### +7", "7"),
+        ("of 5, none ####", None),
         ("The answer is 12.", "12"),
         ("12 eggs at $2 make 24.00", "24"),
         ("so it is .5", "0.5"),
@@ -68,12 +89,41 @@ def test_gsm8k_compares_numbers():
     assert metrics.number_match(["none"], ["none"]) == 0.0
 
 
+@pytest.mark.parametrize(
+    ("prediction", "right"),
+    [
+        ("so $4^2 = 16$.The answer is: 16", True),
+        ("The answer is: 16.", True),
+        ("The answer is: 16.00", True),
+        ("The answer is: $16", True),
+        ("The answer is: 32/2", True),
+        ("The final answer is 16!", True),
+        ("#### 16", True),
+        ("The answer is: 15\n…\nThe answer is: 16\nThe cat has 3", True),
+        ("The answer is: 3 #### 16", False),  # the announcement that comes first in the rule's list, not in the text
+        ("16", False),
+        ("The answer is: 16 apples", False),
+        ("The answer is: 16/0", False),
+        ("The answer is: 1/2/3", False),
+        ("####16", False),
+        ("", False),
+    ],
+)
+def test_peft_counts_what_is_stated(prediction, right):
+    assert metrics.stated_match([prediction], ["She eats 3.\n#### 16"]) == right
+
+
+def test_peft_compares_words_as_they_are():
+    assert metrics.stated_match(["The answer is: x+1", "#### 1,000"], ["The answer is: x+1.", "#### 1000"]) == 1 / 2
+
+
 def test_bleu_is_sacrebleus():
     predictions = ["the cat sat on the mat today", "a dog runs in the green park"]
     references = [["the cat sat on the mat", "a cat is on the mat today"], ["a dog runs in a green park"]]
     streams = [["the cat sat on the mat", "a dog runs in a green park"], ["a cat is on the mat today", None]]
     assert metrics.bleu(predictions, references) == sacrebleu.corpus_bleu(predictions, streams).score
     assert metrics.bleu(predictions, [[p] for p in predictions]) == pytest.approx(100)
+    assert metrics.bleu(["", ""], references) == 0
     assert metrics.bleu(predictions, references) > metrics.bleu(predictions, [r[:1] for r in references])
 
 
