@@ -499,7 +499,7 @@ def _check(recipe: Recipe) -> None:
         raise ValueError(f"method.name={method.name} scores on plain text; set method.text to a hub id or a folder.")
     if recipe.search.option not in (None, *option_names()):
         raise ValueError(
-            f"search.option is {recipe.search.option}, which does not exist{_nearest(recipe.search.option)}."
+            f"search.option is {recipe.search.option}, which does not exist{_nearest(str(recipe.search.option))}."
         )
     for grid in _grids(recipe.sweep):
         for name in grid:

@@ -161,6 +161,7 @@ def test_superglue(tmp_path):
     task = {"name": "superglue", "test": "validation", "validation_size": 1}
     made = recipe(tmp_path, "t5", task, evaluation=EVALUATION)
     lab = Lab(made, tmp_path / "lab")
+    assert {row["input"] for row in lab.rows.test if row["part"] == "RTE"} == {"rte hypothesis: b premise: a\n"}
     parts = [row["part"] for row in lab.rows.train]
     # In proportion: all there is, in one order; of each part something is held out. MultiRC has two answers a row.
     assert {part: parts.count(part) for part in READERS} == {

@@ -23,7 +23,7 @@ from ..metrics import (
 )
 from .base import Row, Splits
 from .data import find_folder, load_rows
-from .generation import Generation
+from .generation import Generation, fill
 
 
 PARTS = ("BoolQ", "CB", "COPA", "MultiRC", "ReCoRD", "RTE", "WiC", "WSC")
@@ -35,7 +35,7 @@ RTE_LABELS = ("entailment", "not_entailment")
 class SuperGLUE(Generation):
     """Rows as of generation, with part and, for MultiRC, group (the question that an answer belongs to)."""
 
-    prompt = "{text}"
+    prompt = "{text}\n"
 
     def load(self) -> Splits:
         """Each part is divided by itself; then the parts are put together."""
@@ -79,8 +79,9 @@ class SuperGLUE(Generation):
 
     def rows_of(self, part: str, raw: Row, index: int) -> list[Row]:
         """The examples of one row of a task's data, as text."""
+        template = self.options.prompt or self.prompt
         rows = READERS[part](raw, index)
-        return [{"group": "", **row, "part": part} for row in rows]
+        return [{"group": "", **row, "part": part, "input": fill(template, {"text": row["input"]})} for row in rows]
 
     def metrics(self, rows: list[Row], answers: list[Any]) -> dict[str, float]:
         scores: dict[str, dict[str, float]] = {}
