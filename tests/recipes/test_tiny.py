@@ -17,15 +17,9 @@ from tests import toys
 
 
 ROOT = Path(__file__).resolve().parents[2]
-FILES = sorted(path for path in (ROOT / "configs" / "tiny").glob("*.yaml") if not path.name.startswith("_"))
+FILES = sorted((ROOT / "configs" / "tiny").glob("*_llama.yaml"))
 SHORT = ["training.max_steps=24", "training.batch_size=4", "training.logging_steps=4", "task.max_target_length=24",
          "task.validation_size=4", "task.test_size=4"]  # fmt: skip
-
-
-@pytest.fixture
-def real(data_folder, monkeypatch):
-    """The real data, where recipes look for it."""
-    monkeypatch.setenv("PEFT_DST_DATA", str(data_folder))
 
 
 @pytest.fixture(scope="session")
@@ -57,7 +51,7 @@ def test_the_tiny_t5(tiny_t5):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_the_data_is_read(path, real, tiny_t5):
+def test_the_data_is_read(path, real_data, tiny_t5):
     """Every row has what is asked, and the answer; nothing of the test data is trained on."""
     recipe = load_recipe(path, [f"model.name={tiny_t5}"])
     rows = Lab(recipe, Path("nowhere")).rows
@@ -70,7 +64,7 @@ def test_the_data_is_read(path, real, tiny_t5):
 
 
 @pytest.mark.parametrize("name", ["triviaqa_llama", "multi30k_llama", "triviaqa_t5"])
-def test_a_short_run(name, real, tiny_t5, tmp_path):
+def test_a_short_run(name, real_data, tiny_t5, tmp_path):
     """The loss falls, answers are text, and what was measured is what was answered."""
     more = ["task.train_size=200", *([f"model.name={tiny_t5}"] if name.endswith("t5") else [])]
     record = train(load_recipe(ROOT / "configs" / "tiny" / f"{name}.yaml", [*SHORT, *more]), tmp_path / "run")
