@@ -21,6 +21,7 @@ from .tasks import local_folder
 
 
 OPTIMIZERS = {"adamw": "AdamW", "adafactor": "Adafactor", "sgd": "SGD"}
+START = {"training_seconds": 0.0, "measuring_seconds": 0.0, "num_input_tokens_seen": 0}
 PACKAGES = ("transformers", "peft", "datasets", "bitsandbytes", "torch")
 
 
@@ -122,13 +123,15 @@ def _metrics(record: dict[str, Any]) -> list[dict[str, Any]]:
     batch = options["batch_size"] * options["accumulation"]
     found: list[dict[str, Any]] = []
     losses: list[float] = []
-    seen = {"step": 0, "training_seconds": 0.0, "measuring_seconds": 0.0, "num_input_tokens_seen": 0}
+    seen = START
     for entry in record["history"]:
         losses += [entry["loss"]] if "loss" in entry else []
         if "validation_stated" not in entry or entry["step"] % record["recipe"]["evaluation"]["every"]:
             # Trainer also measures after the last step, whichever it is.
             continue
-        seconds = entry["training_seconds"] - seen["training_seconds"]
+        # A run that was interrupted counts its seconds anew.
+        before = seen if seen["training_seconds"] < entry["training_seconds"] else START
+        seconds = entry["training_seconds"] - before["training_seconds"]
         found.append(
             {
                 "step": entry["step"],
@@ -136,7 +139,7 @@ def _metrics(record: dict[str, Any]) -> list[dict[str, Any]]:
                 "train loss": sum(losses) / max(1, len(losses)),
                 "train samples": entry["step"] * batch,
                 "train time": seconds,
-                "eval time": entry["measuring_seconds"] - seen["measuring_seconds"],
+                "eval time": entry["measuring_seconds"] - before["measuring_seconds"],
                 "tokens / sec": (entry["num_input_tokens_seen"] - seen["num_input_tokens_seen"]) / seconds,
                 "mem allocated avg": entry.get("memory_allocated", 0.0),
                 "mem reserved avg": entry.get("memory_reserved", 0.0),

@@ -111,18 +111,14 @@ class _Trainer(Seq2SeqTrainer):
         assert self.measure is not None
         begin = time.perf_counter()
         figures = {f"validation_{name}": figure for name, figure in self.measure().items()}
-        seconds = {"training_seconds": begin - self.begin - self.measuring}
+        logs = {**figures, "training_seconds": begin - self.begin - self.measuring}
         self.measuring += time.perf_counter() - begin
-        since = self.memory[-self.args.eval_steps * self.args.gradient_accumulation_steps :]
-        sizes = zip(("memory_allocated", "memory_reserved"), zip(*since, strict=True), strict=bool(since))
-        self.log(
-            {
-                **figures,
-                **seconds,
-                "measuring_seconds": self.measuring,
-                **{name: statistics.fmean(size) for name, size in sizes},
-            }
-        )
+        logs["measuring_seconds"] = self.measuring
+        if self.memory:
+            since = self.memory[-self.args.eval_steps * self.args.gradient_accumulation_steps :]
+            allocated, reserved = zip(*since, strict=True)
+            logs |= {"memory_allocated": statistics.fmean(allocated), "memory_reserved": statistics.fmean(reserved)}
+        self.log(logs)
         self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)
         return figures
 
