@@ -123,8 +123,15 @@ class _Trainer(Seq2SeqTrainer):
         return figures
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if not self.args.predict_with_generate:
+            return super().prediction_step(model, inputs, *args, **kwargs)
+        # transformers writes its defaults into the model's own settings, and then warns that they are set.
+        own = vars(self.model.generation_config)
+        before = dict(own)
         loss, found, labels = super().prediction_step(model, inputs, *args, **kwargs)
-        if found is not None and self.args.predict_with_generate and not self.model.config.is_encoder_decoder:
+        own.clear()
+        own.update(before)
+        if found is not None and not self.model.config.is_encoder_decoder:
             found = found[:, inputs["input_ids"].shape[1] :]
         return loss, found, labels
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 import pytest
 import torch
@@ -37,11 +39,15 @@ GENERATIONS = {
 
 @pytest.mark.parametrize("kind", ["t5", "gpt2", "llama"])
 @pytest.mark.parametrize("name", GENERATIONS)
-def test_generation(name, kind, tmp_path):
+def test_generation(name, kind, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     rows, metric = GENERATIONS[name]
     toys.write_rows(tmp_path / "data", train=rows, test=rows[:4])
     made = recipe(tmp_path, kind, {"name": name}, evaluation=EVALUATION | {"beams": 4 if name == "translation" else 1})
-    record = train(made, tmp_path / "run")
+    with caplog.at_level("WARNING", "transformers"):
+        record = train(made, tmp_path / "run")
+    # Only tokens of its own may be news to a model.
+    assert not [entry.message for entry in caplog.records if "PAD/BOS/EOS" not in entry.message]
     assert next(iter(record["metrics"]["test"])) == metric
     assert len((tmp_path / "run" / "predictions_test.jsonl").read_text().splitlines()) == 4
     assert evaluate(tmp_path / "run")["test"] == record["metrics"]["test"]
