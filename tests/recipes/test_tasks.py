@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from peft_dst.recipes import evaluate, make_recipe, train
 from peft_dst.recipes.config import TaskOptions
 from peft_dst.recipes.lab import Lab
-from peft_dst.recipes.tasks import data, load_rows, make_task
+from peft_dst.recipes.tasks import data, first_rows, load_rows, make_task
 from peft_dst.recipes.tasks.generation import fill
 from peft_dst.recipes.tasks.superglue import READERS
 from tests import toys
@@ -237,6 +237,43 @@ def test_columns_of_the_hub_are_found(monkeypatch, tmp_path):
     assert set(row["references"]) == {"Sam", "Mark"}
     with pytest.raises(ValueError, match=r"'no/such' is no folder with JSON lines .* as a hub id it cannot be read"):
         load_rows("no/such", "train")
+
+
+def test_only_the_first_rows_are_fetched(monkeypatch, tmp_path):
+    """Of a data set of the hub; one that is not there is told as ever."""
+    fetched = []
+
+    def stream(name, split, streaming):
+        assert (name, split, streaming) == ("wiki", "train", True)
+        for number in range(1000):
+            fetched.append(number)
+            yield {"text": str(number)}
+
+    with monkeypatch.context() as patched:
+        patched.setattr(data, "load_dataset", stream)
+        assert first_rows("wiki", "train", 3) == [{"text": "0"}, {"text": "1"}, {"text": "2"}]
+    assert len(fetched) == 3
+    toys.write_rows(tmp_path / "mine", train=toys.questions(4))
+    assert len(first_rows(str(tmp_path / "mine"), "train", 9)) == 4
+    assert len(first_rows(str(tmp_path / "mine"), "train", 2)) == 2
+    with pytest.raises(ValueError, match=r"'no/such' is no folder with JSON lines"):
+        first_rows("no/such", "train", 2)
+
+
+def test_the_hubs_names_of_superglues_tasks(monkeypatch):
+    asked = []
+    rows = Dataset.from_list([{"premise": "a", "hypothesis": "b", "label": 0}] * 5)
+    wsc = Dataset.from_list([{"text": "he is Pete", "span1_index": 2, "span1_text": "Pete", "span2_index": 0,
+                              "span2_text": "he", "label": 1}] * 5)  # fmt: skip
+
+    def load(name, subset, split):
+        asked.append((name, subset))
+        return wsc if subset.startswith("wsc") else rows
+
+    monkeypatch.setattr(data, "load_dataset", load)
+    make_task(TaskOptions(name="superglue", data="aps/super_glue", parts=["RTE", "WSC"], test="validation")).load()
+    # Of two it is the one whose spans were put right.
+    assert set(asked) == {("aps/super_glue", "rte"), ("aps/super_glue", "wsc.fixed")}
 
 
 def test_folders(tmp_path, monkeypatch):
