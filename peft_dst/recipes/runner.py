@@ -137,6 +137,8 @@ def only_own_bars() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
+    # PEFT says so whenever a model with a prompt generates.
+    warnings.filterwarnings("ignore", "Position ids are not supported")
 
 
 @contextmanager
