@@ -358,6 +358,27 @@ def _sweep(
         raise typer.Exit(1)
 
 
+@app.command("report", epilog="Example: peft-dst report sweep --output report")
+def _page(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="PATH...", exists=True, help="Folders of sweeps and runs, or their summary.json and results.json."
+        ),
+    ],
+    output: Output,
+    quiet: Quiet = False,
+) -> None:
+    """Write a page with tables and plots of what sweeps and runs found.
+
+    One HTML file that needs nothing else, and each plot as a PNG file beside it. Single runs of one task stand together, as
+    if they were a sweep.
+    """
+    page, *pictures = _recipes().report(paths, output)
+    if not quiet:
+        print(f"{page}, and {len(pictures)} pictures beside it.")
+
+
 def _recipes() -> Any:
     """The package that runs recipes, which is only imported when one is run."""
     try:
