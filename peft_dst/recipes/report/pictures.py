@@ -59,16 +59,22 @@ def comparison(sections: Sequence[Section]) -> Picture | None:
 
 def _quality(section: Section) -> Picture | None:
     lines, levels = shapes.curves(section.done, lambda point: point.quality)
-    if not lines:
-        return None
-    names = ", ".join(level.label for level in levels)
-    across = f" Lines across: {names}, with no or all parameters free." if levels else ""
+    notes = f"{_seeds(section)}{_rates_note(section)}"
+    if (found := shapes.one_size(lines, levels)) is not None:
+        if len(found) < 2:
+            return None
+        return Picture(
+            "quality",
+            "Quality of each method",
+            f"Mean {section.measured}. {notes} As Table 1 of the second paper.",
+            lambda: plots.dots(found, section.measured),
+        )
     bodies = {point.body for point in section.done}
     return Picture(
         "quality",
         "Quality by the number of free parameters",
-        f"Mean {section.measured} by the number of free parameters, the head aside.{across} {_seeds(section)}"
-        f"{_rates_note(section)} As Figures 1 and 6 of the first paper.",
+        f"Mean {section.measured} by the number of free parameters, the head aside.{_across(levels)} {notes} As Figures 1 "
+        "and 6 of the first paper.",
         lambda: plots.lines(lines, levels, section.measured, body=bodies.pop() if len(bodies) == 1 else None),
     )
 
@@ -81,7 +87,7 @@ def _rates(section: Section) -> Picture | None:
     return Picture(
         "learning-rate",
         "Learning rate and size of the subset",
-        f"{section.metric} on validation data by learning rate (columns) and budget or method (rows); searches run with "
+        f"Validation {section.metric} by learning rate (columns) and budget or method (rows); searches run with "
         f"one seed. Framed: the value that was chosen, or is best.{failed} As Figure 9 of the first paper.",
         lambda: plots.grids(grids, "learning rate", "", f"validation {section.metric}"),
     )
@@ -112,8 +118,8 @@ def _overlap(section: Section) -> Picture | None:
         "overlap",
         "What subsets have in common",
         "Percentage of the finished subset of one point (row) that is also in another's (column), of the first seed of "
-        "each; on the diagonal between seeds of one point, in the mean over their pairs. Two subsets chosen at random "
-        "would share about the fraction ε. As Figure 8 of the first paper.",
+        "each; on the diagonal between seeds of one point, in the mean over their pairs (blank for one seed). Two subsets "
+        "chosen at random would share about the fraction ε. As Figure 8 of the first paper.",
         lambda: plots.grids(grids, "", "", "shared", percent=True, low=0),
     )
 
@@ -160,16 +166,23 @@ def _switching(section: Section) -> Picture | None:
 
 def _speed(section: Section) -> Picture | None:
     lines, levels, relative = shapes.speed(section)
-    if not lines:
+    found = shapes.one_size(lines, levels)
+    if found is not None and len(found) < 2:
         return None
-    what = "relative to full fine-tuning of the same sweep" if relative else "as they are"
+    relatively = ", relative to full fine-tuning of the same sweep" if relative else ""
+    label = "steps per second" + (", full = 1" if relative else "")
     return Picture(
         "speed",
         "Training steps per second",
-        f"Steps of training per second, {what}: steps divided by the mean time of the runs, without preparation and "
+        f"Steps of training per second{relatively}: steps divided by the mean time of the runs, without preparation and "
         "evaluation. Runs that shared the machine disturb one another. As Figure 5 of the first paper.",
-        lambda: plots.lines(lines, levels, "steps per second" + (", full = 1" if relative else "")),
+        lambda: plots.dots(found, label) if found is not None else plots.lines(lines, levels, label),
     )
+
+
+def _across(levels: Sequence[shapes.Level]) -> str:
+    names = ", ".join(level.label for level in levels)
+    return f" Lines across: {names}, with no or all parameters free." if levels else ""
 
 
 def _seeds(section: Section) -> str:

@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import LogLocator
 
 from .shapes import Grid, Level, Line, Shares
 
@@ -106,12 +107,16 @@ def lines(
         by_label: colours tell lines apart rather than methods.
         log: the figures' axis is logarithmic, too.
     """
-    longest = max(len(_plain(member.label)) for member in (*series, *levels))
+    labels = [line.label for line in series] + [level.label for level in levels]
+    longest = max(len(_plain(label)) for label in labels)
     figure = Figure(figsize=(5.8 + 0.075 * longest, 3.6), layout="constrained")
     axes = figure.add_subplot()
     axes.set_xscale("log")
     if log:
         axes.set_yscale("log")
+        axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+        for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            set_formatter(lambda y, _: f"{y:g}")
     keys = []
     variants: dict[str, int] = {}
     for i, line in enumerate(series):
@@ -158,6 +163,25 @@ def lines(
     return figure
 
 
+def dots(found: Sequence[Level], xlabel: str) -> Figure:
+    """A figure for each of several things, the best on top, with bars of one standard deviation."""
+    found = sorted(found, key=lambda level: level.y.mean)
+    longest = max(len(_plain(level.label)) for level in found)
+    figure = Figure(figsize=(4.6 + 0.075 * longest, 0.8 + 0.22 * len(found)), layout="constrained")
+    axes = figure.add_subplot()
+    for place, level in enumerate(found):
+        colour, marker = _style(level.method)
+        look: dict[str, Any] = {"color": colour, "marker": "|" if marker == "_" else marker, "elinewidth": 1.0}
+        axes.errorbar(level.y.mean, place, xerr=level.y.deviation, capsize=2, markersize=6, linestyle="none", **look)
+    axes.set_yticks(range(len(found)), [_plain(level.label) for level in found])
+    axes.set_ylim(-0.6, len(found) - 0.4)
+    axes.set_xlabel(_plain(xlabel))
+    axes.grid(axis="x", linewidth=0.4, alpha=0.5)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    return figure
+
+
 def grids(
     found: Sequence[Grid],
     xlabel: str,
@@ -187,7 +211,7 @@ def grids(
     highest = max(len(_plain(name)) for grid in found for name in grid.columns)
     slanted = highest > 4
     wide = CELL[0] * columns + 0.065 * longest + 0.4
-    tall = CELL[1] * rows + 0.5 + (0.045 * highest if slanted else 0.1)
+    tall = CELL[1] * rows + 0.4 + (0.045 * highest if slanted else 0.1)
     across = min(len(found), max(1, int(10 / wide)))
     down = math.ceil(len(found) / across)
     figure = Figure(figsize=(max(3.6, across * wide + 1.0), down * tall + 0.4), layout="constrained")
@@ -199,6 +223,8 @@ def grids(
             cmap=HEAT, vmin=low, vmax=high, aspect=CELL[1] / CELL[0],
         )  # fmt: skip
         axes.set_anchor("NW")
+        # Cells of all maps are of one size.
+        axes.set_xlim(-0.5, columns - 0.5)
         axes.set_xticks(range(len(grid.columns)), [_plain(name) for name in grid.columns])
         if slanted:
             axes.tick_params(axis="x", rotation=40)

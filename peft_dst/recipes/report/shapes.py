@@ -126,6 +126,13 @@ def curves(points: Iterable[Point], value: Callable[[Point], Spread | None]) -> 
     return lines, levels
 
 
+def one_size(lines: Sequence[Line], levels: Sequence[Level]) -> list[Level] | None:
+    """All figures, where they are of one number of free parameters; None where there is an axis of sizes to draw."""
+    if len({x for line in lines for x in line.x}) > 1:
+        return None
+    return [Level(line.label, line.method, y) for line in lines for y in line.y] + [*levels]
+
+
 def speed(section: Section) -> tuple[list[Line], list[Level], bool]:
     """Steps per second by the number of free parameters; whether they are relative to full fine-tuning's."""
     full = section.reference("full")
