@@ -348,7 +348,7 @@ def _sweep(
             print(f"{recipes.title(group.point)}: {len(group.recipes)} seeds")
         return
     folder = output or Path("runs") / config.stem
-    summary = recipes.sweep(recipe, folder, workers=workers, progress=_shows(quiet), against=against)
+    summary = recipes.sweep(recipe, folder, workers=workers, progress=not quiet, against=against)
     if not quiet:
         header, rows = recipes.rows_of(summary)
         print("\n".join(text_table(header, rows)))

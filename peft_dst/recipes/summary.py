@@ -56,10 +56,10 @@ class Group:
 
 
 def title(point: Mapping[str, Any]) -> str:
-    """A point in words: `dynamic, epsilon=0.001`."""
+    """A point in words, the method first: `dynamic, epsilon=0.001`."""
     words = [
         str(value) if name == "method.name" else f"{name.rpartition('.')[2]}={_short(value)}"
-        for name, value in point.items()
+        for name, value in sorted(point.items(), key=lambda option: option[0] != "method.name")
     ]
     return ", ".join(words) or "the recipe"
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 import shutil
+import sys
 from collections import deque
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field, replace
@@ -125,7 +126,7 @@ def sweep(
         recipe: with its sweep and search.
         folder: of the sweep. A run that is finished there is not run again; others in it stay as they are.
         workers: processes that run side by side; 0 for none, which leaves the runs to this one.
-        progress: show a bar, and a line for each run.
+        progress: tell of each run in a line on stderr, with a bar where that is a terminal.
         against: title of the point that the others are compared with; if not given, the one with the best mean on the
             validation split (or the first split that is measured).
 
@@ -141,8 +142,8 @@ def sweep(
     if against is not None and against not in titles:
         raise ValueError(f"there is no point {against!r} to compare with; there are: {'; '.join(titles)}.")
     failures: dict[str, str] = {}
-    with tqdm(total=sum(len(group.recipes) for group in todo), disable=not progress, unit="run") as bar:
-        _run_all([_Course(group, folder) for group in todo], Pool(workers, folder / CACHE), failures, bar)
+    with tqdm(total=sum(len(group.recipes) for group in todo), disable=None if progress else True, unit="run") as bar:
+        _run_all([_Course(group, folder) for group in todo], Pool(workers, folder / CACHE), failures, bar, progress)
     summary = summarise(recipe, todo, failures, against)
     folder.mkdir(parents=True, exist_ok=True)
     write(folder / SUMMARY, summary)
@@ -152,7 +153,7 @@ def sweep(
     return summary
 
 
-def _run_all(courses: list[_Course], pool: Pool, failures: dict[str, str], bar: tqdm) -> None:
+def _run_all(courses: list[_Course], pool: Pool, failures: dict[str, str], bar: tqdm, progress: bool) -> None:
     todo: deque[tuple[_Course, Run]] = deque()
     under_way: dict[Run, _Course] = {}
 
@@ -161,8 +162,8 @@ def _run_all(courses: list[_Course], pool: Pool, failures: dict[str, str], bar: 
         course.waiting -= 1
         if error:
             failures[run.folder.name] = error
-        if new:
-            bar.write(_line(run, record, error))
+        if new and progress:
+            bar.write(_line(run, record, error), file=sys.stderr)
         if not course.waiting:
             advance(course)
 

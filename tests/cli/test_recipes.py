@@ -39,6 +39,47 @@ def test_train_and_evaluate(desk, run):
     assert not Path("other").exists()
 
 
+def test_sweep(desk, run):
+    sweep = "sweep={method.epsilon: [0.1, 0.02], seed: [0, 1]}"
+    code, out, _ = run("sweep", "experiment.yaml", sweep, "training.max_steps=1", "--list")
+    assert (code, out) == (0, "epsilon=0.1: 2 seeds\nepsilon=0.02: 2 seeds\n")
+    command = ("sweep", "experiment.yaml", sweep, "training.max_steps=1", "-o", "folder", "--workers", "0")
+    code, out, err = run(*command)
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert lines[0].split() == [
+        "chosen",
+        "free",
+        "parameters",
+        "file,",
+        "bytes",
+        "seeds",
+        "test",
+        "accuracy",
+        "deviation",
+        "p",
+        "seconds",
+    ]
+    assert [line.split()[0] for line in lines[2:]] == ["epsilon=0.1", "epsilon=0.02"]
+    summary = json.loads(Path("folder/summary.json").read_text())
+    mean = summary["points"][0]["metrics"]["test"]["accuracy"]["mean"]
+    assert f" {mean:.4f} " in lines[2]
+    assert run(*command) == (0, out, "")
+    code, out, err = run(
+        *command[:2],
+        "sweep={method.rank: [1], method.name: [lora]}",
+        "method.target_modules=[nothing]",
+        "-o",
+        "bad",
+        "-w",
+        "0",
+    )
+    assert code == 1
+    assert "failed" in out
+    assert err.startswith("error: bad/runs/lora,rank=1,seed=0-")
+    assert "No modules were targeted" in err
+
+
 def test_recipes_need_their_extra(desk, run, monkeypatch):
     """And nothing else does: not the package, not the help of the commands."""
     for name in [name for name in sys.modules if name.startswith("peft_dst.recipes")]:
