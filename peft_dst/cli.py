@@ -313,7 +313,7 @@ def _evaluate(
     _print_metrics(metrics)
 
 
-@app.command("sweep", epilog="Example: peft-dst sweep sweep.yaml --output sweep --workers 2")
+@app.command("sweep", epilog="Example: peft-dst sweep experiment.yaml --output sweep --workers 2")
 def _sweep(
     config: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="The recipe, with its sweep.")],
     overrides: Annotated[

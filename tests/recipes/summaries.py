@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from peft_dst.recipes import title
+
 
 BODY = 1_000_000
 LAYERS = 4
@@ -32,12 +34,11 @@ def point(
 ) -> dict[str, Any]:
     """A point with test accuracies by seed; options as `method_epsilon=0.1`."""
     options = {name.replace("_", ".", 1): value for name, value in options.items()}
-    words = [str(v) if k == "method.name" else f"{k.rpartition('.')[2]}={v:g}" for k, v in options.items()]
     subset = None if entries is None else {"entries": entries}
     if subset is not None and churn is not None:
         subset["snapshots"] = {"steps": [10 * (i + 1) for i in range(len(churn))], "shared": churn}
     made = {
-        "title": ", ".join(words) or "the recipe",
+        "title": title(options),
         "options": options,
         "search": "training.learning_rate" if trials else None,
         "trials": trials or [],
@@ -68,10 +69,10 @@ def point(
     )
 
 
-def summary(points: list[dict[str, Any]], title: str = "A sweep", **others: Any) -> dict[str, Any]:
+def summary(points: list[dict[str, Any]], name: str = "A sweep", **others: Any) -> dict[str, Any]:
     return {
         "recipe": {
-            "title": title,
+            "title": name,
             "model": {"name": "a-model"},
             "task": {"name": "classification", "data": "trec"},
             "method": {"name": "dynamic", "epsilon": None, "num_free_parameters": None},
@@ -88,7 +89,7 @@ def summary(points: list[dict[str, Any]], title: str = "A sweep", **others: Any)
     } | others
 
 
-def everything(title: str = "Methods by size", seed: int = 0, few: bool = False) -> dict[str, Any]:
+def everything(name: str = "Methods by size", seed: int = 0, few: bool = False) -> dict[str, Any]:
     """A sweep with figures for every picture: methods by budgets, searched learning rates, churn, overlaps."""
     rng = np.random.default_rng(seed)
     methods = {"dynamic": 1.0, "first_step": 1.6, "random": 5.0}
@@ -99,15 +100,15 @@ def everything(title: str = "Methods by size", seed: int = 0, few: bool = False)
     points, overlaps = [], []
     for epsilon in epsilons:
         free = round(epsilon * BODY)
-        for name, slope in methods.items():
+        for method, slope in methods.items():
             quality = 0.95 - 0.01 * slope * max(0.0, -1.5 - math.log10(epsilon)) ** 1.5
             best = min(5, round(-math.log10(epsilon)))
             trials = [
                 [rate, quality - 0.02 * abs(i - best) - 0.01] for i, rate in enumerate(rates) if abs(i - best) < 3
             ]
-            if name == "random":
+            if method == "random":
                 trials[-1][1] = None
-            whole = name in ("dynamic", "first_step")
+            whole = method in ("dynamic", "first_step")
             shares = (
                 rng.dirichlet([5.0] * (2 * LAYERS + 1)) if not whole else np.full(2 * LAYERS + 1, 1 / (2 * LAYERS + 1))
             )
@@ -118,14 +119,14 @@ def everything(title: str = "Methods by size", seed: int = 0, few: bool = False)
                 "attention": dict(zip(layers, counts[1 : LAYERS + 1], strict=True)),
                 "feed_forward": dict(zip(layers, counts[LAYERS + 1 :], strict=True)),
             }
-            fall = 0.0 if name != "dynamic" else 0.04 - 0.01 * math.log10(epsilon)
+            fall = 0.0 if method != "dynamic" else 0.04 - 0.01 * math.log10(epsilon)
             churn = [[round(1 - fall * abs(i - j) / (1 + 0.1 * max(i, j)), 4) for j in range(8)] for i in range(8)]
             points.append(
                 point(
                     [float(quality + rng.normal(0, 0.004)) for _ in range(3)], free,
                     trials=trials, chosen=rates[best], entries=entries, churn=churn if whole else None,
                     seconds=float(10 + rng.normal(0, 0.3)), switching=1e-4 + 3e-8 * free,
-                    method_name=name, method_epsilon=epsilon,
+                    method_name=method, method_epsilon=epsilon,
                 )
             )  # fmt: skip
         same = rng.uniform(0.05, 0.5, (len(methods), len(methods)))
@@ -141,4 +142,4 @@ def everything(title: str = "Methods by size", seed: int = 0, few: bool = False)
     points.append(point([0.61, 0.6, 0.59], 0, method_name="head_only", seconds=4.0))
     points.append(point([0.92, 0.915, 0.91], 2000, method_name="bitfit"))
     points.append(point([], 0, method_name="transfer", method_epsilon=1e-3))
-    return summary(points, title, overlap=overlaps, failures={"transfer,epsilon=0.001-abc": "ValueError: no <source>"})
+    return summary(points, name, overlap=overlaps, failures={"transfer,epsilon=0.001-abc": "ValueError: no <source>"})

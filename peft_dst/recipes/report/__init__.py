@@ -40,9 +40,8 @@ def report(paths: Iterable[str | Path], output: str | Path) -> list[Path]:
     try:
         from .page import PAGE, write
     except ModuleNotFoundError as error:
-        raise ValueError(
-            f"a report needs {error.name}, which is not installed: pip install 'peft-dst[plots]'."
-        ) from None
+        name = str(error.name).partition(".")[0]
+        raise ValueError(f"a report needs {name}, which is not installed: pip install 'peft-dst[plots]'.") from None
     with new_folder(output) as folder:
         pictures = write(sections, folder)
     return [output / PAGE, *(output / picture.name for picture in pictures)]

@@ -52,7 +52,6 @@ def comparison(sections: Sequence[Section]) -> Picture | None:
             [shapes.Level("full fine-tuning", "full", Spread(1.0))],
             f"{sections[0].measured}, relative to full",
             xlabel="ε, fraction of the model",
-            by_label=True,
         ),
     )
 

@@ -1,6 +1,7 @@
 """Pictures of what shapes.py found.
 
-A method has one colour in all of them. The colours are from schemes for the colour-blind, and markers differ as well.
+A method has one colour in all of them, unless a sweep compares variants of a method, which then have each their own. The
+colours are from schemes for the colour-blind, and markers differ as well.
 """
 
 from __future__ import annotations
@@ -8,11 +9,13 @@ from __future__ import annotations
 import io
 import math
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -61,6 +64,10 @@ OPTIONS = {
     "svg.hashsalt": "peft-dst",
     "savefig.dpi": 200,
 }
+# Of maps with more columns the numbers are not written.
+FITTING = 20
+# So many variants of a method share its colour.
+VARIANTS = 2
 # Longer names are cut.
 LONGEST = 44
 
@@ -93,7 +100,6 @@ def lines(
     *,
     xlabel: str = "free parameters",
     body: int | None = None,
-    by_label: bool = False,
     log: bool = False,
 ) -> Figure:
     """Lines over a logarithmic axis with error bars of one standard deviation, and levels across it.
@@ -104,7 +110,6 @@ def lines(
         ylabel: what the figures are.
         xlabel: what x is.
         body: what all free parameters would be, for a second axis in fractions of it.
-        by_label: colours tell lines apart rather than methods.
         log: the figures' axis is logarithmic, too.
     """
     labels = [line.label for line in series] + [level.label for level in levels]
@@ -118,28 +123,15 @@ def lines(
         for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
             set_formatter(lambda y, _: f"{y:g}")
     keys = []
-    variants: dict[str, int] = {}
-    for i, line in enumerate(series):
-        colour, marker = _style(line.method)
-        variant = variants[line.method] = variants.get(line.method, -1) + 1
-        if by_label:
-            colour, marker, variant = SCALE[i % len(SCALE)], MARKERS[i % len(MARKERS)], i // len(SCALE)
-        elif variant:
-            marker = MARKERS[variant % len(MARKERS)]
+    for line, look in zip(series, _looks(series), strict=True):
         means = [y.mean for y in line.y]
-        look: dict[str, Any] = {
-            "color": colour,
-            "marker": marker,
-            "linestyle": DASHES[variant % len(DASHES)],
-            "markersize": 7 if marker == "*" else 4.5,
-            "markeredgecolor": "white",
-            "markeredgewidth": 0.0 if marker in "*XP" else 0.4,
-        }
         zorder = 4 if line.method == "dynamic" else 3
         axes.plot(line.x, means, zorder=zorder, **look)
         deviations = [y.deviation or math.nan for y in line.y]
         if not all(math.isnan(deviation) for deviation in deviations):
-            axes.errorbar(line.x, means, deviations, fmt="none", ecolor=colour, elinewidth=0.8, capsize=1.8, zorder=2)
+            axes.errorbar(
+                line.x, means, deviations, fmt="none", ecolor=look["color"], elinewidth=0.8, capsize=1.8, zorder=2
+            )
         keys.append((means[-1], Line2D([], [], **look), line.label))
     for i, level in enumerate(levels):
         colour, _ = _style(level.method)
@@ -152,7 +144,7 @@ def lines(
     # In the order of the lines' right ends, which is how the eye looks for them.
     keys.sort(key=lambda key: -key[0])
     figure.legend([key for _, key, _ in keys], [_plain(label) for *_, label in keys], loc="outside right upper")
-    axes.set_xlabel(xlabel)
+    axes.set_xlabel(_plain(xlabel))
     axes.set_ylabel(_plain(ylabel))
     axes.grid(axis="y", linewidth=0.4, alpha=0.5)
     if body:
@@ -203,9 +195,9 @@ def grids(
         low: where the scale of colours begins; the smallest number if not given.
         high: where it ends; the largest number if not given.
     """
-    numbers = [value for grid in found for row in grid.values for value in row if value is not None]
-    low = min(numbers, default=0.0) if low is None else low
-    high = max(max(numbers, default=1.0) if high is None else high, low + 1e-9)
+    every = [value for grid in found for row in grid.values for value in row if value is not None and value == value]
+    low = min(every, default=0.0) if low is None else low
+    high = max(max(every, default=1.0) if high is None else high, low + 1e-9)
     rows, columns = max(len(grid.rows) for grid in found), max(len(grid.columns) for grid in found)
     longest = max(len(_plain(name)) for grid in found for name in grid.rows)
     highest = max(len(_plain(name)) for grid in found for name in grid.columns)
@@ -218,13 +210,15 @@ def grids(
     image = None
     for i, grid in enumerate(found):
         axes = figure.add_subplot(down, across, i + 1)
-        image = axes.imshow(
-            [[math.nan if value is None else value for value in row] for row in grid.values],
-            cmap=HEAT, vmin=low, vmax=high, aspect=CELL[1] / CELL[0],
-        )  # fmt: skip
-        axes.set_anchor("NW")
+        numbers = np.array([[math.nan if value is None else value for value in row] for row in grid.values])
+        places = np.arange(len(grid.columns) + 1) - 0.5, np.arange(len(grid.rows) + 1) - 0.5
+        image = axes.pcolormesh(
+            *places, np.ma.masked_invalid(numbers), cmap=HEAT, vmin=low, vmax=high, edgecolors="white", linewidth=0.5
+        )
+        axes.set_aspect(CELL[1] / CELL[0], anchor="NW")
         # Cells of all maps are of one size.
         axes.set_xlim(-0.5, columns - 0.5)
+        axes.set_ylim(len(grid.rows) - 0.5, -0.5)
         axes.set_xticks(range(len(grid.columns)), [_plain(name) for name in grid.columns])
         if slanted:
             axes.tick_params(axis="x", rotation=40)
@@ -236,8 +230,8 @@ def grids(
         axes.spines[:].set_visible(False)
         axes.set_title(_plain(grid.title), loc="left")
         _write_numbers(axes, grid, low, high, percent)
-    figure.supxlabel(xlabel, fontsize=8)
-    figure.supylabel(ylabel, fontsize=8)
+    figure.supxlabel(_plain(xlabel), fontsize=8)
+    figure.supylabel(_plain(ylabel), fontsize=8)
     assert image is not None
     bar: Any = figure.colorbar(image, ax=figure.axes, shrink=0.8, aspect=25, pad=0.02)
     bar.outline.set_visible(False)
@@ -248,19 +242,18 @@ def grids(
 
 
 def _write_numbers(axes: Axes, grid: Grid, low: float, high: float, percent: bool) -> None:
-    # So many fit into a cell.
-    fits = len(grid.columns) <= 16
+    # Numbers lie within their cells, which the layout need not find out.
+    look: dict[str, Any] = {"ha": "center", "va": "center", "in_layout": False}
     for i, row in enumerate(grid.values):
         for j, value in enumerate(row):
             if (i, j) in grid.crossed:
-                axes.text(j, i, "×", ha="center", va="center", color="#AA0000", fontsize=9)
+                axes.text(j, i, "×", color="#AA0000", fontsize=9, **look)
             if value is None or math.isnan(value):
                 continue
-            if fits:
+            if len(grid.columns) <= FITTING:
                 plain = f"{value:.3f}".removeprefix("0") if abs(value) < 10 else f"{value:.1f}"
                 colour = "black" if (value - low) / (high - low) > 0.6 else "white"
-                text = f"{100 * value:.0f}" if percent else plain
-                axes.text(j, i, text, ha="center", va="center", color=colour, fontsize=6)
+                axes.text(j, i, f"{100 * value:.0f}" if percent else plain, color=colour, fontsize=6, **look)
             if (i, j) in grid.framed:
                 axes.add_patch(Rectangle((j - 0.46, i - 0.46), 0.92, 0.92, fill=False, color="#D55E00", linewidth=1.6))
 
@@ -303,6 +296,33 @@ def bars(found: Sequence[Shares]) -> Figure:
     ]
     figure.legend(keys, [_plain(part) for part in parts], loc="outside right upper")
     return figure
+
+
+def _looks(series: Sequence[Line]) -> list[dict[str, Any]]:
+    """How each line is drawn."""
+    most = max(Counter(line.method for line in series).values(), default=0)
+    compared = most > VARIANTS or 1 < most == len(series)
+    variants: Counter[str] = Counter()
+    looks = []
+    for i, line in enumerate(series):
+        variant = variants[line.method]
+        variants[line.method] += 1
+        colour, marker = _style(line.method)
+        if compared:
+            colour, marker, variant = SCALE[i % len(SCALE)], MARKERS[i % len(MARKERS)], i // len(SCALE)
+        elif variant:
+            marker = MARKERS[variant % len(MARKERS)]
+        looks.append(
+            {
+                "color": colour,
+                "marker": marker,
+                "linestyle": DASHES[variant % len(DASHES)],
+                "markersize": 7 if marker == "*" else 4.5,
+                "markeredgecolor": "white",
+                "markeredgewidth": 0.0 if marker in "*XP" else 0.4,
+            }
+        )
+    return looks
 
 
 def _style(method: str) -> tuple[str, str]:

@@ -270,25 +270,36 @@ def layer_shares(points: Iterable[Point]) -> list[Shares]:
     Parts are named `attention 3`, or `decoder attention 3` where there are several stacks of layers.
     """
     points = [point for point in points if point.entries]
-    stacks = {_layer(layer)[0] for p in points for layers in (p.entries or {}).values() for layer in layers if layer}
+    layers = [layer for point in points for found in (point.entries or {}).values() for layer in found if layer]
+    stacks = list(dict.fromkeys(_layer(layer)[0] for layer in layers))
+    names = {"": ""} | dict(zip(stacks, _where_they_differ(stacks), strict=True))
 
     def named(entries: dict[str, dict[str, int]]) -> dict[str, int]:
         found: dict[str, int] = {}
-        for kind, layers in entries.items():
-            for layer in sorted(layers, key=_layer):
-                stack, number = _layer(layer)
-                words = [stack.split(".")[0] if len(stacks) > 1 else "", kind, "" if number is None else str(number)]
-                name = " ".join(word for word in words if word)
-                found[name] = found.get(name, 0) + layers[layer]
+        for kind, counts in entries.items():
+            for stack, number in sorted(map(_layer, counts), key=lambda layer: ([*names].index(layer[0]), layer[1])):
+                words = [names[stack], kind, str(number) if number >= 0 else ""]
+                found[" ".join(filter(None, words))] = sum(
+                    n for name, n in counts.items() if _layer(name) == (stack, number)
+                )
         return found
 
     return _shares(points, named)
 
 
-def _layer(name: str) -> tuple[str, int | None]:
-    """A layer's name without its number, and the number."""
+def _layer(name: str) -> tuple[str, int]:
+    """The stack that a layer is in, and its number; -1 without one."""
     found = re.fullmatch(r"(.*?)\.?(\d+)", name)
-    return (found[1], int(found[2])) if found else (name, None)
+    return (found[1], int(found[2])) if found else (name, -1)
+
+
+def _where_they_differ(names: Sequence[str]) -> list[str]:
+    """Of dotted names the first part that tells them apart; nothing of a single one."""
+    parts = [name.split(".") for name in names]
+    for column in itertools.zip_longest(*parts, fillvalue=""):
+        if len(set(column)) > 1:
+            return list(column)
+    return [""] * len(names)
 
 
 def _shares(points: Iterable[Point], parts_of: Callable[..., dict[str, int]]) -> list[Shares]:
