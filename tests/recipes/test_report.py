@@ -57,6 +57,8 @@ def test_points_are_read():
     assert (full.quality, full.seeds) == (None, [])
     assert (plain.method, plain.series) == ("dynamic", "dynamic, siloing=none")
     assert number.budget == "1,000 free"
+    options = {"method_siloing": "module", "method_churn_interval": 10, "model_name": "x"}
+    assert section(point([0.1], 10, **options)).points[0].series == "dynamic, module, churn_interval=10, x"
     assert made.done == [one, lora, plain, number]
     assert made.measured == "test accuracy"
     # Without a title the folder is one.
@@ -288,10 +290,9 @@ def test_overlaps_have_seeds_on_their_diagonal():
     # Points that differ in their learning rate alone are told apart by it.
     points = [point([0.5], 10, method_epsilon=0.1, training_learning_rate=rate) for rate in (0.1, 0.2)]
     made = section(*points, overlap=[{"titles": [p["title"] for p in points], "shared": [[1.0, 0.5], [0.5, 1.0]]}])
-    assert shapes.overlap_grids(made)[0].rows == [
-        "dynamic, ε = 0.1, learning rate 0.1",
-        "dynamic, ε = 0.1, learning rate 0.2",
-    ]
+    (grid,) = shapes.overlap_grids(made)
+    assert grid.rows == ["dynamic, ε = 0.1, learning rate 0.1 (1)", "dynamic, ε = 0.1, learning rate 0.2 (2)"]
+    assert grid.columns == ["(1)", "(2)"]
 
 
 def test_shares_of_modules_and_layers():
@@ -358,6 +359,7 @@ def test_tables():
         ["full (1,000,000)", "", "", "0.950"],
     ]
     assert table.strong == {(1, 1), (0, 2)}
+    assert shapes.budget_table(made.done[:3]).header == ["method", "ε = 0.001", "ε = 0.01"]
     assert shapes.budget_table(made.done[1:]) is None
     whole = shapes.metric_table(made.done[:1])
     assert whole.header == ["", "validation accuracy", "test accuracy", "test macro_f1"]

@@ -39,7 +39,7 @@ class Point:
 
     Attributes:
         title: as in the summary.
-        series: the title without what says how large it is, and without the learning rate.
+        series: its options without what says how large it is, and without the learning rate.
         method: name of the method.
         budget: epsilon or a number of free parameters, in words; "" if it has a size of its own.
         rate: the learning rate, where the sweep varies it as an option.
@@ -252,7 +252,7 @@ def _point(
         check(trial[1], Maybe(NUMBER), f"{where}.trials[{i}][1]")
     point = Point(
         title=printable(entry["title"]),
-        series=printable(title({"method.name": method, **others})),
+        series=printable(", ".join([method, *(_words(name, value) for name, value in others.items())])),
         method=printable(method),
         budget=_budget(method, options, recipe["method"]),
         rate=rate if isinstance(rate, int | float) else None,
@@ -289,6 +289,12 @@ def _point(
             "between_seeds": entry.get("seeds_share"),
         }
     )
+
+
+def _words(name: str, value: Any) -> str:
+    """An option as a name has it: `coefficient=0.1`, but `module_and_layer`, which says itself what it is."""
+    itself = isinstance(value, str) and value != "none"
+    return value if itself else title({name: value})
 
 
 def _budget(method: str, options: Mapping[str, Any], common: Mapping[str, Any]) -> str:

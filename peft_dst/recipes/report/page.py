@@ -16,7 +16,7 @@ from ..summary import rows_of
 from . import plots
 from .data import Section
 from .pictures import Picture, comparison, pictures
-from .shapes import Table, budget_table, metric_table, seeds_text
+from .shapes import OWN, Table, budget_table, metric_table, seeds_text
 
 
 PAGE = "index.html"
@@ -57,12 +57,14 @@ def write(sections: Sequence[Section], folder: Path) -> list[Path]:
 
     parts = []
     for section, name in zip(sections, _names(sections), strict=True):
+        grid = budget_table(section.done)
         parts.append(
             {
                 "id": name,
                 "section": section,
                 "seeds": seeds_text(section.points),
-                "grid": budget_table(section.done),
+                "grid": grid,
+                "own": grid is not None and OWN in grid.header,
                 "spread": any(point.quality and point.quality.count > 1 for point in section.done),
                 "whole": Table(*rows_of(section.summary)) if section.metric else None,
                 "metrics": metric_table(section.done) if section.done else None,

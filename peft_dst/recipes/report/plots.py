@@ -45,7 +45,7 @@ STYLES = {
     "l1": ("#117733", "1"),
     "l2": ("#88CCEE", "2"),
 }
-SCALE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#332288", "#999999", "#882255")
+SCALE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999933", "#332288", "#888888", "#882255")
 DASHES = ("-", "--", ":", "-.")
 MARKERS = "os^vDPXp*h"
 HEAT = "viridis"
@@ -69,7 +69,7 @@ FITTING = 20
 # So many variants of a method share its colour.
 VARIANTS = 2
 # Longer names are cut.
-LONGEST = 44
+LONGEST = 48
 
 
 @contextmanager
@@ -146,7 +146,7 @@ def lines(
     figure.legend([key for _, key, _ in keys], [_plain(label) for *_, label in keys], loc="outside right upper")
     axes.set_xlabel(_plain(xlabel))
     axes.set_ylabel(_plain(ylabel))
-    axes.grid(axis="y", linewidth=0.4, alpha=0.5)
+    axes.grid(axis="y", which="both", linewidth=0.4, alpha=0.5)
     if body:
         size: Any = float(body)
         top: Any = axes.secondary_xaxis("top", functions=(lambda x: x / size, lambda x: x * size))
@@ -203,7 +203,7 @@ def grids(
     highest = max(len(_plain(name)) for grid in found for name in grid.columns)
     slanted = highest > 4
     wide = CELL[0] * columns + 0.065 * longest + 0.4
-    tall = CELL[1] * rows + 0.4 + (0.045 * highest if slanted else 0.1)
+    tall = CELL[1] * rows + 0.5 + (0.045 * highest if slanted else 0.1)
     across = min(len(found), max(1, int(10 / wide)))
     down = math.ceil(len(found) / across)
     figure = Figure(figsize=(max(3.6, across * wide + 1.0), down * tall + 0.4), layout="constrained")
@@ -233,7 +233,7 @@ def grids(
     figure.supxlabel(_plain(xlabel), fontsize=8)
     figure.supylabel(_plain(ylabel), fontsize=8)
     assert image is not None
-    bar: Any = figure.colorbar(image, ax=figure.axes, shrink=0.8, aspect=25, pad=0.02)
+    bar: Any = figure.colorbar(image, ax=figure.axes, shrink=0.8, aspect=25, pad=0.02, panchor=False)
     bar.outline.set_visible(False)
     if percent:
         bar.ax.yaxis.set_major_formatter(lambda x, _: f"{100 * x:.0f} %")

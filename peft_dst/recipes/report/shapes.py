@@ -11,6 +11,12 @@ from typing import Any
 from .data import Point, Section, Spread, number_text
 
 
+# Columns of a grid with longer names are numbered.
+LONGEST = 24
+# The column of a table for what no budget sizes.
+OWN = "size of its own"
+
+
 @dataclass(frozen=True)
 class Line:
     """A series by its number of free parameters.
@@ -255,7 +261,11 @@ def overlap_grids(section: Section) -> list[Grid]:
         for i, point in enumerate(points):
             values[i][i] = point.between_seeds
         budgets = {point.budget for point in points}
-        grids.append(Grid(budgets.pop() if len(budgets) == 1 else "", names, names, values))
+        title, columns = budgets.pop() if len(budgets) == 1 else "", names
+        if max(map(len, names)) > LONGEST:
+            names = [f"{name} ({i + 1})" for i, name in enumerate(names)]
+            columns = [f"({i + 1})" for i in range(len(names))]
+        grids.append(Grid(title, names, columns, values))
     return grids
 
 
@@ -342,14 +352,14 @@ def budget_table(points: Iterable[Point]) -> Table | None:
             own = point not in sized
             row = f"{point.title} ({point.free:,})" if own else point.series
             rows.setdefault(row, {})["" if own else point.budget] = point.quality
-    columns = [*budgets, ""]
+    columns = [*budgets, *([""] if any("" in figures for figures in rows.values()) else [])]
+    names = list(rows)
     best = {
-        (max((name for name in rows if column in rows[name]), key=lambda name: rows[name][column].mean), column)
+        (max((name for name in names if column in rows[name]), key=lambda name: rows[name][column].mean), column)
         for column in budgets
     }
-    names = list(rows)
     return Table(
-        ["method", *budgets, "size of its own"],
+        ["method", *(column or OWN for column in columns)],
         [[name, *(figure_text(rows[name].get(column)) for column in columns)] for name in names],
         frozenset((names.index(name), columns.index(column) + 1) for name, column in best),
     )
