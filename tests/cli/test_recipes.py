@@ -82,7 +82,7 @@ def test_sweep(desk, run):
 
 def test_report(desk, run):
     """Of one run here; of sweeps, and what is on the page, in tests/recipes/test_report.py."""
-    assert run("train", "experiment.yaml", "training.max_steps=1", "--output", "folder")[0] == 0
+    assert run("train", "experiment.yaml", "training.max_steps=2", "--output", "folder")[0] == 0
     code, out, err = run("report", "folder", "folder/../folder/results.json", "-o", "report")
     assert (code, out) == (1, "")
     assert "hold the same run; give one of them." in err
