@@ -310,6 +310,10 @@ def test_shares_of_modules_and_layers():
     layers = shapes.layer_shares(made.points)[0]
     assert layers.parts == ["embeddings", "attention 9", "attention 10"]
     assert layers.values == [[0.25, 0.25, 0.5], [0.0, 1.0, 0.0]]
+    three = {"a": {"text.layer.0": 1, "text.block.0": 2, "image.layer.0": 1}}
+    (layers,) = shapes.layer_shares(section(point([0.5], 10, entries=three)).points)
+    assert layers.parts == ["text.layer a 0", "text.block a 0", "image.layer a 0"]
+    assert layers.values == [[0.25, 0.5, 0.25]]
     t5 = {"attention": {"encoder.block.0": 1, "decoder.block.0": 2}, "embeddings": {"": 1}}
     (layers,) = shapes.layer_shares(section(point([0.5], 10, entries=t5)).points)
     assert layers.parts == ["encoder attention 0", "decoder attention 0", "embeddings"]
@@ -425,6 +429,7 @@ def page(tmp_path_factory):
     hostile = "<script>document.title = 'no'</script>"
     one, two = summaries.everything(hostile, few=True), summaries.everything("Methods", seed=1, few=True)
     one["recipe"]["model"]["name"] = '"><img src=http://example.com/a.png>'
+    one["points"][0]["title"] = one["overlap"][0]["titles"][0] = "\x1b[31m \ud800"
     one["versions"] = [{"torch": hostile}, {"torch": "2.13.0"}]
     one["failures"] = {hostile: "\x1b[31m" + hostile}
     two["overlap"] = []
@@ -483,15 +488,15 @@ def test_names_stay_text(page):
     # Title, navigation, failure, its message, versions; and the alternative texts of pictures hold no more.
     assert text.count("<script>document.title = 'no'</script>") == 5
     assert '"><img src=http://example.com/a.png>' in text
-    assert r"\x1b[31m" in text
+    assert r"\x1b[31m \ud800" in text
 
 
 def test_every_picture_is_there(page):
     ids = Parsed(page.read_text()).all("id")
     kinds = {"quality", "learning-rate", "churn", "overlap", "modules", "layers", "switching", "speed"}
-    name = "script-document-title-no-script"
+    name = "1-script-document-title-no-script"
     assert {i.removeprefix(f"{name}-") for i in ids if i.startswith(f"{name}-")} == kinds
-    assert {i.removeprefix("methods-") for i in ids if i.startswith("methods-")} == kinds - {"overlap"}
+    assert {i.removeprefix("2-methods-") for i in ids if i.startswith("2-methods-")} == kinds - {"overlap"}
     assert "models-1-relative" in ids
 
 
@@ -504,7 +509,7 @@ def test_the_same_results_make_the_same_pictures(tmp_path):
     assert sources[:2] == sources[2:]
     # Sections of one name have pictures of their own.
     assert {picture.name for picture in pictures} == {
-        f"a-sweep{number}-{kind}.png" for number in ("", "-2") for kind in ("quality", "speed")
+        f"{number}-a-sweep-{kind}.png" for number in (1, 2) for kind in ("quality", "speed")
     }
 
 

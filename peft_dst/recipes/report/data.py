@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ...tables import printable
 from ..config import Recipe, SearchOptions, differences, make_recipe, value_of
 from ..record import RESULTS
 from ..summary import SUMMARY as SUMMARY_FILE
@@ -221,15 +220,15 @@ def section(summary: Any, where: str, name: str) -> Section:
     overlaps = []
     known = {point.title for point in points}
     for i, found in enumerate(summary.get("overlap") or []):
-        titles = [printable(name) for name in found["titles"]]
+        titles = found["titles"]
         _check_square(found["shared"], len(titles), f"{where}overlap[{i}].shared")
         if unknown := set(titles) - known:
             raise ValueError(f"{where}overlap[{i}] names {min(unknown)!r}, which is none of the points.")
         overlaps.append((titles, found["shared"]))
     return Section(
-        title=printable(recipe.get("title") or name),
-        model=printable(recipe["model"]["name"]),
-        task=printable(f"{recipe['task']['name']}, {recipe['task']['data']}"),
+        title=recipe.get("title") or name,
+        model=recipe["model"]["name"],
+        task=f"{recipe['task']['name']}, {recipe['task']['data']}",
         metric=summary["metric"],
         split=summary["split"],
         points=points,
@@ -251,9 +250,9 @@ def _point(
         check(trial[0], NUMBER, f"{where}.trials[{i}][0]")
         check(trial[1], Maybe(NUMBER), f"{where}.trials[{i}][1]")
     point = Point(
-        title=printable(entry["title"]),
-        series=printable(", ".join([method, *(_words(name, value) for name, value in others.items())])),
-        method=printable(method),
+        title=entry["title"],
+        series=", ".join([method, *(_words(name, value) for name, value in others.items())]),
+        method=method,
         budget=_budget(method, options, recipe["method"]),
         rate=rate if isinstance(rate, int | float) else None,
         trials=dict(entry["trials"]) if entry["search"] == RATE else {},
@@ -273,21 +272,19 @@ def _point(
     _check_square(snapshots["shared"], len(snapshots["steps"]), f"{where}.subset.snapshots.shared")
     on_validation = metrics.get("validation", {}).get(str(metric))
     trained = entry["steps"] and seconds.get("training")
-    return Point(
-        **{
-            **vars(point),
-            "quality": metrics[str(split)][str(metric)],
-            "validation": on_validation and on_validation.mean,
-            "metrics": metrics,
-            "free": entry["free_parameters"],
-            "body": entry["body_parameters"],
-            "speed": entry["steps"] / seconds["training"] if trained else None,
-            "switching": seconds.get("switching"),
-            "entries": subset.get("entries"),
-            "steps": snapshots["steps"],
-            "churn": snapshots["shared"],
-            "between_seeds": entry.get("seeds_share"),
-        }
+    return replace(
+        point,
+        quality=metrics[str(split)][str(metric)],
+        validation=on_validation.mean if on_validation else None,
+        metrics=metrics,
+        free=entry["free_parameters"],
+        body=entry["body_parameters"],
+        speed=entry["steps"] / seconds["training"] if trained else None,
+        switching=seconds.get("switching"),
+        entries=subset.get("entries"),
+        steps=snapshots["steps"],
+        churn=snapshots["shared"],
+        between_seeds=entry.get("seeds_share"),
     )
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...tables import printable
+
 
 NUMBER = (int, float)
 # A key of a mapping: whatever else is in it.
@@ -76,15 +78,23 @@ RECORD = {
 
 
 def read(path: Path) -> Any:
-    """What a JSON file holds.
+    """What a JSON file holds, its text without characters that no page may hold.
 
     Raises:
         ValueError: if it is none.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return _clean(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON file: {error}") from None
+
+
+def _clean(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {printable(key): _clean(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_clean(inner) for inner in value]
+    return printable(value) if isinstance(value, str) else value
 
 
 def check(value: Any, form: Any, where: str) -> None:
@@ -112,10 +122,8 @@ def check(value: Any, form: Any, where: str) -> None:
             if key not in value and key != ANY and not isinstance(inner, Maybe):
                 raise ValueError(f"{where.rstrip(': ')} lacks {key!r}; it is no summary or result of this version.")
         for key in value:
-            if key in form or ANY in form:
-                check(
-                    value[key], form.get(key, form.get(ANY)), where + key if where.endswith(" ") else f"{where}.{key}"
-                )
+            if inner := form.get(key, form.get(ANY)):
+                check(value[key], inner, where + key if where.endswith(" ") else f"{where}.{key}")
     else:
         _check_type(value, form, where)
 

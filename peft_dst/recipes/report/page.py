@@ -11,7 +11,6 @@ from typing import Any
 
 import jinja2
 
-from ...tables import printable
 from ..summary import rows_of
 from . import plots
 from .data import Section
@@ -56,7 +55,8 @@ def write(sections: Sequence[Section], folder: Path) -> list[Path]:
         }
 
     parts = []
-    for section, name in zip(sections, _names(sections), strict=True):
+    for number, section in enumerate(sections, 1):
+        name = f"{number}-{_short(section.title)}"
         grid = budget_table(section.done)
         parts.append(
             {
@@ -69,7 +69,7 @@ def write(sections: Sequence[Section], folder: Path) -> list[Path]:
                 "whole": Table(*rows_of(section.summary)) if section.metric else None,
                 "metrics": metric_table(section.done) if section.done else None,
                 "pictures": [drawn(picture, name) for picture in pictures(section)],
-                "failures": {printable(run): printable(error) for run, error in section.failures.items()},
+                "failures": section.failures,
                 "made": _made(section.summary),
             }
         )
@@ -99,14 +99,9 @@ def _alike(sections: Sequence[Section]) -> list[list[Section]]:
     return [alike for alike in found.values() if len(alike) > 1]
 
 
-def _names(sections: Sequence[Section]) -> list[str]:
-    """A short name for each section, for addresses in the page and files; each once."""
-    names: list[str] = []
-    for section in sections:
-        words = re.sub(r"[^a-z0-9]+", "-", section.title.lower()).strip("-")[:40].strip("-") or "results"
-        taken = sum(re.fullmatch(rf"{re.escape(words)}(-\d+)?", name) is not None for name in names)
-        names.append(f"{words}-{taken + 1}" if taken else words)
-    return names
+def _short(title: str) -> str:
+    """A title for addresses in the page and for files."""
+    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")[:40].strip("-") or "results"
 
 
 def _made(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -120,5 +115,5 @@ def _made(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
                 text = ", ".join(f"{key} {inner}" for key, inner in one.items() if inner is not None)
             else:
                 text = one if isinstance(one, str) else "unknown" if one is None else json.dumps(one)
-            found.append((name, printable(text)))
+            found.append((name, text))
     return found

@@ -195,7 +195,9 @@ def grids(
         low: where the scale of colours begins; the smallest number if not given.
         high: where it ends; the largest number if not given.
     """
-    every = [value for grid in found for row in grid.values for value in row if value is not None and value == value]
+    every = [
+        value for grid in found for row in grid.values for value in row if value is not None and math.isfinite(value)
+    ]
     low = min(every, default=0.0) if low is None else low
     high = max(max(every, default=1.0) if high is None else high, low + 1e-9)
     rows, columns = max(len(grid.rows) for grid in found), max(len(grid.columns) for grid in found)
@@ -248,7 +250,7 @@ def _write_numbers(axes: Axes, grid: Grid, low: float, high: float, percent: boo
         for j, value in enumerate(row):
             if (i, j) in grid.crossed:
                 axes.text(j, i, "×", color="#AA0000", fontsize=9, **look)
-            if value is None or math.isnan(value):
+            if value is None or not math.isfinite(value):
                 continue
             if len(grid.columns) <= FITTING:
                 plain = f"{value:.3f}".removeprefix("0") if abs(value) < 10 else f"{value:.1f}"

@@ -304,12 +304,11 @@ def _layer(name: str) -> tuple[str, int]:
 
 
 def _where_they_differ(names: Sequence[str]) -> list[str]:
-    """Of dotted names the first part that tells them apart; nothing of a single one."""
-    parts = [name.split(".") for name in names]
-    for column in itertools.zip_longest(*parts, fillvalue=""):
-        if len(set(column)) > 1:
-            return list(column)
-    return [""] * len(names)
+    """Of dotted names the first part that tells them all apart, else all of them; nothing of a single one."""
+    if len(names) < 2:
+        return [""] * len(names)
+    columns = itertools.zip_longest(*(name.split(".") for name in names), fillvalue="")
+    return list(next((column for column in columns if len(set(column)) == len(names)), names))
 
 
 def _shares(points: Iterable[Point], parts_of: Callable[..., dict[str, int]]) -> list[Shares]:
