@@ -239,7 +239,7 @@ def test_the_best_learning_rate_is_that_of_validation_data():
 
 def test_learning_rates_by_budget():
     made = section(
-        point([0.9], 1000, trials=[[0.1, 0.8], [0.01, 0.7]], chosen=0.1, method_epsilon=1e-3),
+        point([0.9], 1000, trials=[[0.01, 0.8], [0.1, 0.8]], chosen=0.1, method_epsilon=1e-3),
         point([0.9], 10, trials=[[0.1, 0.5], [0.2, 0.6], [0.5, None]], chosen=0.2, method_epsilon=1e-5),
         point([0.9], BODY, trials=[[1e-4, 0.9]], chosen=1e-4, method_name="full"),
     )
@@ -247,7 +247,7 @@ def test_learning_rates_by_budget():
     assert (dynamic.title, dynamic.rows, dynamic.columns) == (
         "dynamic", ["ε = 1e-5", "ε = 0.001"], ["0.01", "0.1", "0.2", "0.5"]
     )  # fmt: skip
-    assert dynamic.values == [[None, 0.5, 0.6, None], [0.7, 0.8, None, None]]
+    assert dynamic.values == [[None, 0.5, 0.6, None], [0.8, 0.8, None, None]]
     assert dynamic.framed == {(0, 2), (1, 1)}
     assert dynamic.crossed == {(0, 3)}
     assert (single.title, single.rows, single.columns, single.framed) == ("one size", ["full"], ["1e-4"], {(0, 0)})
