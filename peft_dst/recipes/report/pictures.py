@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from matplotlib.figure import Figure
 
 from . import plots, shapes
-from .data import Section, Spread
+from .data import Point, Section, Spread
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def comparison(sections: Sequence[Section]) -> Picture | None:
         "relative",
         "Quality of several models relative to full fine-tuning",
         f"Mean {sections[0].measured} of dynamic subsets divided by that of full fine-tuning of the same sweep, by the "
-        f"fraction of the model that is free. {_seeds(sections[0])} As Figure 2 of the first paper.",
+        f"fraction of the model that is free. {_seeds([point for section in sections for point in section.done])} As Figure 2 of the first paper.",
         lambda: plots.lines(
             found,
             [shapes.Level("full fine-tuning", "full", Spread(1.0))],
@@ -58,7 +58,7 @@ def comparison(sections: Sequence[Section]) -> Picture | None:
 
 def _quality(section: Section) -> Picture | None:
     lines, levels = shapes.curves(section.done, lambda point: point.quality)
-    notes = f"{_seeds(section)}{_rates_note(section)}"
+    notes = f"{_seeds(section.done)}{_rates_note(section)}"
     if (found := shapes.one_size(lines, levels)) is not None:
         if len(found) < 2:
             return None
@@ -184,9 +184,9 @@ def _across(levels: Sequence[shapes.Level]) -> str:
     return f" Lines across: {names}, with no or all parameters free." if levels else ""
 
 
-def _seeds(section: Section) -> str:
-    seeds = shapes.seeds_text(section.done)
-    many = any(point.quality and point.quality.deviation is not None for point in section.done)
+def _seeds(points: Sequence[Point]) -> str:
+    seeds = shapes.seeds_text(points)
+    many = any(point.quality and point.quality.deviation is not None for point in points)
     return f"{seeds} each; bars and bands are one standard deviation." if many else f"{seeds} each."
 
 
