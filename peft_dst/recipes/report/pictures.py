@@ -42,11 +42,12 @@ def comparison(sections: Sequence[Section]) -> Picture | None:
     found = shapes.relative_quality(sections)
     if not found:
         return None
+    points = [point for section in sections for point in section.done]
     return Picture(
         "relative",
         "Quality of several models relative to full fine-tuning",
         f"Mean {sections[0].measured} of dynamic subsets divided by that of full fine-tuning of the same sweep, by the "
-        f"fraction of the model that is free. {_seeds([point for section in sections for point in section.done])} As Figure 2 of the first paper.",
+        f"fraction of the model that is free. {_seeds(points)} As Figure 2 of the first paper.",
         lambda: plots.lines(
             found,
             [shapes.Level("full fine-tuning", "full", Spread(1.0))],
