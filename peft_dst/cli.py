@@ -319,7 +319,7 @@ def _evaluate(
     _print_metrics(metrics)
 
 
-@app.command("sweep", epilog="Example: peft-dst sweep sweep.yaml --output sweep --workers 2")
+@app.command("sweep", epilog="Example: peft-dst sweep experiment.yaml --output sweep --workers 2")
 def _sweep(
     config: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="The recipe, with its sweep.")],
     overrides: Annotated[
@@ -362,6 +362,27 @@ def _sweep(
         print(f"error: {folder / 'runs' / name}: {error}", file=sys.stderr)
     if summary["failures"]:
         raise typer.Exit(1)
+
+
+@app.command("report", epilog="Example: peft-dst report sweep --output report")
+def _page(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="PATH...", exists=True, help="Folders of sweeps and runs, or their summary.json and results.json."
+        ),
+    ],
+    output: Output,
+    quiet: Quiet = False,
+) -> None:
+    """Write a page with tables and plots of what sweeps and runs found.
+
+    One HTML file that needs nothing else, and each plot as a PNG file beside it. Single runs of one task stand together, as
+    if they were a sweep.
+    """
+    page, *pictures = _recipes().report(paths, output)
+    if not quiet:
+        print(f"{page}, and {len(pictures)} pictures beside it.")
 
 
 def _recipes() -> Any:

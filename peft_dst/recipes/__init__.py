@@ -17,10 +17,12 @@ Needs the extra `recipes`. Nothing but the command line imports this, and that o
 * `summary`  what came of many runs
 * `processes` runs side by side
 * `sweep`    many runs
+* `report/`  a page and pictures of what came of them
 """
 
 from .comparison import compared
 from .config import Recipe, at, load_recipe, make_recipe, points, to_dict
+from .report import report
 from .runner import evaluate, only_own_bars, results, train
 from .summary import rows_of, title
 from .sweep import groups, sweep
@@ -36,6 +38,7 @@ __all__ = [
     "make_recipe",
     "only_own_bars",
     "points",
+    "report",
     "results",
     "rows_of",
     "sweep",

@@ -497,7 +497,7 @@ def _check(recipe: Recipe) -> None:
         )
     if method.name in ("fisher_pretraining", "combined") and not (method.text or method.source):
         raise ValueError(f"method.name={method.name} scores on plain text; set method.text to a hub id or a folder.")
-    if recipe.search.option not in (None, *option_names()):
+    if recipe.search.option is not None and recipe.search.option not in option_names():
         raise ValueError(
             f"search.option is {recipe.search.option}, which does not exist{_nearest(str(recipe.search.option))}."
         )

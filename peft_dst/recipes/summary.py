@@ -21,7 +21,7 @@ from .runner import ADAPTER
 
 
 SUMMARY, TABLE = "summary.json", "summary.md"
-# Every pair of so many adapters is compared.
+# Every pair of so many adapters of one budget is compared.
 COMPARED = 16
 HEADER = ("", "chosen", "free parameters", "file, bytes", "seeds", "mean", "deviation", "p", "seconds")
 
@@ -83,8 +83,8 @@ def summarise(
     Returns:
         `recipe`; `metric`, the name of the figure to choose by; `split`, on which points are compared; `against`, the
         title of the point that the others are compared with; `points`, each with its title, options, trials, chosen
-        value, figures of each split (values by seed, mean, standard deviation), test, sizes and times; `overlap`; failures;
-        `records`, of the whole runs, without what they have in common.
+        value, figures of each split (values by seed, mean, standard deviation), test, sizes and times; `overlap`, of the
+        subsets of each budget; failures; commit, versions and machine, lists of them where runs differ.
     """
     done = [group for group in groups if group.records]
     splits = [split for split in ("test", "validation", "train") if all(_has(group, split) for group in done)]
@@ -186,15 +186,23 @@ def _seeds_share(group: Group) -> float | None:
     return statistics.fmean(overlap(one, other).total.of_a for one, other in pairs) if pairs else None
 
 
-def _overlap(groups: Sequence[Group]) -> dict[str, Any] | None:
-    """Fractions of each point's subset (a row) that another's (a column) has; of the first seed of each."""
-    found = [(title(group.point), delta) for group in groups for delta in _deltas([*group.folders.values()][:1])]
-    if not 1 < len(found) <= COMPARED:
-        return None
-    return {
-        "titles": [name for name, _ in found],
-        "shared": [[round(overlap(one, other).total.of_a, 6) for _, other in found] for _, one in found],
-    }
+def _overlap(groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """For each budget, fractions of each point's subset (a row) that another's (a column) has; of each one's first seed."""
+    budgets: dict[tuple[Any, Any], list[Group]] = {}
+    for group in groups:
+        method = next(iter(group.recipes.values())).method
+        budgets.setdefault((method.epsilon, method.num_free_parameters), []).append(group)
+    found = []
+    for members in budgets.values():
+        taken = [(title(group.point), delta) for group in members for delta in _deltas([*group.folders.values()][:1])]
+        if 1 < len(taken) <= COMPARED:
+            found.append(
+                {
+                    "titles": [name for name, _ in taken],
+                    "shared": [[round(overlap(one, other).total.of_a, 6) for _, other in taken] for _, one in taken],
+                }
+            )
+    return found
 
 
 def _deltas(folders: Iterable[Path]) -> list[SparseDelta]:

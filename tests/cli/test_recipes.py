@@ -80,6 +80,25 @@ def test_sweep(desk, run):
     assert "No modules were targeted" in err
 
 
+def test_report(desk, run):
+    """Of one run here; of sweeps, and what is on the page, in tests/recipes/test_report.py."""
+    assert run("train", "experiment.yaml", "training.max_steps=2", "--output", "folder")[0] == 0
+    code, out, err = run("report", "folder", "folder/../folder/results.json", "-o", "report")
+    assert (code, out) == (1, "")
+    assert "hold the same run; give one of them." in err
+    code, out, err = run("report", "folder", "-o", "report")
+    pictures = len(list(Path("report").glob("*.png")))
+    assert (code, out, err) == (0, f"report/index.html, and {pictures} pictures beside it.\n", "")
+    assert pictures == len(list(Path("report").iterdir())) - 1 > 0
+    code, _, err = run("report", "folder", "-o", "report")
+    assert (code, err) == (1, "error: report exists already. Give another name, or remove it first.")
+    code, _, err = run("report", "base", "-o", "other")
+    assert code == 1
+    assert err.startswith("error: base holds neither summary.json")
+    assert run("report", "folder", "-q", "-o", "other") == (0, "", "")
+    assert run("report", "nothing", "-o", "other")[0] == 2
+
+
 def test_recipes_need_their_extra(desk, run, monkeypatch):
     """And nothing else does: not the package, not the help of the commands."""
     for name in [name for name in sys.modules if name.startswith("peft_dst.recipes")]:

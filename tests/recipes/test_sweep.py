@@ -229,8 +229,9 @@ def test_runs_side_by_side(options, tmp_path):
     pair = by_name["dynamic"][0], by_name["fisher"][0]
     assert [results(folder)["recipe"]["seed"] for folder in pair] == [0, 0]
     share = overlap(*(folder / "adapter" for folder in pair)).total.of_a
-    assert summary["overlap"]["titles"] == ["dynamic", "fisher"]
-    assert summary["overlap"]["shared"][0] == pytest.approx([1, share], abs=1e-6)
+    (found,) = summary["overlap"]
+    assert found["titles"] == ["dynamic", "fisher"]
+    assert found["shared"][0] == pytest.approx([1, share], abs=1e-6)
     seeds = overlap(*(folder / "adapter" for folder in by_name["dynamic"])).total.of_a
     assert summary["points"][0]["seeds_share"] == seeds
     assert not (tmp_path / "two" / "cache").exists()
