@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from peft import LoraConfig, ShiraConfig, get_peft_model
@@ -14,10 +16,17 @@ from tests.models import bert, train
 WEIGHTS = "adapter_model.safetensors"
 
 
-@pytest.fixture
-def desk(tmp_path, monkeypatch):
-    """A folder with a base, a fine-tuned checkpoint and adapters, where the commands run."""
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(scope="session")
+def furnished(tmp_path_factory):
+    """A folder with a base, a fine-tuned checkpoint and adapters; tests get copies of it."""
+    folder = tmp_path_factory.mktemp("furnished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        furnish()
+    return folder
+
+
+def furnish():
     torch.manual_seed(0)
     base = bert()
     base.save_pretrained("base")
@@ -34,6 +43,14 @@ def desk(tmp_path, monkeypatch):
         get_peft_model(bert_again(), config).save_pretrained(name)
     train(base, "bert", steps=1)
     base.save_pretrained("tuned")
+
+
+@pytest.fixture
+def desk(furnished, tmp_path, monkeypatch):
+    """A copy of that folder, where the commands run."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(furnished, tmp_path, dirs_exist_ok=True)
+    torch.manual_seed(0)
     return tmp_path
 
 
