@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 # Before anything imports huggingface_hub, which reads its environment once.
 import tests.hub  # noqa: F401
@@ -20,6 +22,10 @@ import pytest
 # and runs none of them, and the import takes longer than most.
 if TYPE_CHECKING:
     from torch import nn
+
+
+# A process that imports this once, and is forked where a test starts others with the method "forkserver".
+multiprocessing.set_forkserver_preload(["peft_dst", "tests.models"])
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +56,17 @@ def build() -> Callable[[str], nn.Module]:
         return BUILDERS[name]()
 
     return make
+
+
+@pytest.fixture
+def apart() -> Callable[..., Any]:
+    """Call a function of a module in a process of its own; its result, or what it raises."""
+
+    def call(function: Callable[..., Any], *arguments: object) -> Any:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("forkserver")) as pool:
+            return pool.submit(function, *arguments).result()
+
+    return call
 
 
 @pytest.fixture

@@ -386,8 +386,8 @@ def runs(seed: int, count: int, where: Path, checker: Any = check) -> Iterator[t
         yield done[0], result
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run many, and say what came of them."""
+def main(argv: list[str] | None = None) -> Counter[tuple[str, str]]:
+    """Run many, and say what came of them: what was done and its outcome → how often."""
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--count", type=int, default=100_000)
     arguments.add_argument("--seed", type=int, default=0)
@@ -403,6 +403,7 @@ def main(argv: list[str] | None = None) -> None:
     found = Counter(tqdm(done, total=options.count, disable=not sys.stderr.isatty()))
     for (how, result), number in sorted(found.items()):
         print(f"{how:20} {result:12} {number:9,}")  # noqa: T201
+    return found
 
 
 if __name__ == "__main__":

@@ -6,10 +6,10 @@ import copy
 import json
 import math
 import shutil
-import subprocess
 import sys
-import textwrap
+import threading
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -587,7 +587,31 @@ class TestRefusals:
             run(tmp_path, epsilon=1e-9)
 
 
-def test_a_tensor_of_a_checkpoint_is_not_in_the_process_own_memory(tmp_path):
+def own_memory_of_extract(folder: Path) -> float:
+    """By how many MiB the process' own memory is larger at its peak; in a process that does nothing else."""
+
+    def anonymous() -> float:
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+        return int(line.split()[1]) / 1024
+
+    def watch() -> None:
+        while not done.wait(0.001):
+            peak.append(anonymous())
+
+    small = bert()
+    moved = {n: t + 1 for n, t in small.state_dict().items()}
+    extract(small, moved, folder / "small", DSTConfig(epsilon=0.1), progress=False)
+    before, peak, done = anonymous(), [0.0], threading.Event()
+    thread = threading.Thread(target=watch)
+    thread.start()
+    config = DSTConfig(epsilon=1e-4, siloing="none")
+    extract(folder / "base", folder / "tuned", folder / "out", config, progress=False)
+    done.set()
+    thread.join()
+    return max(peak) - before
+
+
+def test_a_tensor_of_a_checkpoint_is_not_in_the_process_own_memory(tmp_path, apart):
     """The whole pair is looked at, with one silo over all of it; what the process holds for itself is a fraction of it."""
     if not sys.platform.startswith("linux"):
         pytest.skip("RssAnon is Linux's")
@@ -602,35 +626,7 @@ def test_a_tensor_of_a_checkpoint_is_not_in_the_process_own_memory(tmp_path):
         tensors = {n: torch.full(shape, 1 + i / 64, dtype=torch.bfloat16) for n, shape in names.items()}
         config.save_pretrained(tmp_path / folder)
         save_file(tensors, tmp_path / folder / "model.safetensors", metadata={"format": "pt"})
-    program = f"""
-        import threading, time
-        from peft_dst import DSTConfig
-        from peft_dst.extraction import extract
-        from tests.models import bert
-
-        def anonymous():
-            line = next(l for l in open("/proc/self/status") if l.startswith("RssAnon"))
-            return int(line.split()[1]) / 1024
-
-        def watch():
-            while not done.wait(0.001):
-                peak.append(anonymous())
-
-        small = bert()
-        moved = {{n: t + 1 for n, t in small.state_dict().items()}}
-        extract(small, moved, r"{tmp_path}/small", DSTConfig(epsilon=0.1), progress=False)
-        before, peak, done = anonymous(), [0.0], threading.Event()
-        thread = threading.Thread(target=watch)
-        thread.start()
-        config = DSTConfig(epsilon=1e-4, siloing="none")
-        extract(r"{tmp_path}/base", r"{tmp_path}/tuned", r"{tmp_path}/out", config, progress=False)
-        done.set()
-        thread.join()
-        print(max(peak) - before)
-    """
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=True
-    )
+    grown = apart(own_memory_of_extract, tmp_path)
     size = sum((tmp_path / folder / "model.safetensors").stat().st_size for folder in ("base", "tuned")) / 2**20
     assert size > 180
-    assert float(result.stdout.splitlines()[-1]) < size / 2
+    assert grown < size / 2
