@@ -33,7 +33,7 @@ def accuracies(output: str) -> dict[str, float]:
 
 
 def test_quickstart_on_its_own_data(minilm, tmp_path):
-    output = quickstart("--epochs", "0.4", "--output", str(tmp_path))
+    output = quickstart("--epochs", "0.1", "--output", str(tmp_path))
     assert accuracies(output).keys() == {"question_types", "sentiment", "support_intents"}
     assert "base restored bit-exactly: yes" in output
     for task in accuracies(output):
