@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import datasets
@@ -20,10 +21,17 @@ from tests.models import bert, train
 WEIGHTS = "adapter_model.safetensors"
 
 
-@pytest.fixture
-def desk(tmp_path, monkeypatch):
-    """A folder with a base, a fine-tuned checkpoint, adapters and a recipe, where the commands run."""
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(scope="session")
+def furnished(tmp_path_factory):
+    """A folder with a base, a fine-tuned checkpoint, adapters and a recipe; tests get copies of it."""
+    folder = tmp_path_factory.mktemp("furnished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        furnish()
+    return folder
+
+
+def furnish():
     torch.manual_seed(0)
     base = bert()
     base.save_pretrained("base")
@@ -40,8 +48,16 @@ def desk(tmp_path, monkeypatch):
         get_peft_model(bert_again(), config).save_pretrained(name)
     train(base, "bert", steps=1)
     base.save_pretrained("tuned")
-    Path("experiment.yaml").write_text(json.dumps(toys.classification(tmp_path)))
+    Path("experiment.yaml").write_text(json.dumps(toys.classification(Path())))
+
+
+@pytest.fixture
+def desk(furnished, tmp_path, monkeypatch):
+    """A copy of that folder, where the commands run."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(furnished, tmp_path, dirs_exist_ok=True)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / ".datasets")
+    torch.manual_seed(0)
     yield tmp_path
     # Programs are quieter than libraries.
     transformers_logging.set_verbosity_warning()
