@@ -101,5 +101,5 @@ def classification(folder: Path) -> dict:
         "model": {"name": str(model(folder / "bert", "bert")), "head": ["pooler", "classifier"]},
         "task": {"name": "classification", "data": str(folder / "data"), "max_length": 16},
         "method": {"epsilon": 0.02},
-        "training": {"max_steps": 4, "batch_size": 4},
+        "training": {"max_steps": 4, "batch_size": 4, "learning_rate": 0.01},
     }

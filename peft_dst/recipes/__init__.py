@@ -14,6 +14,7 @@ Needs the extra `recipes`. Nothing but the command line imports this, and that o
 * `forgetting` what a causal model loses of its language
 * `runner`   train and evaluate
 * `comparison` a run as PEFT's comparison of methods writes it
+* `rates`    a learning rate where none is given
 * `search`   a value chosen on validation data
 * `summary`  what came of many runs
 * `processes` runs side by side
@@ -23,7 +24,8 @@ Needs the extra `recipes`. Nothing but the command line imports this, and that o
 
 from .comparison import compared
 from .config import at, load_recipe, make_recipe, points, to_dict
-from .options import Recipe
+from .options import AUTO, Recipe
+from .rates import settled
 from .record import results
 from .report import report
 from .runner import evaluate, only_own_bars, train
@@ -32,6 +34,7 @@ from .sweep import groups, sweep
 
 
 __all__ = [
+    "AUTO",
     "Recipe",
     "at",
     "compared",
@@ -44,6 +47,7 @@ __all__ = [
     "report",
     "results",
     "rows_of",
+    "settled",
     "sweep",
     "title",
     "to_dict",

@@ -20,7 +20,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from .options import DTYPES, METHODS, OPTIMIZERS, SPLITS, TASKS, Recipe, SearchOptions
+from .options import AUTO, DTYPES, METHODS, OPTIMIZERS, SPLITS, TASKS, Recipe, SearchOptions
+from .rates import settled
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -118,15 +119,16 @@ def points(recipe: Recipe) -> list[dict[str, Any]]:
 
 
 def at(recipe: Recipe, point: Mapping[str, Any]) -> Recipe:
-    """The recipe of one run of a sweep.
+    """The recipe of one run of a sweep, with its learning rate settled.
 
     Raises:
-        ValueError: for an option or value that does not exist.
+        ValueError: for an option or value that does not exist, or if there is no rule for a learning rate.
     """
     values: dict[str, Any] = {}
     for name, value in point.items():
         values = _merged(values, _nested(name, value))
-    return _finished(_merge(OmegaConf.structured(replace(recipe, sweep=None)), values, "the sweep"), "the sweep")
+    merged = _merge(OmegaConf.structured(replace(recipe, sweep=None)), values, "the sweep")
+    return settled(_finished(merged, "the sweep"))
 
 
 def value_of(recipe: Recipe, name: str) -> Any:
@@ -259,8 +261,8 @@ def _check(recipe: Recipe) -> None:
     if unknown:
         raise ValueError(f"evaluation.splits are of {', '.join(SPLITS)}; got {unknown[0]!r}.")
     rate = recipe.training.learning_rate
-    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < math.inf:
-        raise ValueError(f"training.learning_rate must be a number of 0 or more, got {rate!r}.")
+    if rate != AUTO and (isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < math.inf):
+        raise ValueError(f"training.learning_rate must be auto, or a number of 0 or more; got {rate!r}.")
     for name, number in (
         ("evaluation.every", 1 if recipe.evaluation.every is None else recipe.evaluation.every),
         ("evaluation.text_examples", recipe.evaluation.text_examples),

@@ -15,6 +15,8 @@ TASKS = ("classification", "tagging", "translation", "question_answering", "math
 OPTIMIZERS = ("adamw", "adafactor", "sgd")
 DTYPES = ("float32", "bfloat16", "float16")
 SPLITS = ("train", "validation", "test")
+# A learning rate by a rule.
+AUTO = "auto"
 
 
 def _option(default: Any, help: str) -> Any:
@@ -109,7 +111,8 @@ class MethodOptions:
     virtual_tokens: int | None = _option(None, "Length of the prompt; null: what comes nearest to the budget.")
     coefficient: float = _option(0.01, "Of the penalty on the distance from the seed (l1, l2, pruning, diff_pruning).")
     pruning_learning_rate: float | None = _option(
-        None, "Of the full fine-tuning that diff_pruning prunes; null: training.learning_rate."
+        None,
+        "Of the full fine-tuning that diff_pruning prunes; null: training.learning_rate, or, if that is auto, full's.",
     )
     source: str | None = _option(
         None, "transfer: folder of another adapter, whose subset is taken. Others with scores: a file of scores."
@@ -131,7 +134,10 @@ class HeadFirstOptions:
 
 @dataclass
 class TrainingOptions:
-    learning_rate: Any = _option(1e-2, "Of the body: the subset, the low-rank layers, or all of it.")
+    learning_rate: Any = _option(
+        AUTO,
+        "Of the body: the subset, the low-rank layers, or all of it. auto: by method and epsilon (docs/choosing.md).",
+    )
     head_learning_rate: float = _option(1e-3, "Of the head.")
     epochs: float = _option(2.0, "Passes over the training examples.")
     max_steps: int | None = _option(None, "Steps, instead of epochs.")

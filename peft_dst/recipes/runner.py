@@ -36,6 +36,7 @@ from .lab import CACHE, CHECKPOINTS, Lab, Training, load_trained, saved
 from .methods import prepare
 from .models import Seed
 from .options import SPLITS, Recipe
+from .rates import settled
 from .record import (
     ADAPTER,
     CONFIG,
@@ -82,7 +83,7 @@ def train(
     Raises:
         ValueError: if the folder belongs to another recipe or process, or the recipe does not fit its data or model.
     """
-    folder = Path(folder)
+    folder, recipe = Path(folder), settled(recipe)
     with _claimed(recipe, folder, wait):
         record = results(folder)
         lacking = [split for split in recipe.evaluation.splits if split not in (record or {}).get("metrics", {})]

@@ -33,6 +33,12 @@ def best_place(scores: Mapping[int, float]) -> int:
     return max(scores, key=lambda place: (scores[place], -abs(place), -place))
 
 
+def rounded(value: float) -> float:
+    """The member of the series nearest to a value above 0, by their ratio."""
+    below = in_series(in_series(value, 1), -1)
+    return min((below, in_series(below, 1)), key=lambda member: abs(math.log(member / value)))
+
+
 def in_series(start: float, place: int) -> float:
     """The start, or the member of the series so many places above or below it.
 

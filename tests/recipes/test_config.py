@@ -48,8 +48,8 @@ def test_files_lie_over_their_defaults_and_overrides_over_files(tmp_path):
         ("task.parts=BoolQ", r"task\.parts: "),
         ("method.name=dynamik", r"method\.name must be one of .*got 'dynamik'\. Did you mean 'dynamic'\?"),
         ("task.name=chess", r"task\.name must be one of 'classification'.*got 'chess'"),
-        ("training.learning_rate=auto", r"training\.learning_rate must be a number of 0 or more, got 'auto'"),
-        ("training.learning_rate=-1", r"training\.learning_rate must be a number"),
+        ("training.learning_rate=car", r"training\.learning_rate must be auto, or a number of 0 or more; got 'car'"),
+        ("training.learning_rate=-1", r"training\.learning_rate must be auto, or a number"),
         ("training.batch_size=0", r"training\.batch_size must be 1 or more, got 0"),
         ("method.epsilon=2", r"method\.epsilon must be a fraction"),
         ("method.name=transfer", r"set method\.source to its folder"),
@@ -94,9 +94,8 @@ def test_files_cannot_run_code(tmp_path):
 
 
 def test_what_a_sweep_varies():
-    recipe = make_recipe(
-        LEAST | {"sweep": [{"method.epsilon": [1e-3, 1e-4], "seed": [0, 1]}, {"method.name": ["full"]}]}
-    )
+    sweep = [{"method.epsilon": [1e-3, 1e-4], "seed": [0, 1]}, {"method.name": ["full"]}]
+    recipe = make_recipe(LEAST | {"sweep": sweep, "training": {"learning_rate": 0.1}})
     found = points(recipe)
     assert len(found) == 5
     assert found[1] == {"method.epsilon": 1e-3, "seed": 1}

@@ -1,0 +1,82 @@
+"""The learning rate where none is given: which, where it is settled, and what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+
+from peft_dst.config import DEFAULT_EPSILON
+from peft_dst.recipes import at, load_recipe, make_recipe, settled, train
+from peft_dst.recipes.options import METHODS
+from peft_dst.recipes.rates import BY_EPSILON, FIXED, KINDS, by_rule
+from tests import toys
+
+
+LEAST = {"model": {"name": "m"}, "task": {"name": "classification", "data": "d"}}
+
+
+def rate(*overrides):
+    return settled(make_recipe(LEAST, overrides)).training.learning_rate
+
+
+def test_there_is_a_rule_for_every_method():
+    assert set(METHODS) == FIXED.keys() | KINDS.keys()
+    assert set(KINDS.values()) == BY_EPSILON.keys()
+    for kind, known in BY_EPSILON.items():
+        method = next(name for name in KINDS if KINDS[name] == kind)
+        assert [by_rule(method, epsilon) for epsilon in known] == list(known.values())
+        # The larger the budget, the lower the rate, and never outside what was measured.
+        found = [by_rule(method, 10 ** (-7 + i / 10)) for i in range(71)]
+        assert found == sorted(found, reverse=True)
+        assert {found[0], found[-1]} == {known[1e-5], known[1.0]}
+
+
+def test_between_two_budgets(monkeypatch):
+    """Half-way between them, on logarithmic scales, is the geometric mean: here 1e-2, or the member nearest to it."""
+    monkeypatch.setitem(BY_EPSILON, "moving", {1e-4: 1e-1, 1e-2: 1e-3})
+    assert [by_rule("dynamic", epsilon) for epsilon in (1e-5, 1e-4, 1e-3, 1e-2)] == [1e-1, 1e-1, 1e-2, 1e-3]
+    # 1e-1 · 10^(-2 · 0.35) = 2.0e-2; 10^(-2 · 0.45) makes 1.26e-2, nearer to 1e-2 than to 2e-2.
+    assert [by_rule("dynamic", 1e-4 * 10 ** (2 * part)) for part in (0.35, 0.45)] == [2e-2, 1e-2]
+
+
+def test_it_is_settled_by_method_and_budget():
+    assert rate("method.epsilon=1e-3") == by_rule("dynamic", 1e-3)
+    assert rate("method.name=random", "method.epsilon=1e-4") == by_rule("random", 1e-4)
+    assert rate("method.name=full") == FIXED["full"]
+    assert rate("training.learning_rate=0.3", "training.optimizer=sgd") == 0.3
+    assert rate("method.name=full", "method.num_free_parameters=7") == FIXED["full"], "its rate goes by no budget"
+    pruned = settled(make_recipe(LEAST, ["method.name=diff_pruning"]))
+    assert (pruned.training.learning_rate, pruned.method.pruning_learning_rate) == (
+        by_rule("diff_pruning", DEFAULT_EPSILON),
+        FIXED["full"],
+    )
+    given = settled(make_recipe(LEAST, ["method.name=diff_pruning", "method.pruning_learning_rate=0.5"]))
+    assert given.method.pruning_learning_rate == 0.5
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.optimizer=sgd", "auto is a rule for adamw, not for sgd"),
+        ("method.num_free_parameters=100", r"goes by method\.epsilon, not by method\.num_free_parameters"),
+    ],
+)
+def test_without_a_rule_it_is_refused_before_anything_is_written(override, message, tmp_path):
+    recipe = make_recipe(LEAST, [override])
+    with pytest.raises(ValueError, match=message):
+        train(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_point_of_a_sweep_has_its_own():
+    recipe = make_recipe(LEAST | {"sweep": {"method.name": ["dynamic", "full"]}})
+    assert recipe.training.learning_rate == "auto"
+    assert at(recipe, {"method.name": "full"}).training.learning_rate == FIXED["full"]
+
+
+def test_a_run_says_what_it_took(tmp_path):
+    recipe = make_recipe(toys.classification(tmp_path), ["training.max_steps=1", "training.learning_rate=auto"])
+    record = train(recipe, tmp_path / "run")
+    expected = by_rule("dynamic", recipe.method.epsilon)
+    assert record["recipe"]["training"]["learning_rate"] == expected
+    assert load_recipe(tmp_path / "run" / "config.yaml").training.learning_rate == expected
+    assert train(recipe, tmp_path / "run") == record, "the same recipe goes on with it"
