@@ -15,6 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "peft_dst"
 ORDER = [
     "core",
     "delta",
+    "serving",
     "subsets",
     "tables",
     "config",
@@ -45,6 +46,7 @@ ORDER = [
 MAY_IMPORT = {
     "core": {"torch"},
     "delta": {"torch", "numpy", "safetensors"},
+    "serving": {"torch"},
     "subsets": {"torch", "numpy", "safetensors", "tqdm"},
 }
 
