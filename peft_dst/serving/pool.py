@@ -243,6 +243,14 @@ class DeltaPool:
                 if name not in self._ready:
                     self._start_loading(name)
 
+    def ready(self, name: str) -> Placed:
+        """A delta as it is written: positions in the storage's buffers, values, seeds; read now if it is not held.
+
+        Raises:
+            KeyError, DeltaError: as `use`.
+        """
+        return self._obtain(name)
+
     def close(self) -> None:
         """Put the base's weights back, and let everything go. Waits for what is in use."""
         with self._alone():
