@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import multiprocessing
 import os
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 # Before anything imports huggingface_hub, which reads its environment once.
 import tests.hub  # noqa: F401
@@ -13,33 +17,66 @@ import tests.hub  # noqa: F401
 # isort: split
 
 import pytest
-import torch
-from peft import get_peft_model
-from torch import nn
 
-from peft_dst import DSTConfig
-from tests.models import BUILDERS, logits, train
+
+# torch, PEFT and what imports them are imported where they are used: with `-n` pytest's own process hands out the tests
+# and runs none of them, and the import takes longer than most.
+if TYPE_CHECKING:
+    from torch import nn
+
+
+# A process that imports this once, and is forked where a test starts others with the method "forkserver".
+multiprocessing.set_forkserver_preload(["peft_dst", "tests.models"])
 
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
+    import torch
+
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=sorted(BUILDERS))
-def architecture(request: pytest.FixtureRequest) -> str:
-    return request.param
+def pytest_collection_finish() -> None:
+    """Leave the half a million objects of what is imported out of every garbage collection from here on.
+
+    Trainers collect again and again; looking at them each time took a third of their tests' time.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that takes an `architecture`, and does not say which, goes through all of them."""
+    said = any("architecture" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
+    if "architecture" in metafunc.fixturenames and not said:
+        from tests.models import BUILDERS
+
+        metafunc.parametrize("architecture", sorted(BUILDERS))
 
 
 @pytest.fixture
 def build() -> Callable[[str], nn.Module]:
     """Make a tiny random model, always the same for one name."""
+    import torch
+
+    from tests.models import BUILDERS
 
     def make(name: str) -> nn.Module:
         torch.manual_seed(0)
         return BUILDERS[name]()
 
     return make
+
+
+@pytest.fixture
+def apart() -> Callable[..., Any]:
+    """Call a function of a module in a process of its own; its result, or what it raises."""
+
+    def call(function: Callable[..., Any], *arguments: object) -> Any:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("forkserver")) as pool:
+            return pool.submit(function, *arguments).result()
+
+    return call
 
 
 @pytest.fixture
@@ -61,6 +98,10 @@ def minilm() -> str:
 @pytest.fixture
 def saved(build, tmp_path):
     """Folder of a saved adapter for the tiny BERT, with its logits."""
+    from peft import get_peft_model
+
+    from peft_dst import DSTConfig
+    from tests.models import logits, train
 
     def make(name="bert", **options):
         model = get_peft_model(build(name), DSTConfig(**{"epsilon": 0.02, **options}))

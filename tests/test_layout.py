@@ -39,6 +39,7 @@ ORDER = [
     "training",
     "analysis",
     "registration",
+    "recipes",
     "cli",
     "__init__",
     "__main__",

@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
+
+import datasets
 import pytest
 import torch
 from peft import LoraConfig, ShiraConfig, get_peft_model
+from transformers.utils import logging as transformers_logging
 
 from peft_dst import DSTConfig
 from peft_dst.cli import main
+from tests import toys
 from tests.models import bert, train
 
 
 WEIGHTS = "adapter_model.safetensors"
 
 
-@pytest.fixture
-def desk(tmp_path, monkeypatch):
-    """A folder with a base, a fine-tuned checkpoint and adapters, where the commands run."""
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(scope="session")
+def furnished(tmp_path_factory):
+    """A folder with a base, a fine-tuned checkpoint, adapters and a recipe; tests get copies of it."""
+    folder = tmp_path_factory.mktemp("furnished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        furnish()
+    return folder
+
+
+def furnish():
     torch.manual_seed(0)
     base = bert()
     base.save_pretrained("base")
@@ -34,7 +48,21 @@ def desk(tmp_path, monkeypatch):
         get_peft_model(bert_again(), config).save_pretrained(name)
     train(base, "bert", steps=1)
     base.save_pretrained("tuned")
-    return tmp_path
+    Path("experiment.yaml").write_text(json.dumps(toys.classification(Path())))
+
+
+@pytest.fixture
+def desk(furnished, tmp_path, monkeypatch):
+    """A copy of that folder, where the commands run."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(furnished, tmp_path, dirs_exist_ok=True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / ".datasets")
+    torch.manual_seed(0)
+    yield tmp_path
+    # Programs are quieter than libraries.
+    transformers_logging.set_verbosity_warning()
+    transformers_logging.enable_progress_bar()
+    datasets.enable_progress_bars()
 
 
 def bert_again():

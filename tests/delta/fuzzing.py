@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import json
 import math
 import resource
@@ -39,6 +40,8 @@ from peft_dst.delta.records import digest
 
 
 SECONDS = 10
+# Stands for eight hundred numbers of four thousand digits, which Python takes long to write in decimal: once is enough.
+HUGE = "eight hundred huge numbers"
 # JSON that some reader somewhere took for something else.
 STRANGE: list[Any] = [
     None,
@@ -63,7 +66,7 @@ STRANGE: list[Any] = [
     [],
     [[]],
     [2**40, 2**40],
-    [10**4000] * 800,
+    HUGE,
     [1] * 100,
     [0],
     {},
@@ -72,15 +75,37 @@ STRANGE: list[Any] = [
 NAMES = ["", ".", "0.weight", "0.bias", "0..weight", "../0.weight", "/etc/passwd", "0.weight\n", "1.weight", "x" * 5000]
 
 
-def base() -> nn.Module:
-    """A tiny model, always the same."""
+@functools.cache
+def _huge() -> str:
+    return json.dumps([10**4000] * 800)
+
+
+def written(value: Any) -> str:
+    """JSON."""
+    return json.dumps(value).replace(json.dumps(HUGE), _huge())
+
+
+@functools.cache
+def bomb(kind: int) -> bytes:
+    """JSON that is small while compressed: nested, padded, or nested without an end."""
+    text = ('{"a":[' + "[]," * 10**6 + "[]]}", "{" + " " * 10**8 + "}", "[" * 10**6)[kind]
+    return zlib.compress(text.encode())
+
+
+@functools.cache
+def _base() -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3).bfloat16(), nn.Embedding(7, 4))
 
 
+def base() -> nn.Module:
+    """A tiny model, always the same."""
+    return copy.deepcopy(_base())
+
+
 def state() -> dict[str, Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in base().named_parameters()}
+    return {name: parameter.detach().clone() for name, parameter in _base().named_parameters()}
 
 
 def write_corpus(folder: Path) -> list[Path]:
@@ -210,7 +235,7 @@ class Damage:
         match int(self.random.integers(5)):
             case 0:
                 metadata[self.pick(["dst_records", "dst_config", "dst_format_version"])] = self.pick(
-                    ["", "{", "null", "1e999", "[" * 100_000, "{}", '"', json.dumps(self.pick(STRANGE))]
+                    ["", "{", "null", "1e999", "[" * 100_000, "{}", '"', written(self.pick(STRANGE))]
                 )
             case 1 | 2 if records:
                 record = records[self.pick(sorted(records))]
@@ -222,7 +247,7 @@ class Damage:
                     [*STRANGE, [1, "00000000", {"float32": "00000000"}, [4], "float32"]]
                 )
         if records:
-            metadata["dst_records"] = json.dumps(records)
+            metadata["dst_records"] = written(records)
             if self.random.random() < 0.5:
                 self._write_config(folder, records=records)
         replace_file(path, tensors, metadata)
@@ -245,8 +270,7 @@ class Damage:
         path = folder / WEIGHTS_NAME
         match int(self.random.integers(6)):
             case 5 if "dst_packed_records" in load_file(path):
-                text = self.pick(['{"a":[' + "[]," * 10**6 + "[]]}", "{" + " " * 10**8 + "}", "[" * 10**6])
-                code = torch.frombuffer(bytearray(zlib.compress(text.encode())), dtype=torch.uint8)
+                code = torch.frombuffer(bytearray(bomb(self.pick([0, 1, 2]))), dtype=torch.uint8)
                 replace_file(path, {**load_file(path), "dst_packed_records": code}, self._metadata(path))
             case 0:
                 path.write_bytes(b"")
@@ -267,7 +291,7 @@ class Damage:
     @staticmethod
     def _write_config(folder: Path, **changed: Any) -> None:
         path = folder / CONFIG_NAME
-        path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
+        path.write_text(written({**json.loads(path.read_text()), **changed}))
 
 
 def described_anew(records: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -362,8 +386,8 @@ def runs(seed: int, count: int, where: Path, checker: Any = check) -> Iterator[t
         yield done[0], result
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run many, and say what came of them."""
+def main(argv: list[str] | None = None) -> Counter[tuple[str, str]]:
+    """Run many, and say what came of them: what was done and its outcome → how often."""
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--count", type=int, default=100_000)
     arguments.add_argument("--seed", type=int, default=0)
@@ -379,6 +403,7 @@ def main(argv: list[str] | None = None) -> None:
     found = Counter(tqdm(done, total=options.count, disable=not sys.stderr.isatty()))
     for (how, result), number in sorted(found.items()):
         print(f"{how:20} {result:12} {number:9,}")  # noqa: T201
+    return found
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def run(rank: int, world: int, folder: str) -> None:
 
 
 def test_two_processes_agree(tmp_path):
-    mp.spawn(run, (2, str(tmp_path)), nprocs=2)
+    mp.start_processes(run, (2, str(tmp_path)), nprocs=2, start_method="forkserver")
     one, other = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
     assert_same(one[0], other[0])
     assert all(torch.equal(a, b) for a, b in zip(one[1], other[1], strict=True))
@@ -69,9 +69,6 @@ def shard(folder: str) -> None:
         dist.destroy_process_group()
 
 
-def test_sharded_weights_are_refused(tmp_path):
+def test_sharded_weights_are_refused(tmp_path, apart):
     # In a process of its own: the process group must not leak into other tests.
-    process = mp.get_context("spawn").Process(target=shard, args=(str(tmp_path),))
-    process.start()
-    process.join()
-    assert process.exitcode == 0
+    apart(shard, str(tmp_path))

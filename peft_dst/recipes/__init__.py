@@ -1,0 +1,48 @@
+"""Recipes: experiments as files. What is trained, on what, how, and what came of it (docs/experiments.md).
+
+Needs the extra `recipes`. Nothing but the command line imports this, and that only when it is asked to run one.
+
+* `config`   the options, read and checked
+* `tasks`    data sets and what is asked of them
+* `metrics`  what answers are worth
+* `models`   the model at its seed, head and body
+* `lab`      what the stages of a run share
+* `methods`  from a method's name to a model ready to train
+* `snapshots` how a subset moves meanwhile
+* `record`   what is written down
+* `forgetting` what a causal model loses of its language
+* `runner`   train and evaluate
+* `comparison` a run as PEFT's comparison of methods writes it
+* `search`   a value chosen on validation data
+* `summary`  what came of many runs
+* `processes` runs side by side
+* `sweep`    many runs
+* `report/`  a page and pictures of what came of them
+"""
+
+from .comparison import compared
+from .config import Recipe, at, load_recipe, make_recipe, points, to_dict
+from .report import report
+from .runner import evaluate, only_own_bars, results, train
+from .summary import rows_of, title
+from .sweep import groups, sweep
+
+
+__all__ = [
+    "Recipe",
+    "at",
+    "compared",
+    "evaluate",
+    "groups",
+    "load_recipe",
+    "make_recipe",
+    "only_own_bars",
+    "points",
+    "report",
+    "results",
+    "rows_of",
+    "sweep",
+    "title",
+    "to_dict",
+    "train",
+]

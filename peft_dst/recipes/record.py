@@ -1,0 +1,93 @@
+"""What is written down of a run: with what, on what, how long, how large, how well."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+PACKAGES = (
+    "peft-dst",
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "datasets",
+    "sacrebleu",
+    "seqeval",
+    "scikit-learn",
+)
+RESULTS = "results.json"
+CONFIG = "config.yaml"
+# In a run's folder before it is one.
+LOCK, LOG, ERROR = ".lock", "log.txt", "error.txt"
+
+
+def surroundings() -> dict[str, Any]:
+    """The commit of the package (null if it is no checkout), versions, and the machine's kind."""
+    return {
+        "commit": _commit(),
+        "versions": {name: found for name in PACKAGES if (found := _version(name))},
+        "machine": {
+            "system": platform.system(),
+            "processor": platform.machine(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "python": platform.python_version(),
+            "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+    }
+
+
+def peak_memory() -> dict[str, Any]:
+    """Bytes at the peak: what tensors took on the accelerator, and what was reserved for them.
+
+    Without one, what the process had resident, which counts all that it did before.
+    """
+    if torch.cuda.is_available():
+        reserved = torch.cuda.max_memory_reserved()
+        return {"bytes": torch.cuda.max_memory_allocated(), "reserved": reserved, "of": "accelerator"}
+    try:
+        import resource
+    except ImportError:  # Windows
+        return {"bytes": None, "of": "process"}
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return {"bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "of": "process"}
+
+
+def file_sizes(folder: Path) -> dict[str, int]:
+    """Bytes of each file of tensors below a folder, by its path in it."""
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(folder.rglob("*.safetensors"))}
+
+
+def write(path: Path, value: Any) -> None:
+    """JSON that appears when it is whole."""
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    temporary.replace(path)
+
+
+def _commit() -> str | None:
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

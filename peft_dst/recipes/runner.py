@@ -1,0 +1,305 @@
+"""Running a recipe: train, evaluate, and write down what came of it.
+
+A run is a folder: `config.yaml` (the whole recipe), `adapter` (or `model`, where all weights were tuned), `results.json`
+when it is finished, and until then `checkpoints` and `cache`. A folder holds one recipe, and one process works in it; a
+finished run is not run again, an interrupted one goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import time
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from filelock import FileLock, Timeout
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
+
+from ..config import DSTConfig
+from ..core.silos import compile_silo_patterns, read_names
+from ..delta import SparseDelta
+from .config import Recipe, differences, load_recipe, to_dict, to_yaml, value_of
+from .forgetting import text_loss
+from .lab import CACHE, CHECKPOINTS, Lab, Training
+from .methods import prepare
+from .models import Seed
+from .record import CONFIG, ERROR, LOCK, LOG, RESULTS, file_sizes, peak_memory, surroundings, write
+from .snapshots import SNAPSHOTS, shared
+
+
+ADAPTER, MODEL = "adapter", "model"
+Metrics = dict[str, dict[str, float]]
+
+
+def train(
+    recipe: Recipe,
+    folder: str | Path,
+    *,
+    progress: bool = False,
+    cache: Path | None = None,
+    wait: bool = False,
+) -> dict[str, Any]:
+    """Run a recipe, or go on with it.
+
+    Of a finished run only the splits are measured that it has no figures of.
+
+    Args:
+        recipe: what to do; its sweep and search are not looked at.
+        folder: of the run.
+        progress: show bars.
+        cache: folder of what several runs can share, such as scores; if not given, it is made anew, and removed again.
+        wait: if another process works in the folder, wait for it.
+
+    Returns:
+        What stands in results.json.
+
+    Raises:
+        ValueError: if the folder belongs to another recipe or process, or the recipe does not fit its data or model.
+    """
+    folder = Path(folder)
+    with _claimed(recipe, folder, wait):
+        record = results(folder)
+        lacking = [split for split in recipe.evaluation.splits if split not in (record or {}).get("metrics", {})]
+        if record is None:
+            record = _run(recipe, folder, progress, cache)
+        elif lacking:
+            record["metrics"] |= _measured(recipe, folder, lacking, progress)
+            record["recipe"]["evaluation"]["splits"] = list(record["metrics"])
+            write(folder / RESULTS, record)
+        return record
+
+
+def _run(recipe: Recipe, folder: Path, progress: bool, cache: Path | None) -> dict[str, Any]:
+    begin, now = time.perf_counter(), datetime.now(timezone.utc)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    lab = Lab(recipe, folder, progress, cache)
+    after_head = _after_head(lab) if recipe.evaluation.after_head else {}
+    prepared = prepare(lab)
+    texts = {"before": text_loss(lab, prepared.model, seed=True)} if recipe.evaluation.text else {}
+    ready = time.perf_counter()
+    training = Training(0, 0.0, [])
+    if prepared.optimizer is not None:
+        plan = replace(lab.plan, resumable=True)
+        training = lab.fit(prepared.model, prepared.optimizer, plan, prepared.penalty, prepared.callbacks)
+    memory = peak_memory()
+    _save(prepared.model, folder)
+    evaluating = time.perf_counter()
+    metrics = _metrics(lab, prepared.model, recipe.evaluation.splits, folder)
+    if texts:
+        texts["after"] = text_loss(lab, prepared.model)
+    done = time.perf_counter()
+    record = {
+        "recipe": to_dict(recipe),
+        "metrics": metrics,
+        **({"metrics_after_head": after_head} if after_head else {}),
+        **({"text_loss": texts} if texts else {}),
+        "free_parameters": prepared.free_parameters,
+        **_sizes(lab.bare()),
+        "file_sizes": file_sizes(_saved(folder)),
+        **_subset(prepared.model, folder),
+        "examples": {name: len(lab.rows[name]) for name in ("train", "validation", "test")},
+        "steps": training.steps,
+        **({"tokens": training.tokens} if training.tokens else {}),
+        "seconds": {
+            "preparation": round(ready - begin, 2),
+            "training": round(training.seconds, 2),
+            "evaluation": round(done - evaluating, 2),
+            "all": round(done - begin, 2),
+            **_switching(prepared.model),
+        },
+        "peak_memory": memory,
+        **({"training_memory": training.memory} if training.memory else {}),
+        "created_at": now.isoformat(timespec="seconds"),
+        **surroundings(),
+        "history": training.history,
+    }
+    write(folder / RESULTS, record)
+    for left in (CHECKPOINTS, CACHE):
+        shutil.rmtree(folder / left, ignore_errors=True)
+    return record
+
+
+def only_own_bars() -> None:
+    """In a program: no bars and reports of every little loading, so that training's own can be seen."""
+    datasets.disable_progress_bars()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
+    # PEFT says so whenever a model with a prompt generates.
+    warnings.filterwarnings("ignore", "Position ids are not supported")
+
+
+@contextmanager
+def _claimed(recipe: Recipe, folder: Path, wait: bool) -> Iterator[None]:
+    """Make the folder this recipe's, and this process's.
+
+    Raises:
+        ValueError: if it is another's, or holds something else.
+    """
+    file = folder / CONFIG
+    if not file.is_file() and folder.is_dir() and {path.name for path in folder.iterdir()} - {LOCK, LOG, ERROR}:
+        raise ValueError(f"{folder} is not empty, and holds no run; give another folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        # The system releases it when the process ends, however it ends.
+        lock = FileLock(folder / LOCK).acquire(blocking=wait)
+    except Timeout:
+        raise ValueError(f"another process works in {folder}; wait for it, or give another folder.") from None
+    with lock:
+        if not file.is_file():
+            temporary = file.with_name(f".{CONFIG}.part")
+            temporary.write_text(to_yaml(recipe))
+            temporary.replace(file)
+        there = load_recipe(file)
+        if other := differences(there, recipe):
+            was, now = (value_of(r, other[0]) for r in (there, recipe))
+            raise ValueError(
+                f"{folder} holds a run with {other[0]} = {was!r}, not {now!r}"
+                + (f" (and {len(other) - 1} more options that differ)" if len(other) > 1 else "")
+                + "; give another folder, or remove that one."
+            )
+        yield
+
+
+def results(folder: str | Path) -> dict[str, Any] | None:
+    """What stands in a run's results.json; None if it is not finished."""
+    file = Path(folder) / RESULTS
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+def evaluate(folder: str | Path, splits: Iterable[str] = ("test",), *, progress: bool = False) -> Metrics:
+    """Load what a finished run saved, and measure it again; written to evaluation.json in the folder.
+
+    Args:
+        folder: of the run.
+        splits: of train, validation and test.
+        progress: show bars.
+
+    Raises:
+        ValueError: if the folder holds no finished run, or for a split of another name.
+    """
+    folder, splits = Path(folder), list(splits)
+    unknown = [split for split in splits if split not in ("train", "validation", "test")]
+    if unknown:
+        raise ValueError(f"there is no split {unknown[0]!r}; use train, validation or test.")
+    metrics = _measured(recipe_of(folder), folder, splits, progress)
+    write(folder / "evaluation.json", {"metrics": metrics, **surroundings()})
+    return metrics
+
+
+def _measured(recipe: Recipe, folder: Path, splits: Iterable[str], progress: bool) -> Metrics:
+    """Figures of what a run saved."""
+    lab = Lab(recipe, folder, progress)
+    return _metrics(lab, load_trained(lab, folder), splits, folder)
+
+
+def load_trained(lab: Lab, folder: Path) -> nn.Module:
+    """The model as a finished run left it."""
+    if not _saved(folder).is_dir():
+        raise ValueError(f"{folder} no longer has what was trained; remove its {RESULTS} to train it again.")
+    seed = lab.bare()
+    if _saved(folder).name == ADAPTER:
+        return PeftModel.from_pretrained(seed.model, folder / ADAPTER)
+    config = seed.model.config
+    kind = type(seed.model)
+    return kind.from_pretrained(folder / MODEL, config=config, dtype=config.dtype)  # type: ignore[attr-defined]
+
+
+def tuned_body(folder: Path) -> dict[str, Tensor]:
+    """The body that a finished run left, by the names that it has without its head.
+
+    Raises:
+        ValueError: if the run is not finished, or its method leaves the body as it is.
+    """
+    recipe = recipe_of(folder)
+    if recipe.method.name == "prompt_tuning":
+        raise ValueError(f"{folder} is a run of prompt tuning, which changes no weight of the body.")
+    model: Any = load_trained(Lab(recipe, folder), folder)
+    if isinstance(model, PeftModel):
+        model = model.merge_and_unload()
+    return {name: tensor.detach() for name, tensor in model.base_model.state_dict().items()}
+
+
+def recipe_of(folder: Path) -> Recipe:
+    """The recipe of a finished run.
+
+    Raises:
+        ValueError: if the folder holds none.
+    """
+    if results(folder) is None or not (folder / CONFIG).is_file():
+        raise ValueError(f"{folder} holds no finished run; peft-dst train makes one.")
+    return load_recipe(folder / CONFIG)
+
+
+def _after_head(lab: Lab) -> Metrics:
+    if not lab.recipe.training.head_first.epochs:
+        raise ValueError("evaluation.after_head needs a head that is trained first: set training.head_first.epochs.")
+    return _metrics(lab, lab.start().model, lab.recipe.evaluation.splits, None)
+
+
+def _metrics(lab: Lab, model: nn.Module, splits: Iterable[str], folder: Path | None) -> Metrics:
+    found = {}
+    for split in splits:
+        found[split], answers = lab.predict(model, split)
+        if folder is not None and lab.recipe.evaluation.predictions:
+            lines = [json.dumps({"answer": answer}, ensure_ascii=False) for answer in answers]
+            (folder / f"predictions_{split}.jsonl").write_text("\n".join(lines) + "\n")
+    return found
+
+
+def _save(model: Any, folder: Path) -> None:
+    model.save_pretrained(folder / (ADAPTER if isinstance(model, PeftModel) else MODEL))
+
+
+def _saved(folder: Path) -> Path:
+    return folder / (ADAPTER if (folder / ADAPTER).is_dir() else MODEL)
+
+
+def _subset(model: Any, folder: Path) -> dict[str, Any]:
+    """Where the entries of an adapter of this package are, by kind of module and layer; how they moved, if recorded."""
+    if not _is_dst(model):
+        return {}
+    delta = SparseDelta.load(folder / ADAPTER)
+    entries: dict[str, dict[str, int]] = {}
+    for name, (layer, kind) in read_names(list(delta), compile_silo_patterns(delta.config.get("silo_pattern"))).items():
+        of_kind = entries.setdefault(kind, {})
+        of_kind[layer] = of_kind.get(layer, 0) + len(delta[name])
+    found: dict[str, Any] = {"entries": entries}
+    if (folder / SNAPSHOTS).is_dir():
+        found["snapshots"] = shared(folder / SNAPSHOTS)
+    return {"subset": found}
+
+
+def _is_dst(model: Any) -> bool:
+    return isinstance(model, PeftModel) and isinstance(model.active_peft_config, DSTConfig)
+
+
+def _switching(model: Any) -> dict[str, float]:
+    """Seconds to put an adapter of this package into the weights, the median of 21 times."""
+    if not _is_dst(model):
+        return {}
+    taken = []
+    for _ in range(21):
+        with model.disable_adapter():
+            begin = time.perf_counter()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        taken.append(time.perf_counter() - begin)
+    return {"switching": round(statistics.median(taken), 6)}
+
+
+def _sizes(seed: Seed) -> dict[str, int]:
+    body = sum(tensor.numel() for tensor in seed.body().values())
+    return {"body_parameters": body, "head_parameters": sum(p.numel() for p in seed.model.parameters()) - body}

@@ -1,0 +1,264 @@
+"""What came of a sweep: means over seeds, what was chosen, tests, and how much subsets have in common."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from ..analysis import overlap
+from ..delta import SparseDelta
+from .config import Recipe, SearchOptions, to_dict
+from .record import surroundings
+from .runner import ADAPTER
+
+
+SUMMARY, TABLE = "summary.json", "summary.md"
+# Every pair of so many adapters of one budget is compared.
+COMPARED = 16
+HEADER = ("", "chosen", "free parameters", "file, bytes", "seeds", "mean", "deviation", "p", "seconds")
+
+
+@dataclass
+class Group:
+    """The runs of one point, which differ in their seed alone, and what came of them.
+
+    Attributes:
+        point: option → value, without the seed and what is searched.
+        search: what is chosen before they run.
+        start: the searched option's value to begin with.
+        recipes: the runs by their seed, the searched option at its start.
+        trials: value of the searched option → figure on the validation split; -inf for what failed.
+        chosen: the searched option's value.
+        records: results by seed.
+        folders: folder by seed.
+    """
+
+    point: dict[str, Any]
+    search: SearchOptions
+    start: float
+    recipes: dict[int, Recipe] = field(default_factory=dict)
+    trials: dict[float, float] = field(default_factory=dict)
+    chosen: float | None = None
+    records: dict[int, dict[str, Any]] = field(default_factory=dict)
+    folders: dict[int, Path] = field(default_factory=dict)
+
+    @property
+    def option(self) -> str | None:
+        return self.search.option
+
+
+def title(point: Mapping[str, Any]) -> str:
+    """A point in words, the method first: `dynamic, epsilon=0.001`."""
+    words = [
+        str(value) if name == "method.name" else f"{name.rpartition('.')[2]}={_short(value)}"
+        for name, value in sorted(point.items(), key=lambda option: option[0] != "method.name")
+    ]
+    return ", ".join(words) or "the recipe"
+
+
+def first_figure(record: Mapping[str, Any], split: str) -> float:
+    """The figure to choose by: the task's first."""
+    return next(iter(record["metrics"][split].values()))
+
+
+def summarise(
+    recipe: Recipe, groups: Sequence[Group], failures: Mapping[str, str], against: str | None = None
+) -> dict[str, Any]:
+    """What a sweep found, all that a report needs.
+
+    Args:
+        recipe: of the sweep.
+        groups: its points, with their runs.
+        failures: what went wrong, by run.
+        against: title of the point to compare with; the best on validation data if not given.
+
+    Returns:
+        `recipe`; `metric`, the name of the figure to choose by; `split`, on which points are compared; `against`, the
+        title of the point that the others are compared with; `points`, each with its title, options, trials, chosen
+        value, figures of each split (values by seed, mean, standard deviation), test, sizes and times; `overlap`, of the
+        subsets of each budget; failures; commit, versions and machine, lists of them where runs differ.
+    """
+    done = [group for group in groups if group.records]
+    splits = [split for split in ("test", "validation", "train") if all(_has(group, split) for group in done)]
+    split = splits[0] if done and splits else None
+    reference = _reference(done, against)
+    return {
+        "recipe": to_dict(recipe),
+        "metric": next(iter(_any(done)["metrics"][split])) if split else None,
+        "split": split,
+        "against": title(reference.point) if reference else None,
+        "points": [_point(group, reference, split) for group in groups],
+        "overlap": _overlap(done),
+        "failures": dict(failures),
+        **_common(done),
+    }
+
+
+def _has(group: Group, split: str) -> bool:
+    return all(split in record["metrics"] for record in group.records.values())
+
+
+def _any(groups: Sequence[Group]) -> dict[str, Any]:
+    return next(iter(groups[0].records.values()))
+
+
+def _reference(done: Sequence[Group], against: str | None) -> Group | None:
+    if against is not None:
+        return next((group for group in done if title(group.point) == against), None)
+    for split in ("validation", "train", "test"):
+        if done and all(_has(group, split) for group in done):
+            return max(done, key=lambda group: statistics.fmean(_figures(group, split).values()))
+    return None
+
+
+def _figures(group: Group, split: str) -> dict[int, float]:
+    return {seed: first_figure(record, split) for seed, record in sorted(group.records.items())}
+
+
+def _point(group: Group, reference: Group | None, split: str | None) -> dict[str, Any]:
+    records = [record for _, record in sorted(group.records.items())]
+    found: dict[str, Any] = {
+        "title": title(group.point),
+        "options": group.point,
+        "search": group.option,
+        "trials": [[value, None if score == -math.inf else score] for value, score in sorted(group.trials.items())],
+        "chosen": group.chosen,
+        "seeds": sorted(group.records),
+    }
+    if not records:
+        return found
+    metrics = {
+        name: {key: _spread([record["metrics"][name][key] for record in records]) for key in figures}
+        for name, figures in records[0]["metrics"].items()
+        if _has(group, name)
+    }
+    return found | {
+        "metrics": metrics,
+        "p": _paired(group, reference, split) if reference is not None and split else None,
+        "free_parameters": records[0]["free_parameters"],
+        "body_parameters": records[0]["body_parameters"],
+        "head_parameters": records[0]["head_parameters"],
+        "file_bytes": sum(records[0]["file_sizes"].values()),
+        "steps": records[0]["steps"],
+        "seconds": {
+            name: round(statistics.fmean(record["seconds"][name] for record in records), 6)
+            for name in records[0]["seconds"]
+        },
+        "peak_memory": max((record["peak_memory"]["bytes"] or 0) for record in records),
+        **({"subset": records[0]["subset"]} if "subset" in records[0] else {}),
+        **({"seeds_share": shared} if (shared := _seeds_share(group)) is not None else {}),
+        "history": [
+            [entry["step"], round(entry["loss"], 4)] for entry in records[0].get("history", []) if "loss" in entry
+        ],
+    }
+
+
+def _spread(values: Sequence[float]) -> dict[str, Any]:
+    """Mean, and standard deviation of the sample, None of a single one."""
+    return {
+        "values": list(values),
+        "mean": statistics.fmean(values),
+        "deviation": statistics.stdev(values) if len(values) > 1 else None,
+    }
+
+
+def _paired(group: Group, reference: Group, split: str) -> float | None:
+    """Two-sided p of the paired t-test over the seeds that both have; None where it says nothing."""
+    one, other = _figures(group, split), _figures(reference, split)
+    seeds = [seed for seed in one if seed in other]
+    differences = np.array([one[seed] - other[seed] for seed in seeds])
+    if group is reference or len(seeds) < 2 or np.ptp(differences) < 1e-12:
+        return None
+    return float(stats.ttest_1samp(differences, 0.0).pvalue)
+
+
+def _seeds_share(group: Group) -> float | None:
+    """Mean over pairs of seeds of the fraction of one's subset that the other has."""
+    pairs = list(itertools.combinations(_deltas(group.folders.values()), 2))
+    return statistics.fmean(overlap(one, other).total.of_a for one, other in pairs) if pairs else None
+
+
+def _overlap(groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """For each budget, fractions of each point's subset (a row) that another's (a column) has; of each one's first seed."""
+    budgets: dict[tuple[Any, Any], list[Group]] = {}
+    for group in groups:
+        method = next(iter(group.recipes.values())).method
+        budgets.setdefault((method.epsilon, method.num_free_parameters), []).append(group)
+    found = []
+    for members in budgets.values():
+        taken = [(title(group.point), delta) for group in members for delta in _deltas([*group.folders.values()][:1])]
+        if 1 < len(taken) <= COMPARED:
+            found.append(
+                {
+                    "titles": [name for name, _ in taken],
+                    "shared": [[round(overlap(one, other).total.of_a, 6) for _, other in taken] for _, one in taken],
+                }
+            )
+    return found
+
+
+def _deltas(folders: Iterable[Path]) -> list[SparseDelta]:
+    """Adapters of this package among what runs left."""
+    found = []
+    for folder in folders:
+        try:
+            found.append(SparseDelta.load(folder / ADAPTER))
+        except (OSError, ValueError):
+            continue
+    return found
+
+
+def _common(done: Sequence[Group]) -> dict[str, Any]:
+    """With what the runs were made; the summary's own machine if they differ is not asked for."""
+    keys = surroundings().keys()
+    found: dict[str, list[Any]] = {key: [] for key in keys}
+    for group in done:
+        for record in group.records.values():
+            for key in keys:
+                if record[key] not in found[key]:
+                    found[key].append(record[key])
+    return {key: values[0] if len(values) == 1 else values for key, values in found.items()}
+
+
+def table(summary: Mapping[str, Any]) -> str:
+    """The summary as a table in Markdown."""
+    header, rows = rows_of(summary)
+    lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}", *(f"| {' | '.join(row)} |" for row in rows)]
+    return "\n".join(lines)
+
+
+def rows_of(summary: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """The summary as header and rows of text."""
+    header = tuple(f"{summary['split']} {summary['metric']}" if name == "mean" else name for name in HEADER)
+    return header, [_row(point, summary) for point in summary["points"]]
+
+
+def _row(point: Mapping[str, Any], summary: Mapping[str, Any]) -> tuple[str, ...]:
+    chosen = "" if point["chosen"] is None else f"{point['chosen']:g}"
+    if not point["seeds"]:
+        return (point["title"], chosen, "", "", "0", "failed", "", "", "")
+    figures = point["metrics"][summary["split"]][summary["metric"]]
+    deviation, p = figures["deviation"], point["p"]
+    return (
+        point["title"],
+        chosen,
+        f"{point['free_parameters']:,}",
+        f"{point['file_bytes']:,}",
+        str(len(point["seeds"])),
+        f"{figures['mean']:.4f}",
+        "" if deviation is None else f"{deviation:.4f}",
+        "–" if point["title"] == summary["against"] else "" if p is None else f"{p:.3f}",
+        f"{point['seconds']['all']:.0f}",
+    )
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

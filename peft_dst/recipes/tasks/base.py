@@ -1,0 +1,129 @@
+"""What every task can do; and how its rows are divided: test examples are never trained on or chosen by."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from ..config import TaskOptions
+from .data import load_rows
+
+
+Row = dict[str, Any]
+Features = dict[str, Any]
+Collate = Callable[[list[Features]], dict[str, torch.Tensor]]
+# The label of a position that no loss or metric looks at, torch's and transformers' convention.
+IGNORED = -100
+
+
+@dataclass
+class Splits:
+    """Rows to train on, to choose by (learning rates, …), and to report."""
+
+    train: list[Row]
+    validation: list[Row]
+    test: list[Row]
+
+    def __getitem__(self, name: str) -> list[Row]:
+        return {"train": self.train, "validation": self.validation, "test": self.test}[name]
+
+
+class Task(ABC):
+    """A kind of task with its options.
+
+    Rows are dictionaries with names of the task's own; what the data calls them is settled in `convert`.
+    """
+
+    # PEFT's name; None where PEFT has none.
+    task_type: str | None
+    generates: ClassVar[bool] = False
+
+    def __init__(self, options: TaskOptions) -> None:
+        self.options = options
+
+    def load(self) -> Splits:
+        """Read the data, and divide it.
+
+        Raises:
+            ValueError: if a split or a column is missing, or a split has no rows.
+        """
+        options = self.options
+        train = load_rows(options.data, options.train, options.subset).shuffle(seed=options.data_seed)
+        held_out = None
+        if options.validation is None:
+            size = min(options.validation_size, len(train) // 5)
+            # The last ones: more or fewer training examples leave the validation examples what they are.
+            held_out = train.select(range(len(train) - size, len(train)))
+            train = train.select(range(len(train) - size))
+        else:
+            held_out = self.evaluation_rows(options.validation)
+            held_out = held_out.select(range(min(options.validation_size, len(held_out))))
+        self.prepare(train)
+        return self.divided(train, held_out, self.evaluation_rows(options.test))
+
+    def evaluation_rows(self, split: str) -> Dataset:
+        """Rows of a split that is not trained on."""
+        options = self.options
+        if options.evaluation_data is not None:
+            return load_rows(options.evaluation_data, split, options.evaluation_subset)
+        return load_rows(options.data, split, options.subset)
+
+    def divided(self, train: Dataset, validation: Dataset, test: Dataset) -> Splits:
+        """The rows of each split, converted and cut to size."""
+        parts = {"train": self._rows(train), "validation": self._rows(validation), "test": self._rows(test)}
+        for name, rows in parts.items():
+            if not rows:
+                raise ValueError(
+                    f"{self.options.data} has no {name} examples; see task.{name} and task.validation_size."
+                )
+        return Splits(
+            parts["train"][: self.options.train_size], parts["validation"], parts["test"][: self.options.test_size]
+        )
+
+    def _rows(self, data: Dataset) -> list[Row]:
+        return [row for raw in data for row in self.convert(raw)]
+
+    def prepare(self, train: Dataset) -> None:  # noqa: B027
+        """Learn from the training data what rows need, such as the set of labels."""
+
+    @abstractmethod
+    def convert(self, raw: Row) -> list[Row]:
+        """The task's rows of one row of the data, usually one."""
+
+    @abstractmethod
+    def model_class(self, config: PretrainedConfig) -> type:
+        """The Auto class of a model for this task."""
+
+    def model_options(self) -> dict[str, Any]:
+        """Options of that model's config."""
+        return {}
+
+    @abstractmethod
+    def encode(self, rows: list[Row], tokenizer: PreTrainedTokenizerBase, training: bool) -> list[Features]:
+        """Rows as what the model reads; to be trained on, or to be answered."""
+
+    @abstractmethod
+    def collator(self, tokenizer: PreTrainedTokenizerBase) -> Collate:
+        """What makes a batch of encoded rows."""
+
+    def reduce(self, logits: Any, labels: torch.Tensor) -> torch.Tensor:
+        """What is kept of a batch's logits: the most probable label, int64 of the logits' shape but the last."""
+        logits = logits[0] if isinstance(logits, tuple) else logits
+        return logits.argmax(-1)
+
+    def answers(
+        self, rows: list[Row], features: list[Features], predictions: np.ndarray, tokenizer: PreTrainedTokenizerBase
+    ) -> list[Any]:
+        """Predictions in the task's own terms, one a row."""
+        return predictions.tolist()
+
+    @abstractmethod
+    def metrics(self, rows: list[Row], answers: list[Any]) -> dict[str, float]:
+        """Figures by name; the first is the one to choose by, and larger is better."""

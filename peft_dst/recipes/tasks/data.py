@@ -1,0 +1,98 @@
+"""Rows of a data set, from the hub or from a folder of JSON lines."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, load_dataset
+
+
+# The folder in which relative folders are looked for, too.
+VARIABLE = "PEFT_DST_DATA"
+
+
+def local_folder(name: str, holding: str) -> Path | None:
+    """The folder that a name stands for, here or inside $PEFT_DST_DATA, if there is one with such a file in it.
+
+    Args:
+        name: relative or absolute.
+        holding: name of a file, or a pattern of names.
+    """
+    root = os.environ.get(VARIABLE)
+    candidates = [Path(name), *([Path(root) / name] if root else [])]
+    return next((folder for folder in candidates if folder.is_dir() and any(folder.glob(holding))), None)
+
+
+def find_folder(data: str) -> Path | None:
+    """The local folder of a data set, if there is one."""
+    return local_folder(data, "*.jsonl")
+
+
+def load_rows(data: str, split: str, subset: str | None = None) -> Dataset:
+    """Rows of a split, or of a part of it.
+
+    Args:
+        data: hub id; or a folder with `<split>.jsonl`, as it is or inside $PEFT_DST_DATA.
+        split: as `datasets` writes it: train, train[:1000], train+validation[:50%].
+        subset: name of the configuration, on the hub; of a folder the one inside it, if it is there.
+
+    Raises:
+        ValueError: if there is no such data set or split.
+    """
+    folder = find_folder(f"{data}/{subset}" if subset else data) or find_folder(data)
+    if folder is None and Path(data).is_dir():
+        raise ValueError(
+            f"{data} has no files of JSON lines (train.jsonl, …){f', nor has {subset} in it' if subset else ''}."
+        )
+    if folder is None:
+        try:
+            return load_dataset(data, subset, split=split)
+        except Exception as error:  # of the hub, the network, or the split's name
+            raise ValueError(
+                f"{data!r} is no folder with JSON lines here or in {VARIABLE}, and as a hub id it cannot be read: "
+                f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
+            ) from None
+    files = {path.stem: str(path) for path in sorted(folder.glob("*.jsonl"))}
+    wanted = [re.split(r"\[", part.strip())[0] for part in split.split("+")]
+    for name in wanted:
+        if name not in files:
+            raise ValueError(f"{folder} has no {name}.jsonl; its splits are {', '.join(files)}.")
+    return load_dataset("json", data_files={name: files[name] for name in wanted}, split=split)
+
+
+def first_rows(data: str, split: str, count: int) -> list[dict[str, Any]]:
+    """The first rows of a split, `count` at most; of the hub's data sets no more than these is fetched.
+
+    Raises:
+        ValueError: if there is no such data set or split.
+    """
+    if find_folder(data) is None and not Path(data).is_dir():
+        try:
+            return list(islice(load_dataset(data, split=split, streaming=True), count))
+        except Exception:  # said below, with where it was looked for
+            pass
+    return list(islice(load_rows(data, split), count))
+
+
+def pick(row: Mapping[str, Any], name: str, columns: Mapping[str, str], usual: Sequence[str] = ()) -> Any:
+    """A row's value of a name: of the column that the options give, or else of the first usual one that is there.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    candidates = (columns[name],) if name in columns else (name, *usual)
+    for column in candidates:
+        value: Any = row
+        for part in column.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        if value is not None:
+            return value
+    raise ValueError(
+        f"the data has no column for {name!r} ({' or '.join(candidates)}); it has {', '.join(map(str, row))}. Set "
+        f"task.columns={{{name}: COLUMN}}."
+    )

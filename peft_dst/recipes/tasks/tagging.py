@@ -1,0 +1,94 @@
+"""A label for every word: named entities. A word's first token carries its label, the others none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from datasets import ClassLabel, Dataset
+from transformers import (
+    AutoModelForTokenClassification,
+    DataCollatorForTokenClassification,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
+
+from ..metrics import accuracy, span_scores
+from .base import IGNORED, Collate, Features, Row, Task
+from .data import pick
+
+
+TAG_COLUMNS = ("ner_tags",)
+OUTSIDE = "O"
+
+
+class Tagging(Task):
+    """Rows: words, tags (strings B-…, I-…, O)."""
+
+    task_type = "TOKEN_CLS"
+
+    def prepare(self, train: Dataset) -> None:
+        column = self.options.columns.get("tags", next((c for c in TAG_COLUMNS if c in train.column_names), "tags"))
+        feature = train.features.get(column)
+        # A list of labels; its older name is Sequence.
+        inner = getattr(feature, "feature", None)
+        self._names: list[str] | None = inner.names if isinstance(inner, ClassLabel) else None
+        rows = train[column] if column in train.column_names else []
+        self.labels = self._names or sorted({OUTSIDE} | {tag for tags in rows for tag in tags})
+
+    def convert(self, raw: Row) -> list[Row]:
+        words = pick(raw, "words", self.options.columns, ("tokens",))
+        tags = pick(raw, "tags", self.options.columns, TAG_COLUMNS)
+        # An entity that only the test set has is one that is never found.
+        return [{"words": list(words), "tags": [self._names[tag] if self._names else tag for tag in tags]}]
+
+    def model_class(self, config: PretrainedConfig) -> type:
+        return AutoModelForTokenClassification
+
+    def model_options(self) -> dict[str, Any]:
+        names = dict(enumerate(self.labels))
+        return {"num_labels": len(names), "id2label": names, "label2id": {name: i for i, name in names.items()}}
+
+    def encode(self, rows: list[Row], tokenizer: PreTrainedTokenizerBase, training: bool) -> list[Features]:
+        if not tokenizer.is_fast:
+            raise ValueError(
+                "tagging needs a fast tokenizer, which knows the tokens of each word; set model.tokenizer."
+            )
+        if getattr(tokenizer, "add_prefix_space", True) is False:
+            # Byte-level ones take the words of a sentence only as if each stood after a space.
+            tokenizer.add_prefix_space = True
+        numbers = {label: i for i, label in enumerate(self.labels)}
+        encoded = tokenizer(
+            [row["words"] for row in rows],
+            is_split_into_words=True,
+            truncation=True,
+            max_length=self.options.max_length,
+        )
+        features = []
+        for i, row in enumerate(rows):
+            words = encoded.word_ids(i)
+            first = [word is not None and word not in words[:j] for j, word in enumerate(words)]
+            labels = [
+                numbers.get(row["tags"][word], IGNORED if training else numbers[OUTSIDE]) if new else IGNORED
+                for word, new in zip(words, first, strict=True)
+            ]
+            features.append({name: encoded[name][i] for name in encoded} | {"labels": labels})
+        return features
+
+    def collator(self, tokenizer: PreTrainedTokenizerBase) -> Collate:
+        return DataCollatorForTokenClassification(tokenizer)
+
+    def answers(
+        self, rows: list[Row], features: list[Features], predictions: np.ndarray, tokenizer: PreTrainedTokenizerBase
+    ) -> list[Any]:
+        found = []
+        for row, encoded, numbers in zip(rows, features, predictions.tolist(), strict=True):
+            seen = [self.labels[n] for n, label in zip(numbers, encoded["labels"], strict=False) if label != IGNORED]
+            # Words that were cut off have no entity.
+            found.append(seen + [OUTSIDE] * (len(row["words"]) - len(seen)))
+        return found
+
+    def metrics(self, rows: list[Row], answers: list[Any]) -> dict[str, float]:
+        references = [row["tags"] for row in rows]
+        flat = [tag for tags in answers for tag in tags], [tag for tags in references for tag in tags]
+        return {**span_scores(answers, references), "accuracy": accuracy(*flat)}

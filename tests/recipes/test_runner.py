@@ -1,0 +1,227 @@
+"""Runs of every method: what they train, write down and save; folders, resuming, and evaluation of what was saved."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from peft_dst.delta import SparseDelta
+from peft_dst.recipes import evaluate, make_recipe, results, train
+from peft_dst.recipes.config import METHODS, SELECTED
+from peft_dst.recipes.lab import Lab
+from peft_dst.recipes.runner import load_trained
+from tests import toys
+
+
+@pytest.fixture
+def options(tmp_path):
+    toys.write_rows(tmp_path / "text", train=[{"text": "the red cat sleeps in the house " * 8}] * 6)
+    return toys.classification(tmp_path)
+
+
+def method(name, tmp_path):
+    more = {"text": str(tmp_path / "text"), "text_examples": 4, "score_examples": 6}
+    return {"name": name, "epsilon": 0.02, **(more if name in ("fisher", "combined", "fisher_pretraining") else {})}
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "transfer"])
+def test_every_method(name, options, tmp_path):
+    """It trains what it says, and what it saved is what was measured."""
+    recipe = make_recipe(options | {"method": method(name, tmp_path)})
+    record = train(recipe, tmp_path / "run")
+    assert record == json.loads((tmp_path / "run" / "results.json").read_text())
+    body, free = record["body_parameters"], record["free_parameters"]
+    full, none = name in ("full", "l1", "l2"), name == "head_only"
+    if name == "bitfit":
+        assert free == biases(recipe, tmp_path)
+    elif name in ("lora", "prompt_tuning"):
+        assert abs(free - 0.02 * body) <= 0.5 * 0.02 * body
+    else:
+        assert free == (body if full else 0 if none else round(0.02 * body))
+    saved = tmp_path / "run" / ("model" if full or none else "adapter")
+    assert record["file_sizes"] == {p.name: p.stat().st_size for p in saved.glob("*.safetensors")}
+    assert len(record["file_sizes"]) == 1
+    if name in SELECTED or name == "pruning":
+        assert 0 < SparseDelta.load(saved).num_entries <= free
+    assert record["metrics"].keys() == {"validation", "test"}
+    assert evaluate(tmp_path / "run", ["test", "validation"]) == record["metrics"]
+    assert record["steps"] == (0 if name == "pruning" else 4)
+    assert record["seconds"]["all"] > 0
+    assert record["peak_memory"]["bytes"] > 0
+    assert record["versions"]["torch"] == torch.__version__
+    # Nothing is left of the way there.
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def biases(recipe, tmp_path):
+    seed = Lab(recipe, tmp_path / "lab").bare()
+    return sum(tensor.numel() for name, tensor in seed.body().items() if name.endswith("bias"))
+
+
+def test_transfer_takes_the_subset_of_another_run(options, tmp_path):
+    train(make_recipe(options), tmp_path / "one")
+    recipe = make_recipe(options | {"method": {"name": "transfer", "source": str(tmp_path / "one" / "adapter")}})
+    train(recipe, tmp_path / "other")
+    one, other = (SparseDelta.load(tmp_path / run / "adapter") for run in ("one", "other"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name].indices, other[name].indices) for name in one)
+    assert any(not torch.equal(one[name].values, other[name].values) for name in one)
+
+
+def test_it_learns(options, tmp_path):
+    """The labels are told apart by one word; a subset of five per cent suffices."""
+    overrides = ["training.max_steps=100", "training.learning_rate=3e-2", "training.head_learning_rate=1e-2"]
+    recipe = make_recipe(options, [*overrides, "method.epsilon=0.05"])
+    assert train(recipe, tmp_path / "run")["metrics"]["test"]["accuracy"] == 1.0
+
+
+def test_a_finished_run_is_not_run_again_and_another_is_refused(options, tmp_path, monkeypatch):
+    recipe = make_recipe(options)
+    record = train(recipe, tmp_path / "run")
+    monkeypatch.setattr(Lab, "__init__", None)
+    assert train(make_recipe(options | {"title": "a name"}), tmp_path / "run") == record
+    with pytest.raises(
+        ValueError, match=r"run holds a run with method\.epsilon = 0\.02, not 0\.1; give another folder"
+    ):
+        train(make_recipe(options, ["method.epsilon=0.1"]), tmp_path / "run")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("!")
+    with pytest.raises(ValueError, match="is not empty, and holds no run"):
+        train(recipe, tmp_path / "full")
+    with pytest.raises(ValueError, match="holds no finished run; peft-dst train makes one"):
+        evaluate(tmp_path / "full")
+
+
+class Stop(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 5:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("name", ["dynamic", "fisher", "lora", "full"])
+def test_an_interrupted_run_goes_on(name, options, tmp_path, monkeypatch):
+    """From its last checkpoint, to the same weights as a run in one go."""
+    options["training"] |= {"max_steps": 8, "save_steps": 3, "head_first": {"epochs": 1}}
+    recipe = make_recipe(options | {"method": method(name, tmp_path)})
+    whole = train(recipe, tmp_path / "whole")
+    fit = Lab.fit
+
+    def interrupted(self, model, optimizer, plan, penalty=None, callbacks=()):
+        return fit(self, model, optimizer, plan, penalty, [*callbacks, *([Stop()] if plan.resumable else [])])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Lab, "fit", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, tmp_path / "parts")
+    assert results(tmp_path / "parts") is None
+    seen = []
+    monkeypatch.setattr(
+        Lab,
+        "fit",
+        lambda self, *a, **k: fit(self, *a[:3], *a[3:4], callbacks=[*(a[4] if len(a) > 4 else ()), Count(seen)]),
+    )
+    parts = train(recipe, tmp_path / "parts")
+    assert seen == [4, 5, 6, 7, 8]
+    assert parts["metrics"] == whole["metrics"]
+    saved = [load_file(next((tmp_path / run).glob("*/*model.safetensors"))) for run in ("whole", "parts")]
+    assert saved[0].keys() == saved[1].keys()
+    assert all(torch.equal(saved[0][key], saved[1][key]) for key in saved[0])
+
+
+class Count(TrainerCallback):
+    def __init__(self, seen):
+        self.seen = seen
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seen.append(state.global_step)
+
+
+def test_the_head_goes_first(options, tmp_path):
+    """It is trained over the frozen body; methods start from the same one."""
+    options["training"] |= {"head_first": {"epochs": 2}}
+    lab = Lab(make_recipe(options, ["evaluation.after_head=true"]), tmp_path / "lab")
+    bare, started = lab.bare(), lab.start()
+    assert bare.head == ["pooler", "classifier"]
+    for (name, a), (_, b) in zip(bare.model.named_parameters(), started.model.named_parameters(), strict=True):
+        assert torch.equal(a, b) != started.in_head(name), name
+    record = train(make_recipe(options, ["evaluation.after_head=true", "method.name=head_only", "training.max_steps=1",
+                                         "training.head_learning_rate=0"]), tmp_path / "run")  # fmt: skip
+    assert record["metrics_after_head"] == record["metrics"]
+
+
+def test_a_fresh_head_is_found(options, tmp_path):
+    del options["model"]["head"]
+    lab = Lab(make_recipe(options), tmp_path / "lab")
+    assert lab.bare().head == ["classifier"]
+    with pytest.raises(ValueError, match=r"model\.head names 'score', but BertForSequenceClassification has no module"):
+        Lab(make_recipe(options, ["model.head=[score]"]), tmp_path / "lab").bare()
+
+
+def test_validation_examples_come_from_the_training_split_alone(options, tmp_path):
+    rows = Lab(make_recipe(options, ["task.validation_size=7", "task.train_size=20"]), tmp_path / "lab").rows
+    assert (len(rows.train), len(rows.validation), len(rows.test)) == (20, 7, 10)
+    assert [row["text"] for row in rows.test] == [row["text"] for row in toys.questions(10, 40)]
+    fewer = Lab(make_recipe(options, ["task.validation_size=7", "task.train_size=5"]), tmp_path / "lab").rows
+    assert fewer.validation == rows.validation
+    assert fewer.train == rows.train[:5]
+
+
+def test_penalties_pull_back(options, tmp_path):
+    """The larger the coefficient, the nearer to the seed; without a head in it."""
+    changes = []
+    for name, coefficient in (("full", 0.01), ("l2", 1.0), ("l2", 100.0)):
+        recipe = make_recipe(options, [f"method.name={name}", f"method.coefficient={coefficient}", "training.max_steps=10",
+                                       "training.learning_rate=1e-3", "training.max_grad_norm=0"])  # fmt: skip
+        folder = tmp_path / f"{name}{coefficient}"
+        train(recipe, folder)
+        lab = Lab(recipe, folder)
+        tuned = dict(load_trained(lab, folder).named_parameters())
+        changes.append(sum(float((tuned[n].detach() - t).abs().sum()) for n, t in lab.bare().body().items()))
+    assert changes[0] > changes[1] > changes[2] > 0
+
+
+def test_the_adapter_is_an_ordinary_one(options, tmp_path):
+    recipe = make_recipe(options)
+    train(recipe, tmp_path / "run")
+    base = Lab(recipe, tmp_path / "run").bare().model
+    model = PeftModel.from_pretrained(base, tmp_path / "run" / "adapter")
+    assert model.peft_config["default"].task_type == "SEQ_CLS"
+
+
+def test_a_tuned_body_is_probed_and_tuned_on(options, tmp_path):
+    """The second paper's generality: masked words over the frozen tuned body, and a secondary task from it."""
+    train(make_recipe(options), tmp_path / "primary")
+    probe = {
+        "model": {"name": options["model"]["name"], "tuned": str(tmp_path / "primary"), "head": ["cls"], "fresh": ["cls"]},
+        "task": {"name": "masked_words", "data": str(tmp_path / "text"), "test": "train", "mask_probability": 0.3,
+                 "max_length": 40},
+        "method": {"name": "head_only"},
+        "training": {"max_steps": 3, "batch_size": 2, "schedule": "constant", "warmup": 0, "weight_decay": 0.05},
+    }  # fmt: skip
+    lab = Lab(make_recipe(probe), tmp_path / "lab")
+    plain = Lab(make_recipe({**probe, "model": probe["model"] | {"tuned": None}}), tmp_path / "lab")
+    tuned, seed = lab.bare(), plain.bare()
+    delta = SparseDelta.load(tmp_path / "primary" / "adapter")
+    changed = {name for name, tensor in tuned.body().items() if not torch.equal(tensor, seed.body()[name])}
+    assert changed == {name for name in delta if name in seed.body()}
+    assert changed
+    decoder = tuned.model.cls.predictions.decoder.weight
+    assert decoder.data_ptr() != tuned.model.bert.embeddings.word_embeddings.weight.data_ptr()
+    record = train(make_recipe(probe), tmp_path / "probe")
+    assert 0 <= record["metrics"]["test"]["precision_at_1"] <= 1
+    assert record["free_parameters"] == 0
+    assert evaluate(tmp_path / "probe") == {"test": record["metrics"]["test"]}
+    options["model"]["tuned"] = str(tmp_path / "primary")
+    train(make_recipe(options, ["method.name=full", "training.learning_rate=1e-4"]), tmp_path / "secondary")
+
+
+def test_another_body_is_refused(options, tmp_path):
+    train(make_recipe(options, ["method.name=prompt_tuning", "training.max_steps=1"]), tmp_path / "prompt")
+    options["model"]["tuned"] = str(tmp_path / "prompt")
+    with pytest.raises(ValueError, match="prompt tuning, which changes no weight"):
+        Lab(make_recipe(options), tmp_path / "lab").bare()

@@ -1,0 +1,288 @@
+"""Sweeps: what runs, what is chosen and by what, what a restart does, failures, and the summary."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from scipy import stats
+
+from peft_dst import overlap
+from peft_dst.recipes import groups, make_recipe, processes, sweep
+from peft_dst.recipes.runner import results
+from peft_dst.recipes.search import best_place, in_series, next_places
+from tests import toys
+
+
+@pytest.fixture
+def options(tmp_path):
+    made = toys.classification(tmp_path)
+    made["training"] |= {"max_steps": 2}
+    return made
+
+
+# Searching
+
+
+def test_the_series():
+    assert [in_series(0.02, place) for place in range(-4, 4)] == [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2]
+    assert [in_series(1e-3, place) for place in (-1, 1)] == [5e-4, 2e-3]
+    assert [in_series(0.3, place) for place in (-1, 0, 1)] == [0.1, 0.3, 0.5]
+    assert in_series(1e-3, 1) == in_series(1e-2, -2) == 0.002
+
+
+@pytest.mark.parametrize("peak", [-5, -1, 0, 1, 4])
+@pytest.mark.parametrize("most", [1, 2, 3, 20])
+def test_a_search_climbs(peak, most):
+    """To the top of a hill, with both its neighbours seen, if there are trials enough."""
+    scores: dict[int, float] = {}
+    while places := next_places(scores, most):
+        assert not scores.keys() & set(places)
+        scores |= {place: -abs(place - peak) for place in places}
+    assert len(scores) <= most
+    best = best_place(scores)
+    assert scores[best] == max(scores.values())
+    if most == 20:
+        assert best == peak
+        assert {best - 1, best + 1} <= scores.keys()
+        assert len(scores) == abs(peak) + 3
+
+
+def test_a_plateau_ends_a_search_where_it_began():
+    assert next_places({0: 0.5, -1: 0.5, 1: 0.5}, 20) == []
+    assert best_place({-1: 0.5, 0: 0.5, 1: 0.5}) == 0
+    assert best_place({-2: 0.9, 2: 0.9, 0: 0.1}) == -2
+    # What failed is worse than anything.
+    assert next_places({0: -math.inf, -1: 0.1, 1: -math.inf}, 20) == [-2]
+
+
+# Points and names
+
+
+def test_groups_are_points_without_their_seeds(options):
+    options["search"] = {"option": "training.learning_rate"}
+    options["sweep"] = [
+        {"method.name": ["dynamic", "random"], "method.epsilon": [0.1, 0.02], "seed": [0, 1, 2]},
+        {"method.name": ["full"], "training.learning_rate": [1e-4], "seed": [4]},
+        {"method.name": ["pruning"], "search.option": [None]},
+    ]
+    found = groups(make_recipe(options))
+    assert [(group.point, sorted(group.recipes)) for group in found] == [
+        ({"method.name": "dynamic", "method.epsilon": 0.1}, [0, 1, 2]),
+        ({"method.name": "dynamic", "method.epsilon": 0.02}, [0, 1, 2]),
+        ({"method.name": "random", "method.epsilon": 0.1}, [0, 1, 2]),
+        ({"method.name": "random", "method.epsilon": 0.02}, [0, 1, 2]),
+        ({"method.name": "full"}, [4]),
+        ({"method.name": "pruning"}, [0]),
+    ]
+    assert [group.option for group in found] == ["training.learning_rate"] * 5 + [None]
+    assert [group.start for group in found[:5]] == [0.01] * 4 + [1e-4]
+    with pytest.raises(ValueError, match=r"search of training\.learning_rate must start at a number above 0, not at 0"):
+        groups(make_recipe(options, ["sweep={training.learning_rate: [0]}"]))
+    with pytest.raises(ValueError, match=r"search\.option is training\.lr, which does not exist; did you mean"):
+        make_recipe(options, ["search.option=training.lr"])
+
+
+# Sweeps in this process
+
+
+def scripted(monkeypatch, figures):
+    """Runs that take no time; the figure of the validation split is a function of the recipe."""
+    seen = []
+
+    def train(recipe, folder, *, cache, wait):
+        seen.append(recipe)
+        value = figures(recipe)
+        if isinstance(value, Exception):
+            raise value
+        record = {
+            "recipe": {"seed": recipe.seed},
+            "metrics": {split: {"accuracy": value + (split == "test") / 10} for split in recipe.evaluation.splits},
+            "free_parameters": 7, "body_parameters": 70, "head_parameters": 3, "file_sizes": {"adapter.safetensors": 99},
+            "steps": 2, "seconds": {"all": 1.0}, "peak_memory": {"bytes": 1}, "commit": None, "versions": {}, "machine": {},
+        }  # fmt: skip
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "adapter").mkdir(exist_ok=True)
+        (folder / "results.json").write_text(json.dumps(record))
+        return record
+
+    monkeypatch.setattr(processes, "train", train)
+    return seen
+
+
+def test_the_choice_is_made_on_validation_data_with_one_seed(options, tmp_path, monkeypatch):
+    def figure(recipe):
+        return 0.5 - abs(math.log10(recipe.training.learning_rate / 0.05)) / 10 + recipe.seed / 1000
+
+    seen = scripted(monkeypatch, figure)
+    options["search"] = {"option": "training.learning_rate", "seed": 5}
+    options["sweep"] = {"method.name": ["dynamic"], "seed": [1, 2, 3]}
+    summary = sweep(make_recipe(options), tmp_path / "sweep", workers=0)
+    runs = [(recipe.training.learning_rate, recipe.seed, recipe.evaluation.splits) for recipe in seen]
+    both = ["validation", "test"]
+    assert runs == [
+        *((rate, 5, ["validation"]) for rate in (0.01, 0.005, 0.02, 0.05, 0.1)),
+        *((0.05, seed, both) for seed in (1, 2, 3)),
+    ]
+    (point,) = summary["points"]
+    assert point["chosen"] == 0.05
+    assert [rate for rate, _ in point["trials"]] == [0.005, 0.01, 0.02, 0.05, 0.1]
+    assert max(point["trials"], key=lambda pair: pair[1])[0] == 0.05
+    figures = point["metrics"]["test"]["accuracy"]
+    assert figures["values"] == pytest.approx([0.601, 0.602, 0.603])
+    assert figures["mean"] == pytest.approx(0.602)
+    assert figures["deviation"] == pytest.approx(0.001)
+    # What was tried and not taken leaves its figures alone.
+    kept = [folder for folder in (tmp_path / "sweep" / "runs").iterdir() if (folder / "adapter").is_dir()]
+    assert len(kept) == 4
+
+
+def test_what_is_finished_is_not_run_again(options, tmp_path, monkeypatch):
+    """Not even if the sweep has grown, or is written in other words."""
+    seen = scripted(monkeypatch, lambda recipe: 0.5)
+    options["search"] = {"option": "training.learning_rate", "trials": 3}
+    options["sweep"] = {"method.epsilon": [0.1, 0.02], "seed": [0, 1]}
+    first = sweep(make_recipe(options), tmp_path / "sweep", workers=0)
+    # Three trials, the best of which is one of the two runs, measured on the test split too.
+    assert len(seen) == 2 * (3 + 2)
+    seen.clear()
+    assert sweep(make_recipe(options), tmp_path / "sweep", workers=0) == first
+    assert not seen
+    options["sweep"] = [{"seed": [0, 1, 2], "method.epsilon": [0.02, 0.1], "method.name": ["dynamic"]}]
+    again = sweep(make_recipe(options), tmp_path / "sweep", workers=0)
+    assert [(recipe.seed, recipe.method.epsilon) for recipe in seen] == [(2, 0.02), (2, 0.1)]
+    assert [point["seeds"] for point in again["points"]] == [[0, 1, 2]] * 2
+
+
+def test_failures_are_told_and_tried_again(options, tmp_path, monkeypatch):
+    seen = scripted(monkeypatch, lambda recipe: FloatingPointError("inf!") if recipe.method.epsilon == 0.1 else 0.5)
+    options["sweep"] = {"method.epsilon": [0.1, 0.02], "seed": [0, 1]}
+    summary = sweep(make_recipe(options), tmp_path / "sweep", workers=0)
+    assert sorted(summary["failures"].values()) == ["FloatingPointError: inf!"] * 2
+    assert [point["seeds"] for point in summary["points"]] == [[], [0, 1]]
+    assert "| epsilon=0.1 |  |  |  | 0 | failed |" in (tmp_path / "sweep" / "summary.md").read_text()
+    folder = tmp_path / "sweep" / "runs" / next(name for name in summary["failures"])
+    assert (folder / "error.txt").read_text() == "FloatingPointError: inf!\n"
+    seen.clear()
+    summary = sweep(make_recipe(options), tmp_path / "sweep", workers=0)
+    assert len(seen) == 2
+    seen = scripted(monkeypatch, lambda recipe: 0.5)
+    summary = sweep(make_recipe(options), tmp_path / "sweep", workers=0)
+    assert summary["failures"] == {}
+    assert not (folder / "error.txt").exists()
+
+
+def test_a_trial_that_fails_is_not_chosen(options, tmp_path, monkeypatch):
+    scripted(monkeypatch, lambda recipe: ValueError("!") if recipe.training.learning_rate > 0.01 else 0.5)
+    options["search"] = {"option": "training.learning_rate"}
+    options["sweep"] = {"seed": [0, 1]}
+    (point,) = sweep(make_recipe(options), tmp_path / "sweep", workers=0)["points"]
+    assert (point["chosen"], point["trials"]) == (0.01, [[0.005, 0.5], [0.01, 0.5], [0.02, None]])
+    scripted(monkeypatch, lambda recipe: ValueError("!"))
+    (point,) = sweep(make_recipe(options), tmp_path / "other", workers=0)["points"]
+    assert (point["chosen"], point["seeds"], len(point["trials"])) == (None, [], 3)
+
+
+def test_points_are_tested_against_one_of_them(options, tmp_path, monkeypatch):
+    values = {"dynamic": [0.5, 0.52, 0.55], "random": [0.4, 0.45, 0.43], "magnitude": [0.4, 0.42, 0.45]}
+    scripted(monkeypatch, lambda recipe: values[recipe.method.name][recipe.seed])
+    options["sweep"] = {"method.name": list(values), "seed": [0, 1, 2]}
+    summary = sweep(make_recipe(options), tmp_path / "sweep", workers=0)
+    assert summary["against"] == "dynamic"
+    expected = stats.ttest_rel([0.6, 0.62, 0.65], [0.5, 0.55, 0.53]).pvalue
+    # A difference that is the same for all seeds has no spread to test it by.
+    assert [point["p"] for point in summary["points"]] == [None, pytest.approx(expected), None]
+    summary = sweep(make_recipe(options), tmp_path / "sweep", workers=0, against="random")
+    assert [point["p"] is None for point in summary["points"]] == [False, True, False]
+    with pytest.raises(ValueError, match="no point 'full' to compare with; there are: dynamic; random; magnitude"):
+        sweep(make_recipe(options), tmp_path / "sweep", workers=0, against="full")
+
+
+# Real runs, in processes
+
+
+def test_runs_side_by_side(options, tmp_path):
+    """The same figures as one by one, scores made once for all; subsets compared; files that can be read again."""
+    options["method"] |= {"score_examples": 6}
+    options["sweep"] = {"method.name": ["dynamic", "fisher"], "seed": [0, 1]}
+    recipe = make_recipe(options)
+    summary = sweep(recipe, tmp_path / "two", workers=2)
+    alone = sweep(recipe, tmp_path / "one", workers=0)
+    assert summary["failures"] == {}
+    for point, other in zip(summary["points"], alone["points"], strict=True):
+        assert point["metrics"] == other["metrics"]
+        assert point["subset"] == other["subset"]
+    folders = sorted((tmp_path / "two" / "runs").iterdir())
+    assert len(folders) == 4
+    assert [folder.name for folder in folders] == [
+        folder.name for folder in sorted((tmp_path / "one" / "runs").iterdir())
+    ]
+    by_name = {name: [f for f in folders if f.name.startswith(name)] for name in ("dynamic", "fisher")}
+    pair = by_name["dynamic"][0], by_name["fisher"][0]
+    assert [results(folder)["recipe"]["seed"] for folder in pair] == [0, 0]
+    share = overlap(*(folder / "adapter" for folder in pair)).total.of_a
+    (found,) = summary["overlap"]
+    assert found["titles"] == ["dynamic", "fisher"]
+    assert found["shared"][0] == pytest.approx([1, share], abs=1e-6)
+    seeds = overlap(*(folder / "adapter" for folder in by_name["dynamic"])).total.of_a
+    assert summary["points"][0]["seeds_share"] == seeds
+    assert not (tmp_path / "two" / "cache").exists()
+    assert json.loads((tmp_path / "two" / "summary.json").read_text()) == summary
+    figures = [results(folder)["metrics"]["test"]["accuracy"] for folder in by_name["dynamic"]]
+    assert summary["points"][0]["metrics"]["test"]["accuracy"]["mean"] == statistics.fmean(figures)
+
+
+def test_a_killed_sweep_goes_on(options, tmp_path):
+    """Killed without warning, its runs end with it; started again, it runs what is not finished, and nothing else."""
+    options["training"] |= {"max_steps": 3}
+    options["sweep"] = {"seed": [0, 1, 2]}
+    (tmp_path / "sweep.yaml").write_text(json.dumps(options))
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-m", "peft_dst", "sweep", "sweep.yaml", "-o", "sweep", "--workers", "1"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), *filter(None, sys.path)])}
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, start_new_session=True)
+    runs = tmp_path / "sweep" / "runs"
+    finished = {}
+    try:
+        deadline = time.monotonic() + 120
+        while not finished and time.monotonic() < deadline:
+            time.sleep(0.05)
+            finished = {path: path.stat().st_mtime_ns for path in runs.glob("*/results.json")}
+    finally:
+        process.kill()
+        process.wait()
+    assert 0 < len(finished) < 3
+    summary = sweep(make_recipe(options), runs.parent, workers=0)
+    assert summary["points"][0]["seeds"] == [0, 1, 2]
+    now = {path: path.stat().st_mtime_ns for path in runs.glob("*/results.json")}
+    assert len(now) == 3
+    assert finished.items() <= now.items()
+
+
+def test_a_killed_run_is_a_failure(options, tmp_path, monkeypatch):
+    """The others are not touched by it."""
+    options["sweep"] = {"seed": [0, 1]}
+    pool = processes.Pool(1, tmp_path / "cache")
+    runs = [processes.Run(group_recipe, tmp_path / str(seed)) for seed, group_recipe in
+            groups(make_recipe(options))[0].recipes.items()]  # fmt: skip
+    waiting = list(runs)
+    start = pool._start
+
+    def start_and_kill(run):
+        start(run)
+        if run is runs[0]:
+            os.kill(pool._running[0][0].pid, signal.SIGKILL)
+
+    monkeypatch.setattr(pool, "_start", start_and_kill)
+    ended = dict(pool.go(lambda: waiting.pop(0) if waiting else None))
+    assert ended == {runs[0]: "its process ended with -9, killed", runs[1]: None}
+    assert results(runs[0].folder) is None
+    assert results(runs[1].folder) is not None
