@@ -109,7 +109,7 @@ class Cohort:
         )
         for member, logits in zip(self.members, output.logits[:, -1], strict=True):
             if member.cancelled:
-                member.finished = "cancelled"
+                member.finished = member.finished or "cancelled"
             else:
                 member.take(logits)
         self._leave()

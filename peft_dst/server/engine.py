@@ -40,7 +40,7 @@ class Generate(Request):
 
 @dataclass(eq=False)
 class Classify(Request):
-    """Read a text, as tokens; `logits`, floating on the CPU, is there at the end, of the model's shape without the batch."""
+    """Read a text, as tokens; at the end `logits` is there, floating on the CPU, of the model's shape without the batch."""
 
     tokens: Sequence[int]
     logits: Tensor | None = None

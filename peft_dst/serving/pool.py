@@ -251,6 +251,15 @@ class DeltaPool:
         """
         return self._obtain(name)
 
+    def verify(self, delta: SparseDelta) -> None:
+        """Check that a delta could be used here, without adding it.
+
+        Raises:
+            DeltaError: if it is another base's, or changes what this model does not have.
+        """
+        with self._weights:
+            place(delta, self.storage, self._shown[1], self.check)
+
     def close(self) -> None:
         """Put the base's weights back, and let everything go. Waits for what is in use."""
         with self._alone():
