@@ -40,6 +40,7 @@ ORDER = [
     "analysis",
     "registration",
     "recipes",
+    "server",
     "cli",
     "__init__",
     "__main__",

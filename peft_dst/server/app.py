@@ -11,6 +11,7 @@ import shutil
 import time
 import uuid
 from collections.abc import AsyncIterator
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def create_app(service: Service, *, token: str | None = None, grace: float = 30.
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
         done = await asyncio.to_thread(service.close, grace)
-        LOGGER.info(json.dumps({"event": "stopped", "all_answered": done}))
+        LOGGER.info(_log_line(event="stopped", all_answered=done))
 
     app = FastAPI(title="peft-dst", lifespan=lifespan)
     _errors(app)
@@ -82,7 +83,7 @@ def create_app(service: Service, *, token: str | None = None, grace: float = 30.
         metrics.requests.labels(path, str(response.status_code)).inc()
         metrics.seconds.labels(path).observe(seconds)
         line = {"method": request.method, "path": path, "status": response.status_code, "seconds": round(seconds, 4)}
-        LOGGER.info(json.dumps(line | getattr(request.state, "noted", {})))
+        LOGGER.info(_log_line(**line, **getattr(request.state, "noted", {})))
         return response
 
     @app.get("/health")
@@ -165,6 +166,10 @@ def create_app(service: Service, *, token: str | None = None, grace: float = 30.
         return {"id": name, "object": "model", "deleted": True}
 
     return app
+
+
+def _log_line(**values: Any) -> str:
+    return json.dumps({"time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), **values})
 
 
 def _errors(app: FastAPI) -> None:
@@ -334,7 +339,7 @@ async def _receive(request: Request, folder: Path, limit: int) -> None:
             yield chunk
 
     stream = request.stream
-    request.stream = counted  # type: ignore[method-assign]
+    request.stream = counted
     async with request.form(max_files=2, max_fields=0) as form:
         for name in FILES:
             part = form.get(name)

@@ -6,7 +6,7 @@ import asyncio
 import re
 import shutil
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,6 @@ class Limits:
         tokens: prompt and answer together.
         seconds: until an answer is whole.
         upload: bytes of an uploaded delta.
-        entries: of it, read.
     """
 
     tokens: int = 2048
@@ -158,7 +157,7 @@ class Service:
 
     async def generate(
         self, delta: str | None, prompt: list[int], limit: int, sampling: Sampling, stops: list[str]
-    ) -> AsyncIterator[Piece]:
+    ) -> AsyncGenerator[Piece, None]:
         """Continue a prompt.
 
         Yields:
@@ -200,7 +199,7 @@ class Service:
                     told = text
                 if finished:
                     return
-        except TimeoutError:
+        except asyncio.TimeoutError:  # Python 3.10 has two of them
             raise Refused(f"not finished within {self.limits.seconds:g} seconds.", 504, "timeout") from None
         finally:
             continuation.cancelled = True
@@ -215,19 +214,17 @@ class Service:
         prompts = [self.read(text, 0) for text in texts]
         made = []
         try:
-            async with asyncio.timeout(self.limits.seconds):
-                for tokens in prompts:
-                    future: asyncio.Future[None] = loop.create_future()
+            for tokens in prompts:
+                future: asyncio.Future[None] = loop.create_future()
 
-                    def tell(error: BaseException | None, future: asyncio.Future[None] = future) -> None:
-                        loop.call_soon_threadsafe(_settle, future, error)
+                def tell(error: BaseException | None, future: asyncio.Future[None] = future) -> None:
+                    loop.call_soon_threadsafe(_settle, future, error)
 
-                    request = Classify(delta, tell, tokens)
-                    self.engine.submit(request)
-                    made.append((request, future))
-                for _, future in made:
-                    await future
-        except TimeoutError:
+                request = Classify(delta, tell, tokens)
+                self.engine.submit(request)
+                made.append((request, future))
+            await asyncio.wait_for(asyncio.gather(*(future for _, future in made)), self.limits.seconds)
+        except asyncio.TimeoutError:  # Python 3.10 has two of them
             raise Refused(f"not finished within {self.limits.seconds:g} seconds.", 504, "timeout") from None
         finally:
             for request, _ in made:

@@ -299,7 +299,8 @@ class DeltaPool:
 
     def _start_loading(self, name: str) -> None:
         if name not in self._loading:
-            self._loading[name] = future = Future()
+            future: Future[Placed] = Future()
+            self._loading[name] = future
             self._prefetcher.submit(self._load, name, future)
 
     def _load(self, name: str, future: Future[Placed]) -> None:

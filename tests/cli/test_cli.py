@@ -46,7 +46,7 @@ def test_help_explains_every_command_with_an_example(run):
     code, out, _ = run("--help")
     assert code == 0
     commands = [command.name for command in app.registered_commands]
-    assert len(commands) == 14
+    assert len(commands) == 15
     for command in commands:
         assert re.search(rf"^  {command} .*\.$", out, re.MULTILINE), command
         code, text, _ = run(command, "-h")
