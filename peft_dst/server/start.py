@@ -59,8 +59,8 @@ def serve(
     """
     if task not in (None, *TASKS):
         raise ValueError(f"there is no task {task!r}; use one of {', '.join(TASKS)}.")
-    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise ValueError(f"there is no dtype {dtype!r}; use float32, bfloat16, float16 or auto.")
+    if dtype not in ("auto", "float64", "float32", "bfloat16", "float16"):
+        raise ValueError(f"there is no dtype {dtype!r}; use auto, float32, bfloat16, float16 or float64.")
     kinds = AutoConfig.from_pretrained(base).architectures or [""]
     if task is None:
         task = "completions" if kinds[0].endswith(("ForCausalLM", "LMHeadModel")) else "classify"

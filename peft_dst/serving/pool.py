@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -200,12 +200,17 @@ class DeltaPool:
                 )
             yield self.model
             return
+        source = None if name is None else self._known(name)
         placed = BASE if name is None else self._obtain(name)
-        with self._turn.of(name), self._noted(name):
-            if self._shown != (name, placed):
-                if name is not None and name not in self._sources:
-                    raise KeyError(f"the delta {name!r} was removed.")
+
+        def show() -> None:
+            if name is not None and self._sources.get(name) is not source:
+                raise KeyError(f"the delta {name!r} was removed.")
+            if self._shown[1] is not placed:
                 self._switch(name, placed)
+
+        # Those who come to others find the delta in place: only the first one may write while nobody reads.
+        with self._turn.of(placed, show), self._noted(name):
             yield self.model
 
     @contextmanager
@@ -225,7 +230,7 @@ class DeltaPool:
         """
         if hasattr(self._mine, "name"):
             raise RuntimeError(f"this thread uses {self._mine.name!r}; leave that first.")
-        with self._turn.of(_Alone()):
+        with self._turn.of(object()):
             yield
 
     def prefetch(self, *names: str) -> None:
@@ -323,6 +328,11 @@ class DeltaPool:
                 self._counts["evictions"] += len(self._ready.put(name, placed, keep={self._shown[0] or ""}))
         future.set_result(placed)
 
+    def _known(self, name: str) -> Path | SparseDelta:
+        with self._lock:
+            self._check_open()
+            return self._source(name)
+
     def _source(self, name: str) -> Path | SparseDelta:
         if name not in self._sources:
             raise KeyError(f"there is no delta {name!r}; add it first.")
@@ -363,10 +373,6 @@ class DeltaPool:
         self._replaced = {}
 
 
-class _Alone:
-    """A turn that nobody shares."""
-
-
 class _Turn:
     """Who may use the weights: those who want the same at once, others one after the other as they came."""
 
@@ -377,17 +383,25 @@ class _Turn:
         self._users = 0
 
     @contextmanager
-    def of(self, wanted: Any) -> Iterator[None]:
+    def of(self, wanted: Any, enter: Callable[[], None] | None = None) -> Iterator[None]:
+        """Wait for one's turn, and have it.
+
+        Args:
+            wanted: what one wants to find; compared by identity.
+            enter: called when nobody else is there, to make it so.
+        """
         ticket = object()
         with self._changed:
             self._waiting.append((ticket, wanted))
             try:
                 self._changed.wait_for(lambda: self._may_enter(ticket, wanted))
+                if enter is not None and not self._users:
+                    enter()
+                self._now = wanted
+                self._users += 1
             finally:
                 self._waiting.remove((ticket, wanted))
                 self._changed.notify_all()
-            self._now = wanted
-            self._users += 1
         try:
             yield
         finally:
@@ -397,4 +411,4 @@ class _Turn:
 
     def _may_enter(self, ticket: object, wanted: Any) -> bool:
         first = self._waiting[0][0] is ticket
-        return first and (self._users == 0 or (self._now == wanted and not isinstance(wanted, _Alone)))
+        return first and (not self._users or self._now is wanted)

@@ -414,6 +414,70 @@ def test_threads_get_what_they_ask_for(served):
     assert (wrong, errors) == ([], [])
 
 
+def test_those_who_come_beside_others_write_nothing(served):
+    """Also if the delta was let go and read again meanwhile: the weights change under nobody's eyes."""
+    with served.use("task0"):
+        want = bits_of(served.model)
+        counted = served.statistics.switches
+        inside = []
+
+        def beside() -> None:
+            with served.use("task0"):
+                inside.append(same(bits_of(served.model), want))
+
+        thread = threading.Thread(target=beside)
+        thread.start()
+        thread.join(60)
+        assert inside == [True]
+        served._ready.drop("task0")
+        thread = threading.Thread(target=beside)
+        thread.start()
+        thread.join(0.2)
+        # Another copy of it waits its turn.
+        assert len(inside) == 1
+        assert served.statistics.switches == counted
+    thread.join(60)
+    assert inside == [True, True]
+
+
+def test_a_new_delta_of_an_old_name(served, tasks):
+    """Whoever waited for the old one is told that it was removed, not given the new one."""
+    inside, go = threading.Event(), threading.Event()
+    errors: list[BaseException] = []
+
+    def hold() -> None:
+        with served.use("task1"):
+            inside.set()
+            go.wait(60)
+
+    def ask() -> None:
+        try:
+            with served.use("task0"):
+                pass
+        except KeyError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=hold)]
+    threads[0].start()
+    inside.wait(60)
+
+    def replace() -> None:
+        served.remove("task0")
+        served.add("task0", tasks[3])
+
+    # The removal first in the queue, and then somebody who still knows the old one.
+    for number, target in enumerate((replace, ask), start=1):
+        threads.append(threading.Thread(target=target))
+        threads[-1].start()
+        deadline = time.monotonic() + 60
+        while len(served._turn._waiting) < number and time.monotonic() < deadline:
+            time.sleep(0.005)
+    go.set()
+    for thread in threads:
+        thread.join(60)
+    assert [error.args[0] for error in errors] == ["the delta 'task0' was removed."]
+
+
 def test_who_came_first_goes_first(served):
     """Those who want what is in the weights do not overtake those who wait for something else."""
     order: list[str] = []
