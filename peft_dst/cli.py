@@ -63,6 +63,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a ta
 Epsilon = Annotated[
     float | None, typer.Option("--epsilon", "-e", help="Fraction of the components that may differ, e.g. 0.001.")
 ]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[OPTION=VALUE]...", help="Options that are otherwise than in the file.")
+]
 Number = Annotated[int | None, typer.Option("--num-free-parameters", "-n", help="The same as a number of components.")]
 
 
@@ -273,10 +276,7 @@ def _export(
 @app.command("train", epilog="Example: peft-dst train experiment.yaml training.learning_rate=2e-2 --output run")
 def _train(
     config: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="The recipe, a YAML file.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[OPTION=VALUE]...", help="Options that are otherwise than in the file."),
-    ] = None,
+    overrides: Overrides = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", file_okay=False, help="Folder of the run; runs/NAME if not given.")
     ] = None,
@@ -322,10 +322,7 @@ def _evaluate(
 @app.command("sweep", epilog="Example: peft-dst sweep experiment.yaml --output sweep --workers 2")
 def _sweep(
     config: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="The recipe, with its sweep.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[OPTION=VALUE]...", help="Options that are otherwise than in the file."),
-    ] = None,
+    overrides: Overrides = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", file_okay=False, help="Folder of the runs; runs/NAME if not given.")
     ] = None,

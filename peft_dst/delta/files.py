@@ -106,7 +106,11 @@ def replace_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
     os.close(handle)
     try:
-        save_file(dict(tensors), temporary, metadata={"format": "pt", **metadata})
+        save_file(
+            {key: tensor.contiguous() for key, tensor in tensors.items()},
+            temporary,
+            metadata={"format": "pt", **metadata},
+        )
         # mkstemp's file is private; the adapter keeps the permissions it was saved with, or gets the usual ones.
         os.chmod(temporary, path.stat().st_mode if path.exists() else usual_mode(0o666))
         os.replace(temporary, path)
@@ -125,10 +129,14 @@ def usual_mode(mode: int) -> int:
 
 def write_config(folder: str | os.PathLike[str], config: Mapping[str, Any], records: Mapping[str, Any]) -> None:
     """Write adapter_config.json, in one step."""
-    path = Path(folder) / CONFIG_NAME
-    temporary = path.with_name(f"{CONFIG_NAME}.{os.getpid()}.tmp")
+    replace_text(Path(folder) / CONFIG_NAME, json.dumps({**config, "records": records}, indent=2, sort_keys=True))
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a text beside its place, and rename it when it is whole."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(json.dumps({**config, "records": records}, indent=2, sort_keys=True))
+        temporary.write_text(text)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)

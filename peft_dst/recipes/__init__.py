@@ -2,7 +2,8 @@
 
 Needs the extra `recipes`. Nothing but the command line imports this, and that only when it is asked to run one.
 
-* `config`   the options, read and checked
+* `options`  what an experiment says
+* `config`   read from files, and checked
 * `tasks`    data sets and what is asked of them
 * `metrics`  what answers are worth
 * `models`   the model at its seed, head and body
@@ -21,9 +22,11 @@ Needs the extra `recipes`. Nothing but the command line imports this, and that o
 """
 
 from .comparison import compared
-from .config import Recipe, at, load_recipe, make_recipe, points, to_dict
+from .config import at, load_recipe, make_recipe, points, to_dict
+from .options import Recipe
+from .record import results
 from .report import report
-from .runner import evaluate, only_own_bars, results, train
+from .runner import evaluate, only_own_bars, train
 from .summary import rows_of, title
 from .sweep import groups, sweep
 

@@ -16,7 +16,7 @@ import torch
 from huggingface_hub import HfApi
 
 from .config import to_dict
-from .runner import ADAPTER, recipe_of, results
+from .record import ADAPTER, recipe_of, results
 from .tasks import local_folder
 
 

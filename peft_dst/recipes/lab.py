@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from filelock import FileLock
-from safetensors.torch import load_file, save_file
+from peft import PeftModel
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.data import SequentialSampler
 from transformers import (
     PrinterCallback,
     ProgressCallback,
@@ -27,9 +29,12 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..baselines import SeedPenalty
-from .config import Recipe, digest
+from ..delta.files import replace_file
+from .config import digest
 from .metrics import bleurt, check_bleurt
 from .models import Seed, load_seed, load_tokenizer
+from .options import Recipe
+from .record import ADAPTER, MODEL, RESULTS, recipe_of
 from .tasks import make_task
 from .tasks.base import Features
 
@@ -105,6 +110,11 @@ class _Trainer(Seq2SeqTrainer):
         if torch.cuda.is_available():
             self.memory.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
         return loss
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> SequentialSampler | None:
+        """In order: Trainer would sort examples to evaluate by their length where it does those to train on."""
+        # Several processes divide them by themselves.
+        return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """In the middle of training: figures of answers, where Trainer would take the loss."""
@@ -186,9 +196,6 @@ class Lab:
         """The seed with a fresh head: always the same one."""
         seed = load_seed(self.recipe.model, self.task, self.recipe.seed)
         if self.recipe.model.tuned:
-            # Late: a run of the whole machinery stands behind that folder.
-            from .runner import tuned_body
-
             _put(seed, tuned_body(Path(self.recipe.model.tuned)), self.recipe.model.tuned)
         # Before anything remembers values of it (penalties) or is made from its parameters (optimizers).
         seed.model.to(PartialState().device)
@@ -221,7 +228,8 @@ class Lab:
         set_seed(self.recipe.seed)
         optimizer = torch.optim.AdamW(head.values(), lr=options.learning_rate, weight_decay=0.0, fused=True)
         self.fit(seed.model, optimizer, Plan(epochs, options.batch_size))
-        save_whole({name: t for name, t in seed.model.state_dict().items() if seed.in_head(name)}, file)
+        head = {name: t for name, t in seed.model.state_dict().items() if seed.in_head(name)}
+        replace_file(file, head, {})
 
     @property
     def plan(self) -> Plan:
@@ -304,10 +312,7 @@ class Lab:
             per_device_train_batch_size=plan.batch_size,
             per_device_eval_batch_size=options.evaluation_batch_size,
             gradient_accumulation_steps=plan.accumulation,
-            # Trainer would order the examples of an evaluation by it, too, and with them the answers.
-            train_sampling_strategy="group_by_length"
-            if options.group_by_length and optimizer is not None
-            else "random",
+            train_sampling_strategy="group_by_length" if options.group_by_length else "random",
             lr_scheduler_type=options.schedule,
             warmup_steps=options.warmup,
             max_grad_norm=options.max_grad_norm,
@@ -348,11 +353,36 @@ class Lab:
         return trainer
 
 
-def save_whole(tensors: dict[str, Tensor], file: Path) -> None:
-    """A file that appears when it is whole."""
-    temporary = file.with_suffix(".part")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
-    temporary.replace(file)
+def load_trained(lab: Lab, folder: Path) -> nn.Module:
+    """The model as a finished run left it."""
+    if not saved(folder).is_dir():
+        raise ValueError(f"{folder} no longer has what was trained; remove its {RESULTS} to train it again.")
+    seed = lab.bare()
+    if saved(folder).name == ADAPTER:
+        return PeftModel.from_pretrained(seed.model, folder / ADAPTER)
+    config = seed.model.config
+    kind = type(seed.model)
+    return kind.from_pretrained(folder / MODEL, config=config, dtype=config.dtype)  # type: ignore[attr-defined]
+
+
+def tuned_body(folder: Path) -> dict[str, Tensor]:
+    """The body that a finished run left, by the names that it has without its head.
+
+    Raises:
+        ValueError: if the run is not finished, or its method leaves the body as it is.
+    """
+    recipe = recipe_of(folder)
+    if recipe.method.name == "prompt_tuning":
+        raise ValueError(f"{folder} is a run of prompt tuning, which changes no weight of the body.")
+    model: Any = load_trained(Lab(recipe, folder), folder)
+    if isinstance(model, PeftModel):
+        model = model.merge_and_unload()
+    return {name: tensor.detach() for name, tensor in model.base_model.state_dict().items()}
+
+
+def saved(folder: Path) -> Path:
+    """Where a run leaves what it trained."""
+    return folder / (ADAPTER if (folder / ADAPTER).is_dir() else MODEL)
 
 
 def _put(seed: Seed, body: dict[str, Tensor], where: str) -> None:

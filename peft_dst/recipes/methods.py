@@ -20,14 +20,15 @@ from transformers import AutoModelForMaskedLM, DataCollatorForLanguageModeling, 
 from transformers.optimization import Adafactor
 
 from ..baselines import SeedPenalty, lora_config_for_budget, prompt_tuning_config_for_budget
-from ..config import BY_SEED, DEFAULT_EPSILON, GIVEN, DSTConfig
+from ..config import BY_SEED, DEFAULT_EPSILON, GIVEN, SELECTIONS, DSTConfig
+from ..delta.files import replace_file
 from ..extraction import extract
 from ..static import fix_subset
 from ..subsets import change_scores, combined_scores, load_scores, score_parameters
 from ..training import DSTCallback, DSTOptimizer, parameter_groups
-from .config import SELECTED, MethodOptions
-from .lab import OF_HEAD, Lab, save_whole
+from .lab import OF_HEAD, Lab
 from .models import Seed, source
+from .options import MethodOptions
 from .snapshots import SNAPSHOTS, Snapshots
 from .tasks import load_rows
 
@@ -66,7 +67,7 @@ def prepare(lab: Lab) -> Prepared:
         ValueError: if the method's options do not go together, or do not fit the model.
     """
     name = lab.recipe.method.name
-    if name in SELECTED:
+    if name in SELECTIONS:
         return _subset(lab)
     return {
         "pruning": _pruned,
@@ -96,7 +97,7 @@ def dst_config(lab: Lab, head: list[str], **changes: Any) -> DSTConfig:
         **changes: options that are otherwise.
     """
     options = lab.recipe.method
-    selection = options.name if options.name in SELECTED else "dynamic"
+    selection = options.name if options.name in SELECTIONS else "dynamic"
     given = {name: getattr(options, name) for name in CONFIG_OPTIONS if getattr(options, name) is not None}
     if selection != "bitfit":
         # The biases are as many as they are.
@@ -222,7 +223,7 @@ def _penalised(lab: Lab) -> Seed:
             seed = lab.start()
             groups = _two_rates(lab, seed, seed.model, rate)
             lab.fit(seed.model, _optimizer(lab, groups), lab.plan, _penalty(lab, seed, "l1"))
-            save_whole(dict(seed.model.named_parameters()), file)
+            replace_file(file, dict(seed.model.named_parameters()), {})
         seed = lab.start()
         seed.model.load_state_dict(load_file(file), strict=False)
     return seed

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase, set_seed
 
-from .config import ModelOptions
+from .options import ModelOptions
 from .tasks import Task, local_folder
 
 

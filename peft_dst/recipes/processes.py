@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-from .config import Recipe, make_recipe, to_dict
+from .config import make_recipe, to_dict
+from .options import Recipe
 from .record import ERROR, LOG
 from .runner import only_own_bars, train
 

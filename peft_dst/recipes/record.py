@@ -12,6 +12,10 @@ from typing import Any
 
 import torch
 
+from ..delta.files import replace_text
+from .config import load_recipe
+from .options import Recipe
+
 
 PACKAGES = (
     "peft-dst",
@@ -24,10 +28,15 @@ PACKAGES = (
     "seqeval",
     "scikit-learn",
 )
-RESULTS = "results.json"
-CONFIG = "config.yaml"
+CONFIG, RESULTS = "config.yaml", "results.json"
+# What was trained: an adapter, or where all weights were tuned the model.
+ADAPTER, MODEL = "adapter", "model"
 # In a run's folder before it is one.
 LOCK, LOG, ERROR = ".lock", "log.txt", "error.txt"
+
+
+# Of `surroundings`.
+SURROUNDINGS = ("commit", "versions", "machine")
 
 
 def surroundings() -> dict[str, Any]:
@@ -69,9 +78,24 @@ def file_sizes(folder: Path) -> dict[str, int]:
 
 def write(path: Path, value: Any) -> None:
     """JSON that appears when it is whole."""
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    temporary.replace(path)
+    replace_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def results(folder: str | Path) -> dict[str, Any] | None:
+    """What stands in a run's results.json; None if it is not finished."""
+    file = Path(folder) / RESULTS
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+def recipe_of(folder: Path) -> Recipe:
+    """The recipe of a finished run.
+
+    Raises:
+        ValueError: if the folder holds none.
+    """
+    if results(folder) is None or not (folder / CONFIG).is_file():
+        raise ValueError(f"{folder} holds no finished run; peft-dst train makes one.")
+    return load_recipe(folder / CONFIG)
 
 
 def _commit() -> str | None:

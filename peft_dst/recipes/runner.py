@@ -23,22 +23,37 @@ import datasets
 import torch
 from filelock import FileLock, Timeout
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from ..config import DSTConfig
 from ..core.silos import compile_silo_patterns, read_names
 from ..delta import SparseDelta
-from .config import Recipe, differences, load_recipe, to_dict, to_yaml, value_of
+from ..delta.files import replace_text
+from .config import differences, load_recipe, to_dict, to_yaml, value_of
 from .forgetting import text_loss
-from .lab import CACHE, CHECKPOINTS, Lab, Training
+from .lab import CACHE, CHECKPOINTS, Lab, Training, load_trained, saved
 from .methods import prepare
 from .models import Seed
-from .record import CONFIG, ERROR, LOCK, LOG, RESULTS, file_sizes, peak_memory, surroundings, write
+from .options import SPLITS, Recipe
+from .record import (
+    ADAPTER,
+    CONFIG,
+    ERROR,
+    LOCK,
+    LOG,
+    MODEL,
+    RESULTS,
+    file_sizes,
+    peak_memory,
+    recipe_of,
+    results,
+    surroundings,
+    write,
+)
 from .snapshots import SNAPSHOTS, shared
 
 
-ADAPTER, MODEL = "adapter", "model"
 Metrics = dict[str, dict[str, float]]
 
 
@@ -107,7 +122,7 @@ def _run(recipe: Recipe, folder: Path, progress: bool, cache: Path | None) -> di
         **({"text_loss": texts} if texts else {}),
         "free_parameters": prepared.free_parameters,
         **_sizes(lab.bare()),
-        "file_sizes": file_sizes(_saved(folder)),
+        "file_sizes": file_sizes(saved(folder)),
         **_subset(prepared.model, folder),
         "examples": {name: len(lab.rows[name]) for name in ("train", "validation", "test")},
         "steps": training.steps,
@@ -159,9 +174,7 @@ def _claimed(recipe: Recipe, folder: Path, wait: bool) -> Iterator[None]:
         raise ValueError(f"another process works in {folder}; wait for it, or give another folder.") from None
     with lock:
         if not file.is_file():
-            temporary = file.with_name(f".{CONFIG}.part")
-            temporary.write_text(to_yaml(recipe))
-            temporary.replace(file)
+            replace_text(file, to_yaml(recipe))
         there = load_recipe(file)
         if other := differences(there, recipe):
             was, now = (value_of(r, other[0]) for r in (there, recipe))
@@ -171,12 +184,6 @@ def _claimed(recipe: Recipe, folder: Path, wait: bool) -> Iterator[None]:
                 + "; give another folder, or remove that one."
             )
         yield
-
-
-def results(folder: str | Path) -> dict[str, Any] | None:
-    """What stands in a run's results.json; None if it is not finished."""
-    file = Path(folder) / RESULTS
-    return json.loads(file.read_text()) if file.is_file() else None
 
 
 def evaluate(folder: str | Path, splits: Iterable[str] = ("test",), *, progress: bool = False) -> Metrics:
@@ -191,9 +198,9 @@ def evaluate(folder: str | Path, splits: Iterable[str] = ("test",), *, progress:
         ValueError: if the folder holds no finished run, or for a split of another name.
     """
     folder, splits = Path(folder), list(splits)
-    unknown = [split for split in splits if split not in ("train", "validation", "test")]
+    unknown = [split for split in splits if split not in SPLITS]
     if unknown:
-        raise ValueError(f"there is no split {unknown[0]!r}; use train, validation or test.")
+        raise ValueError(f"there is no split {unknown[0]!r}; there are {', '.join(SPLITS)}.")
     metrics = _measured(recipe_of(folder), folder, splits, progress)
     write(folder / "evaluation.json", {"metrics": metrics, **surroundings()})
     return metrics
@@ -203,44 +210,6 @@ def _measured(recipe: Recipe, folder: Path, splits: Iterable[str], progress: boo
     """Figures of what a run saved."""
     lab = Lab(recipe, folder, progress)
     return _metrics(lab, load_trained(lab, folder), splits, folder)
-
-
-def load_trained(lab: Lab, folder: Path) -> nn.Module:
-    """The model as a finished run left it."""
-    if not _saved(folder).is_dir():
-        raise ValueError(f"{folder} no longer has what was trained; remove its {RESULTS} to train it again.")
-    seed = lab.bare()
-    if _saved(folder).name == ADAPTER:
-        return PeftModel.from_pretrained(seed.model, folder / ADAPTER)
-    config = seed.model.config
-    kind = type(seed.model)
-    return kind.from_pretrained(folder / MODEL, config=config, dtype=config.dtype)  # type: ignore[attr-defined]
-
-
-def tuned_body(folder: Path) -> dict[str, Tensor]:
-    """The body that a finished run left, by the names that it has without its head.
-
-    Raises:
-        ValueError: if the run is not finished, or its method leaves the body as it is.
-    """
-    recipe = recipe_of(folder)
-    if recipe.method.name == "prompt_tuning":
-        raise ValueError(f"{folder} is a run of prompt tuning, which changes no weight of the body.")
-    model: Any = load_trained(Lab(recipe, folder), folder)
-    if isinstance(model, PeftModel):
-        model = model.merge_and_unload()
-    return {name: tensor.detach() for name, tensor in model.base_model.state_dict().items()}
-
-
-def recipe_of(folder: Path) -> Recipe:
-    """The recipe of a finished run.
-
-    Raises:
-        ValueError: if the folder holds none.
-    """
-    if results(folder) is None or not (folder / CONFIG).is_file():
-        raise ValueError(f"{folder} holds no finished run; peft-dst train makes one.")
-    return load_recipe(folder / CONFIG)
 
 
 def _after_head(lab: Lab) -> Metrics:
@@ -261,10 +230,6 @@ def _metrics(lab: Lab, model: nn.Module, splits: Iterable[str], folder: Path | N
 
 def _save(model: Any, folder: Path) -> None:
     model.save_pretrained(folder / (ADAPTER if isinstance(model, PeftModel) else MODEL))
-
-
-def _saved(folder: Path) -> Path:
-    return folder / (ADAPTER if (folder / ADAPTER).is_dir() else MODEL)
 
 
 def _subset(model: Any, folder: Path) -> dict[str, Any]:

@@ -15,9 +15,9 @@ from scipy import stats
 
 from ..analysis import overlap
 from ..delta import SparseDelta
-from .config import Recipe, SearchOptions, to_dict
-from .record import surroundings
-from .runner import ADAPTER
+from .config import to_dict
+from .options import Recipe, SearchOptions
+from .record import ADAPTER, SURROUNDINGS
 
 
 SUMMARY, TABLE = "summary.json", "summary.md"
@@ -217,12 +217,11 @@ def _deltas(folders: Iterable[Path]) -> list[SparseDelta]:
 
 
 def _common(done: Sequence[Group]) -> dict[str, Any]:
-    """With what the runs were made; the summary's own machine if they differ is not asked for."""
-    keys = surroundings().keys()
-    found: dict[str, list[Any]] = {key: [] for key in keys}
+    """With what the runs were made: a list where they differ."""
+    found: dict[str, list[Any]] = {key: [] for key in SURROUNDINGS}
     for group in done:
         for record in group.records.values():
-            for key in keys:
+            for key in SURROUNDINGS:
                 if record[key] not in found[key]:
                     found[key].append(record[key])
     return {key: values[0] if len(values) == 1 else values for key, values in found.items()}

@@ -17,11 +17,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from .config import Recipe, at, digest, points, value_of
+from ..delta.files import replace_text
+from .config import at, digest, points, value_of
 from .lab import CACHE
+from .options import Recipe
 from .processes import Pool, Run
-from .record import LOG, write
-from .runner import ADAPTER, MODEL, results
+from .record import ADAPTER, LOG, MODEL, results, write
 from .search import best_place, in_series, next_places
 from .summary import SUMMARY, TABLE, Group, first_figure, summarise, table, title
 
@@ -147,7 +148,7 @@ def sweep(
     summary = summarise(recipe, todo, failures, against)
     folder.mkdir(parents=True, exist_ok=True)
     write(folder / SUMMARY, summary)
-    (folder / TABLE).write_text(table(summary) + "\n")
+    replace_text(folder / TABLE, table(summary) + "\n")
     if not failures:
         shutil.rmtree(folder / CACHE, ignore_errors=True)
     return summary

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from ..delta.files import replace_file
 from .scores import Scores, check_scores
 
 
@@ -31,18 +31,7 @@ def save_scores(path: str | os.PathLike[str], scores: Scores, metadata: Mapping[
         ValueError: if they are not scores; nothing has been written.
     """
     check_scores(scores)
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file(
-            {name: score.contiguous() for name, score in scores.items()},
-            temporary,
-            metadata={**(metadata or {}), _MARK: _VERSION},
-        )
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    replace_file(Path(path), scores, {**(metadata or {}), _MARK: _VERSION})
 
 
 def load_scores(path: str | os.PathLike[str]) -> dict[str, Tensor]:

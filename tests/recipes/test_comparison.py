@@ -11,8 +11,7 @@ import torch
 from peft_dst.cli import main
 from peft_dst.recipes import compared, make_recipe, results, train
 from peft_dst.recipes.forgetting import text_loss
-from peft_dst.recipes.lab import Lab
-from peft_dst.recipes.runner import load_trained
+from peft_dst.recipes.lab import Lab, load_trained
 from tests import toys
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from peft_dst.recipes import at, load_recipe, make_recipe, points, to_dict
-from peft_dst.recipes.config import METHODS, SELECTED, TASKS, differences, option_names, to_yaml
+from peft_dst.recipes.config import differences, option_names, to_yaml
 from peft_dst.recipes.methods import CONFIG_OPTIONS
+from peft_dst.recipes.options import METHODS, TASKS
 from peft_dst.recipes.tasks import KINDS
 
 
@@ -53,7 +54,7 @@ def test_files_lie_over_their_defaults_and_overrides_over_files(tmp_path):
         ("method.epsilon=2", r"method\.epsilon must be a fraction"),
         ("method.name=transfer", r"set method\.source to its folder"),
         ("method.name=combined", r"set method\.text"),
-        ("evaluation.splits=[tests]", r"evaluation\.splits are of train, validation and test; got 'tests'"),
+        ("evaluation.splits=[tests]", r"evaluation\.splits are of train, validation, test; got 'tests'"),
         (
             "sweep={method.epsilom: [1]}",
             r"sweep varies method\.epsilom, .*; did you mean method\.epsilon",
@@ -115,8 +116,5 @@ def test_options_are_explained_and_names_agree():
     for name, entry in option_names().items():
         assert entry.metadata["help"].endswith((".", "…")), name
     assert set(KINDS) == set(TASKS)
-    from peft_dst.config import SELECTIONS
-
-    assert SELECTED == SELECTIONS
     assert len(set(METHODS)) == len(METHODS)
     assert {f"method.{name}" for name in CONFIG_OPTIONS} <= option_names().keys()

@@ -10,11 +10,11 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+from peft_dst.config import SELECTIONS
 from peft_dst.delta import SparseDelta
 from peft_dst.recipes import evaluate, make_recipe, results, train
-from peft_dst.recipes.config import METHODS, SELECTED
-from peft_dst.recipes.lab import Lab
-from peft_dst.recipes.runner import load_trained
+from peft_dst.recipes.lab import Lab, load_trained
+from peft_dst.recipes.options import METHODS
 from tests import toys
 
 
@@ -46,7 +46,7 @@ def test_every_method(name, options, tmp_path):
     saved = tmp_path / "run" / ("model" if full or none else "adapter")
     assert record["file_sizes"] == {p.name: p.stat().st_size for p in saved.glob("*.safetensors")}
     assert len(record["file_sizes"]) == 1
-    if name in SELECTED or name == "pruning":
+    if name in SELECTIONS or name == "pruning":
         assert 0 < SparseDelta.load(saved).num_entries <= free
     assert record["metrics"].keys() == {"validation", "test"}
     assert evaluate(tmp_path / "run", ["test", "validation"]) == record["metrics"]
@@ -78,6 +78,19 @@ def test_it_learns(options, tmp_path):
     overrides = ["training.max_steps=100", "training.learning_rate=3e-2", "training.head_learning_rate=1e-2"]
     recipe = make_recipe(options, [*overrides, "method.epsilon=0.05"])
     assert train(recipe, tmp_path / "run")["metrics"]["test"]["accuracy"] == 1.0
+
+
+def test_what_is_measured_meanwhile_is_measured_in_order(options, tmp_path):
+    """Examples of different lengths, grouped by length in training: answers stand beside the rows they are about."""
+    longer = [{**row, "text": row["text"] + " of the house" * (i % 3)} for i, row in enumerate(toys.questions(100))]
+    toys.write_rows(tmp_path / "data", train=longer, test=toys.questions(4))
+    options |= {"evaluation": {"splits": ["validation"], "every": 100}, "method": {"epsilon": 0.05}}
+    options["training"] = {"max_steps": 100, "batch_size": 4, "learning_rate": 3e-2, "head_learning_rate": 1e-2}
+    overrides = ["training.group_by_length=true", "training.evaluation_batch_size=3"]
+    record = train(make_recipe(options, overrides), tmp_path / "run")
+    measured = [entry["validation_accuracy"] for entry in record["history"] if "validation_accuracy" in entry]
+    assert measured[-1] == record["metrics"]["validation"]["accuracy"] == 1.0
+    assert evaluate(tmp_path / "run", ["validation"])["validation"]["accuracy"] == 1.0
 
 
 def test_a_finished_run_is_not_run_again_and_another_is_refused(options, tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from scipy import stats
 
 from peft_dst import overlap
 from peft_dst.recipes import groups, make_recipe, processes, sweep
-from peft_dst.recipes.runner import results
+from peft_dst.recipes.record import results
 from peft_dst.recipes.search import best_place, in_series, next_places
 from tests import toys
 

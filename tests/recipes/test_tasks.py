@@ -11,8 +11,8 @@ from datasets import ClassLabel, Dataset, Features, Value
 from transformers import AutoTokenizer
 
 from peft_dst.recipes import evaluate, make_recipe, train
-from peft_dst.recipes.config import TaskOptions
 from peft_dst.recipes.lab import Lab
+from peft_dst.recipes.options import TaskOptions
 from peft_dst.recipes.tasks import data, first_rows, load_rows, make_task
 from peft_dst.recipes.tasks.generation import fill
 from peft_dst.recipes.tasks.superglue import READERS

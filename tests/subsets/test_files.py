@@ -15,7 +15,7 @@ def test_saved_and_loaded(tmp_path):
     save_scores(path, SCORES, {"data": "trec"})
     assert_same(load_scores(path), SCORES)
     with safe_open(path, framework="pt") as file:
-        assert file.metadata() == {"data": "trec", "peft_dst_scores": "1"}
+        assert file.metadata() == {"data": "trec", "format": "pt", "peft_dst_scores": "1"}
     save_scores(str(path), {"t": SCORES["a.weight"].t()})
     assert load_scores(str(path))["t"].tolist() == [[0.0, 2.0], [1.5, 3.0]]
     assert [p.name for p in tmp_path.iterdir()] == ["scores.safetensors"]

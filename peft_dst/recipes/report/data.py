@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..config import Recipe, SearchOptions, differences, make_recipe, value_of
+from ..config import differences, make_recipe, value_of
+from ..options import Recipe, SearchOptions
 from ..record import RESULTS
 from ..summary import SUMMARY as SUMMARY_FILE
 from ..summary import Group, summarise, title

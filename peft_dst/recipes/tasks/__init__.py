@@ -9,7 +9,7 @@
 * `words`          masked words, also as a probe of an encoder
 """
 
-from ..config import TaskOptions
+from ..options import TaskOptions
 from .base import Splits, Task
 from .classification import Classification
 from .data import first_rows, load_rows, local_folder

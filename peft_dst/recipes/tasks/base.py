@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from ..config import TaskOptions
+from ..options import TaskOptions
 from .data import load_rows
 
 
@@ -47,6 +47,8 @@ class Task(ABC):
 
     def __init__(self, options: TaskOptions) -> None:
         self.options = options
+        # What there is to choose from, in the order of the model's outputs; none where it writes its answer.
+        self.labels: list[str] = []
 
     def load(self) -> Splits:
         """Read the data, and divide it.
@@ -103,7 +105,10 @@ class Task(ABC):
 
     def model_options(self) -> dict[str, Any]:
         """Options of that model's config."""
-        return {}
+        if not self.labels:
+            return {}
+        names = dict(enumerate(self.labels))
+        return {"num_labels": len(names), "id2label": names, "label2id": {name: i for i, name in names.items()}}
 
     @abstractmethod
     def encode(self, rows: list[Row], tokenizer: PreTrainedTokenizerBase, training: bool) -> list[Features]:

@@ -51,10 +51,6 @@ class Classification(Task):
     def model_class(self, config: PretrainedConfig) -> type:
         return AutoModelForSequenceClassification
 
-    def model_options(self) -> dict[str, Any]:
-        names = dict(enumerate(self.labels))
-        return {"num_labels": len(names), "id2label": names, "label2id": {name: i for i, name in names.items()}}
-
     def encode(self, rows: list[Row], tokenizer: PreTrainedTokenizerBase, training: bool) -> list[Features]:
         texts = [row["text"] for row in rows]
         seconds = [row["second"] for row in rows] if rows and "second" in rows[0] else None

@@ -18,8 +18,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..config import TaskOptions
 from ..metrics import answer_f1, answer_match, bleu, number_match, stated_match
+from ..options import TaskOptions
 from .base import IGNORED, Collate, Features, Row, Splits, Task
 from .data import pick
 

@@ -45,10 +45,6 @@ class Tagging(Task):
     def model_class(self, config: PretrainedConfig) -> type:
         return AutoModelForTokenClassification
 
-    def model_options(self) -> dict[str, Any]:
-        names = dict(enumerate(self.labels))
-        return {"num_labels": len(names), "id2label": names, "label2id": {name: i for i, name in names.items()}}
-
     def encode(self, rows: list[Row], tokenizer: PreTrainedTokenizerBase, training: bool) -> list[Features]:
         if not tokenizer.is_fast:
             raise ValueError(
