@@ -7,6 +7,7 @@
 * `iterative` the paper's tracked threshold: its errors and its cost (not part of `make bench`)
 * `codec`     bits and time per coded index (not part of `make bench`)
 * `precision` accuracy of bfloat16 weights on a real task (needs a data set)
+* `switching` from one subset to another, beside a forward pass and how other methods switch (not part of `make bench`)
 * `quantised` adapters served over quantised weights: accuracy and time (needs a data set, bitsandbytes and torchao)
 * `report`    writes docs/performance.md and its plot from their JSON
 

@@ -16,7 +16,7 @@ VOCABULARY = 61
 
 
 def bert(**options: object) -> nn.Module:
-    return hf.BertForSequenceClassification(_bert_config(hf.BertConfig, num_labels=3, **options))
+    return hf.BertForSequenceClassification(_bert_config(hf.BertConfig, **{"num_labels": 3, **options}))
 
 
 def roberta() -> nn.Module:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import RESULTS, codec, common, formulas, memory, report, scaling, selection, step
+from benchmarks import RESULTS, codec, common, formulas, memory, report, scaling, selection, step, switching
 
 
 def run(module, path, *arguments):
@@ -67,6 +67,14 @@ def test_memory(tmp_path):
     assert row["phases"].keys() == {"forward", "backward", "step"}
     assert row["trained"] == found["shapes"]["float32"]["n"]
     assert found["prediction"]["rows"].keys() == memory.ROWS.keys() == formulas.FORMULAS.keys()
+
+
+def test_switching(tmp_path):
+    found = run(switching, tmp_path / "switching.json", "--toy", "--rounds", 1)
+    assert [row["epsilon"] for row in found["rows"]] == [1e-4, 1e-3, 1e-2, None]
+    first, *_, last = found["rows"]
+    assert first["DeltaPool"]["ratio"] == pytest.approx(first["DeltaPool"]["ms"] / first["forward"]["ms"], rel=1e-3)
+    assert {"LoRA, set_adapter", "LoRA, unmerge and merge", "SHiRA, set_adapter"} < last.keys()
 
 
 def test_codec(tmp_path):

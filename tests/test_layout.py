@@ -15,6 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "peft_dst"
 ORDER = [
     "core",
     "delta",
+    "serving",
     "subsets",
     "tables",
     "config",
@@ -39,6 +40,7 @@ ORDER = [
     "analysis",
     "registration",
     "recipes",
+    "server",
     "cli",
     "__init__",
     "__main__",
@@ -46,6 +48,7 @@ ORDER = [
 MAY_IMPORT = {
     "core": {"torch"},
     "delta": {"torch", "numpy", "safetensors"},
+    "serving": {"torch"},
     "subsets": {"torch", "numpy", "safetensors", "tqdm"},
 }
 

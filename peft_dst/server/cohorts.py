@@ -1,0 +1,154 @@
+"""Sequences that are continued together: of one delta, in one batch with one cache, whenever each of them began."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from .sampling import GREEDY, Sampling, pick
+
+
+@dataclass(eq=False)
+class Continuation:
+    """A text to be continued.
+
+    Attributes:
+        prompt: tokens, at least one.
+        limit: new tokens at most, at least one.
+        sampling: how they are picked.
+        ends: tokens that end it; such a one is not part of the answer.
+        on_token: called with each new token; whoever is called must not take long.
+        tokens: the answer so far.
+        finished: why it ended: "stop" or "length"; "cancelled"; None before.
+        cancelled: set by whoever no longer wants it; nothing more is computed for it then.
+    """
+
+    prompt: Sequence[int]
+    limit: int
+    sampling: Sampling = GREEDY
+    ends: frozenset[int] = frozenset()
+    on_token: Callable[[int], None] = lambda token: None
+    tokens: list[int] = field(default_factory=list)
+    finished: str | None = None
+    cancelled: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.prompt:
+            raise ValueError("there is nothing to continue: the prompt has no tokens.")
+        if self.limit < 1:
+            raise ValueError(f"at least one new token must be asked for, got {self.limit}.")
+        self.generator = self.sampling.generator()
+
+    def take(self, logits: Tensor) -> None:
+        """Pick the next token, float (v,) → one more in `tokens`, or the end."""
+        token = pick(logits, self.sampling, self.generator)
+        if token in self.ends:
+            self.finished = "stop"
+            return
+        self.tokens.append(token)
+        self.on_token(token)
+        if len(self.tokens) == self.limit:
+            self.finished = "length"
+
+
+class Cohort:
+    """Continuations in one batch.
+
+    The batch is padded on the left, so that all of them end at its right edge and grow there. One that has ended leaves the
+    batch at once; another cohort can join between two steps.
+
+    Args:
+        model: a causal model of transformers.
+        members: what to continue; their prompts are read now, in one forward pass.
+
+    Raises:
+        ValueError: if the model keeps something else than plain keys and values, which cannot be cut and joined.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: nn.Module, members: Sequence[Continuation]) -> None:
+        self.model: Any = model
+        self.members = list(members)
+        longest = max(len(member.prompt) for member in members)
+        device = next(model.parameters()).device
+        ids = torch.zeros(len(members), longest, dtype=torch.int64)
+        self.mask = torch.zeros_like(ids)
+        for row, member in enumerate(members):
+            ids[row, longest - len(member.prompt) :] = torch.tensor(member.prompt)
+            self.mask[row, longest - len(member.prompt) :] = 1
+        self.mask = self.mask.to(device)
+        self.cache = DynamicCache(config=model.config)
+        self._forward(ids.to(device), (self.mask.cumsum(1) - 1).clamp(min=0))
+        for layer in self.cache.layers:
+            if type(layer) is not DynamicLayer:
+                raise ValueError(
+                    f"{type(model).__name__} keeps a {type(layer).__name__} of what it has read, where only plain keys and "
+                    "values can be served."
+                )
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One more token for each. Those that are finished leave."""
+        ids = torch.tensor([[member.tokens[-1]] for member in self.members], device=self.mask.device)
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.members), 1)], 1)
+        self._forward(ids, self.mask.sum(1, keepdim=True) - 1)
+
+    def _forward(self, ids: Tensor, positions: Tensor) -> None:
+        output = self.model(
+            input_ids=ids,
+            attention_mask=self.mask,
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        for member, logits in zip(self.members, output.logits[:, -1], strict=True):
+            if member.cancelled:
+                member.finished = member.finished or "cancelled"
+            else:
+                member.take(logits)
+        self._leave()
+
+    def _leave(self) -> None:
+        staying = [row for row, member in enumerate(self.members) if member.finished is None]
+        if len(staying) == len(self.members):
+            return
+        self.members = [self.members[row] for row in staying]
+        rows = torch.tensor(staying, dtype=torch.int64, device=self.mask.device)
+        self.mask = self.mask[rows]
+        if staying:
+            self.cache.batch_select_indices(rows)
+            # What was padding for all is cut off.
+            self._shift(-int(self.mask.argmax(1).min()))
+
+    def join(self, other: Cohort) -> None:
+        """Take another cohort's members in. They are of the same model and delta."""
+        if not other.members:
+            return
+        if not self.members:
+            self.members, self.mask, self.cache = other.members, other.mask, other.cache
+            return
+        length = max(self.mask.shape[1], other.mask.shape[1])
+        self._shift(length - self.mask.shape[1])
+        other._shift(length - other.mask.shape[1])
+        self.mask = torch.cat([self.mask, other.mask])
+        for mine, theirs in zip(self.cache.layers, other.cache.layers, strict=True):
+            mine.keys = torch.cat([mine.keys, theirs.keys])
+            mine.values = torch.cat([mine.values, theirs.values])
+        self.members += other.members
+        other.members = []
+
+    def _shift(self, by: int) -> None:
+        """Add padding on the left, or take some away (a negative number)."""
+        if not by:
+            return
+        self.mask = nn.functional.pad(self.mask, (by, 0))
+        for layer in self.cache.layers:
+            # (batch, heads, length, size)
+            layer.keys = nn.functional.pad(layer.keys, (0, 0, by, 0))
+            layer.values = nn.functional.pad(layer.values, (0, 0, by, 0))

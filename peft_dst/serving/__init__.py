@@ -1,0 +1,15 @@
+"""Many deltas on one base, at inference.
+
+* `storage`  a model's parameters in one piece, so that entries anywhere in it are written at once
+* `placed`   a delta made ready for that storage
+* `cache`    what was used last, within a budget of bytes
+* `pool`     deltas by name, one of them in the weights
+
+Imports torch, the core and the delta only: neither PEFT nor transformers is needed to serve.
+"""
+
+from .pool import DeltaPool, PoolStatistics
+from .storage import FlatStorage
+
+
+__all__ = ["DeltaPool", "FlatStorage", "PoolStatistics"]

@@ -1,0 +1,100 @@
+"""A model's parameters as views of one buffer for each dtype and device.
+
+A delta has entries in a hundred tensors; writing them tensor by tensor costs a hundred calls, whatever the number of
+entries. In one buffer it is a single one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+# Parameters start at multiples of so many bytes, as torch's allocators have them.
+ALIGNMENT = 64
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a parameter is: number of its buffer, first position in it, and its shape."""
+
+    buffer: int
+    start: int
+    shape: torch.Size
+
+
+class FlatStorage:
+    """The floating parameters of a model, moved into buffers.
+
+    Values, shapes, names and ties stay as they are. Memory: while a buffer is filled, a copy of the parameters that go
+    into it. A parameter that is not contiguous (channels_last) becomes so. Moving or casting the model afterwards
+    (`model.to`) takes its parameters out of the buffers again, which `check` finds.
+
+    Parameters of subclasses of `nn.Parameter` (quantised, sharded) and those without memory stay where they are.
+
+    Args:
+        model: any module; changed in place.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.buffers: list[Tensor] = []
+        self.places: dict[str, Place] = {}
+        names: dict[int, list[str]] = {}
+        owners: dict[int, nn.Parameter] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if type(parameter) is nn.Parameter and parameter.is_floating_point() and not parameter.is_meta:
+                names.setdefault(id(parameter), []).append(name)
+                owners[id(parameter)] = parameter
+        kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+        for key, parameter in owners.items():
+            kinds.setdefault((parameter.dtype, parameter.device), []).append(key)
+        for (dtype, device), members in kinds.items():
+            step = max(1, ALIGNMENT // dtype.itemsize)
+            starts, end = [], 0
+            for key in members:
+                starts.append(end)
+                end += -(-owners[key].numel() // step) * step
+            buffer = torch.zeros(end, dtype=dtype, device=device)
+            for key, start in zip(members, starts, strict=True):
+                parameter = owners[key]
+                view = buffer[start : start + parameter.numel()].view(parameter.shape)
+                view.copy_(parameter)
+                parameter.data = view
+                for name in names[key]:
+                    self.places[name] = Place(len(self.buffers), start, parameter.shape)
+            self.buffers.append(buffer)
+        self._parameters = dict(model.named_parameters(remove_duplicate=False))
+        self._watched = [(name, self._parameters[name], self._pointer(place)) for name, place in self.places.items()]
+
+    def _pointer(self, place: Place) -> int:
+        buffer = self.buffers[place.buffer]
+        return buffer.data_ptr() + place.start * buffer.element_size()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.places
+
+    def weights(self) -> dict[str, Tensor]:
+        """Every parameter in the buffers, by each of its names, without a graph."""
+        return {name: self._parameters[name].detach() for name in self.places}
+
+    def check(self, replaced: Collection[str] = ()) -> None:
+        """Check that the model still computes with these buffers.
+
+        Args:
+            replaced: names of parameters that a delta's whole tensors stand in for at the moment.
+
+        Raises:
+            RuntimeError: if another parameter was moved, cast or replaced.
+        """
+        expected = {id(self._parameters[name]) for name in replaced}
+        for name, parameter, pointer in self._watched:
+            if parameter.data_ptr() != pointer and parameter.numel() and id(parameter) not in expected:
+                raise RuntimeError(
+                    f"{name} was moved, cast or replaced since the pool was made, so that deltas would be written into "
+                    "weights nobody uses. Move and cast the model first, then make the pool."
+                )

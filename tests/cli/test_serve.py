@@ -1,0 +1,67 @@
+"""peft-dst serve, as a process: it comes up, answers, and ends when it is told to."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import transformers as hf
+
+from tests import toys
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_serve(tmp_path):
+    toys.model(tmp_path / "llama", "llama")
+    hf.AutoModelForCausalLM.from_pretrained(tmp_path / "llama")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "peft_dst", "serve", "llama", "--deltas", "deltas", "--port", str(port)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=log, stdout=log)
+        try:
+            url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 120
+            while True:
+                try:
+                    assert httpx.get(f"{url}/health").json() == {"status": "ok"}
+                    break
+                except httpx.TransportError:
+                    assert process.poll() is None, (tmp_path / "log").read_text()
+                    assert time.monotonic() < deadline
+                    time.sleep(0.1)
+            assert [model["id"] for model in httpx.get(f"{url}/v1/models").json()["data"]] == ["llama"]
+            body = {"model": "llama", "prompt": "who is", "max_tokens": 3, "temperature": 0}
+            answer = httpx.post(f"{url}/v1/completions", json=body).json()
+            assert answer["usage"]["prompt_tokens"] == 2
+            assert httpx.put(f"{url}/v1/deltas/new").status_code == 403
+            process.send_signal(signal.SIGTERM)
+            process.wait(60)
+        finally:
+            process.kill()
+            process.wait()
+    lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines() if line.startswith("{")]
+    assert {"method": "POST", "path": "/v1/completions", "status": 200, "model": "llama"}.items() <= lines[-3].items()
+    assert (lines[-1]["event"], lines[-1]["all_answered"]) == ("stopped", True)
+
+
+def test_serve_says_what_is_wrong(desk, run, monkeypatch):
+    code, _, err = run("serve", "base", "--task", "chat")
+    assert (code, err) == (1, "error: there is no task 'chat'; use one of completions, classify.")
+    code, _, err = run("serve", "base", "--dtype", "int3")
+    assert (code, "there is no dtype 'int3'" in err) == (1, True)
+    for name in [name for name in sys.modules if name.startswith("peft_dst.server")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    code, _, err = run("serve", "base")
+    assert (code, err) == (1, "error: serving needs uvicorn, which is not installed: pip install 'peft-dst[serve]'.")

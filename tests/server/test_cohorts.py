@@ -1,0 +1,143 @@
+"""Continuing texts together gives what continuing each alone gives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers as hf
+
+from peft_dst.server.cohorts import Cohort, Continuation
+from peft_dst.server.sampling import Sampling, pick
+from tests.models import BUILDERS
+
+
+# In double precision: what a batch rounds otherwise is far below what tells two tokens apart.
+@pytest.fixture(params=["gpt2", "llama"])
+def model(request):
+    torch.manual_seed(0)
+    return BUILDERS[request.param]().double().eval()
+
+
+PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [15, 16]]
+
+
+def alone(model, prompt, limit, ends=frozenset()):
+    """The plain twin: the whole text is read again for every token."""
+    tokens: list[int] = []
+    while len(tokens) < limit:
+        with torch.no_grad():
+            token = int(model(input_ids=torch.tensor([[*prompt, *tokens]])).logits[0, -1].argmax())
+        if token in ends:
+            break
+        tokens.append(token)
+    return tokens
+
+
+def run(cohort):
+    while cohort.members:
+        cohort.step()
+
+
+def test_together_as_alone(model):
+    members = [Continuation(prompt, limit) for prompt, limit in zip(PROMPTS, (5, 9, 1, 3), strict=True)]
+    run(Cohort(model, members))
+    assert [member.tokens for member in members] == [alone(model, m.prompt, m.limit) for m in members]
+    assert {member.finished for member in members} == {"length"}
+
+
+def test_it_is_what_generate_gives(model):
+    (member,) = members = [Continuation(PROMPTS[2], 8)]
+    run(Cohort(model, members))
+    ids = torch.tensor([PROMPTS[2]])
+    made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, min_new_tokens=8, do_sample=False)
+    assert member.tokens == made[0, ids.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("after", [0, 1, 4])
+def test_joining_between_steps(model, after):
+    """Whenever others come in, and however long they are."""
+    first = [Continuation(prompt, 8) for prompt in PROMPTS[:2]]
+    second = [Continuation(prompt, limit) for prompt, limit in zip(PROMPTS[2:], (3, 10), strict=True)]
+    cohort = Cohort(model, first)
+    for _ in range(after):
+        cohort.step()
+    cohort.join(Cohort(model, second))
+    run(cohort)
+    for member in (*first, *second):
+        assert member.tokens == alone(model, member.prompt, member.limit)
+
+
+def test_padding_goes_with_those_who_needed_it(model):
+    long, short = Continuation(PROMPTS[2], 2), Continuation(PROMPTS[1], 4)
+    cohort = Cohort(model, [long, short])
+    assert cohort.mask.shape == (2, 6)
+    cohort.step()
+    assert cohort.members == [short]
+    assert cohort.mask.tolist() == [[1, 1]]
+    assert cohort.cache.layers[0].keys.shape[2] == 2
+    run(cohort)
+    assert short.tokens == alone(model, PROMPTS[1], 4)
+
+
+def test_ends_are_not_part_of_the_answer(model):
+    ends = frozenset(alone(model, PROMPTS[0], 9)[3:5])
+    want = alone(model, PROMPTS[0], 9, ends)
+    assert len(want) < 9
+    (member,) = members = [Continuation(PROMPTS[0], 9, ends=ends)]
+    run(Cohort(model, members))
+    assert (member.tokens, member.finished) == (want, "stop")
+
+
+def test_tokens_are_told_as_they_come(model):
+    seen: list[int] = []
+    member = Continuation(PROMPTS[0], 4, on_token=seen.append)
+    cohort = Cohort(model, [member])
+    assert len(seen) == 1
+    cohort.step()
+    assert len(seen) == 2
+    member.cancelled = True
+    cohort.step()
+    assert (member.finished, cohort.members, seen) == ("cancelled", [], member.tokens)
+
+
+def test_what_cannot_be_continued():
+    with pytest.raises(ValueError, match="the prompt has no tokens"):
+        Continuation([], 3)
+    with pytest.raises(ValueError, match="at least one new token must be asked for, got 0"):
+        Continuation([1], 0)
+    sliding = hf.MistralConfig(
+        vocab_size=61, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, sliding_window=4,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"MistralForCausalLM keeps a DynamicSlidingWindowLayer of what it has read"):
+        Cohort(hf.MistralForCausalLM(sliding), [Continuation([1], 3)])
+
+
+# Sampling
+
+
+def test_sampling():
+    logits = torch.tensor([0.5, 2.0, 1.0]).log()
+    assert pick(logits, Sampling(), torch.Generator()) == 1
+
+    def counts(sampling, n=4000):
+        generator = sampling.generator()
+        return torch.bincount(torch.tensor([pick(logits, sampling, generator) for _ in range(n)]), minlength=3) / n
+
+    assert torch.allclose(counts(Sampling(1.0, seed=0)), torch.tensor([1, 4, 2]) / 7, atol=0.03)
+    # At temperature 1/2 probabilities are squared.
+    assert torch.allclose(counts(Sampling(0.5, seed=0)), torch.tensor([1, 16, 4]) / 21, atol=0.03)
+    # 4/7 alone do not reach .6, with 2/7 they do.
+    assert torch.allclose(counts(Sampling(1.0, 0.6, seed=0)), torch.tensor([0, 2, 1]) / 3, atol=0.03)
+    assert counts(Sampling(1.0, 0.5, seed=0)).tolist() == [0, 1, 0]
+
+
+def test_a_seed_decides_whoever_else_is_there(model):
+    def made(members):
+        run(Cohort(model, members))
+        return members[0].tokens
+
+    sampling = Sampling(1.0, seed=7)
+    one = made([Continuation(PROMPTS[0], 8, sampling)])
+    assert one == made([Continuation(p, 8, sampling) for p in PROMPTS])
+    assert one != made([Continuation(PROMPTS[0], 8, Sampling(1.0, seed=8))])
