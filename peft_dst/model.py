@@ -24,7 +24,8 @@ from .core import Constraint, Silo, SparseWeight, partition
 from .core.silos import compile_silo_patterns, read_names
 from .delta import MARKER, DeltaError, Summary, check_shape, parse_summaries
 from .layer import SparseLayer, markers
-from .mixed import check_length, check_placeholders, mixed_batch
+from .mixed import mixed_batch
+from .mixing import check_length, check_placeholders
 from .overlay import OverlayWeight
 from .tables import text_table
 from .targets import Target, find_targets, is_excluded, is_saved_densely, is_targeted

@@ -7,8 +7,8 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
-from peft_dst import mixed
-from peft_dst.layouts import compare
+from peft_dst.mixing.batch import Batch
+from peft_dst.mixing.layouts import compare
 from tests.test_mixed import NAMES, check, inputs, one_by_one, with_adapters
 
 
@@ -242,8 +242,8 @@ def test_patches_that_are_as_many_as_samples_and_texts_without_images():
 
 def test_a_model_is_tried_once(build, monkeypatch):
     tried: list[int] = []
-    original = mixed.Batch._try
-    monkeypatch.setattr(mixed.Batch, "_try", lambda self: (tried.append(self.rows), original(self))[1])
+    original = Batch._try
+    monkeypatch.setattr(Batch, "_try", lambda self: (tried.append(self.rows), original(self))[1])
     model = with_adapters(build("bert").double(), "a", "b")
     for length in (3, 4, 7):
         model(inputs("bert")["input_ids"][:, :length], adapter_names=NAMES)

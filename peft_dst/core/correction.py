@@ -30,6 +30,7 @@ class LinearDifference(NamedTuple):
         columns: the inputs that an entry multiplies, int64 (c,), ascending.
         inputs: which of these each entry does, int64 (k,), in the order of their outputs.
         differences: value − seed of each, (k,) in float32, or float64 for a float64 weight.
+        places: its output and its input, int64 (2, k).
     """
 
     outputs: Tensor
@@ -37,6 +38,7 @@ class LinearDifference(NamedTuple):
     columns: Tensor
     inputs: Tensor
     differences: Tensor
+    places: Tensor
 
 
 def linear_difference(
@@ -59,7 +61,8 @@ def linear_difference(
         first, second, differences = second[order], first[order], differences[order]
     outputs, counts = first.unique_consecutive(return_counts=True)
     columns, inputs = second.unique(return_inverse=True)
-    return LinearDifference(outputs, counts.cumsum(0) - counts, columns, inputs, differences)
+    places = torch.stack([first, second])
+    return LinearDifference(outputs, counts.cumsum(0) - counts, columns, inputs, differences, places)
 
 
 def correct_linear(output: Tensor, input: Tensor, difference: LinearDifference) -> None:

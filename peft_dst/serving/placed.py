@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..core.tiles import bits
 from ..delta import PEFT_PREFIX, DeltaError, SparseDelta, check_seed
+from ..mixing import Changes, Entries, Reader, Readers, Whole, changes
 from .storage import FlatStorage
 
 
@@ -131,6 +132,35 @@ def _dense(delta: SparseDelta, storage: FlatStorage) -> dict[str, Tensor]:
             )
         found[name] = tensor.to(parameters[name].device, parameters[name].dtype)
     return found
+
+
+@dataclass(frozen=True, eq=False)
+class Mixable:
+    """A delta as mixed batches take it: what it changes, module by module."""
+
+    placed: Placed
+    changes: Mapping[Reader, Changes]
+    nbytes: int
+
+
+def mixable(placed: Placed, storage: FlatStorage, readers: Readers) -> Mixable:
+    """Arrange a delta for mixed batches.
+
+    Args:
+        placed: the delta on this model.
+        storage: of the model.
+        readers: of the model.
+    """
+    parameters = dict(storage.model.named_parameters(remove_duplicate=False))
+    entries = [
+        Entries(parameter, data, part.positions[at] - start, part.values[at], part.seeds[at])
+        for part in placed.parts
+        for parameter, data, at, start in storage.split(part.buffer, part.positions)
+    ]
+    wholes = [Whole(parameters[name], tensor) for name, tensor in placed.dense.items()]
+    found = changes(readers, entries, wholes)
+    # Its values and seeds are held by this, too.
+    return Mixable(placed, found, placed.nbytes + sum(of_one.nbytes for of_one in found.values()))
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,8 +16,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..delta import CONFIG_NAME, SparseDelta
+from ..mixing import BASE as SEED
+from ..mixing import Readers, serve
 from .cache import Cache
-from .placed import BASE, Placed, place, write
+from .placed import BASE, Mixable, Placed, mixable, place, write
 from .storage import FlatStorage
 
 
@@ -28,7 +30,7 @@ class PoolStatistics:
     Attributes:
         deltas: known by name.
         ready: of them held in memory.
-        nbytes: bytes of those.
+        nbytes: bytes of those, and of what is arranged for mixed batches.
         hits: uses of a delta that was ready.
         loads: deltas read and made ready.
         evictions: deltas let go for others.
@@ -65,7 +67,8 @@ class DeltaPool:
         model: the base, on its device and in its dtype. It must not be moved, cast or trained while it has a pool. A
             model of PEFT's is none: give its base.
         budget: bytes of deltas held ready, on the model's device. Each takes 8 + 2 × (bytes of a value) for an entry,
-            and its whole tensors. The one in use is held in any case.
+            and its whole tensors. The one in use is held in any case. Those of mixed batches are held once more, arranged
+            for that (some 30 bytes an entry besides), within the same budget again.
         check: whether each delta is compared with the base when it is made ready (its checksums of the base's values).
         workers: threads that prefetch.
 
@@ -86,6 +89,10 @@ class DeltaPool:
         self._parameters = dict(model.named_parameters(remove_duplicate=False))
         self._sources: dict[str, Path | SparseDelta] = {}
         self._ready: Cache[Placed] = Cache(budget)
+        self._mixables: Cache[Mixable] = Cache(budget)
+        self._readers = Readers(model)
+        # The last mixed batch: its names and deltas, and what was arranged for it.
+        self._mixed: tuple[list[str], list[Mixable], dict[Any, Any]] = ([], [], {})
         self._loading: dict[str, Future[Placed]] = {}
         self._prefetcher = ThreadPoolExecutor(workers, thread_name_prefix="delta-pool")
         # Of names, caches and counts. Never held while something is read or written.
@@ -150,6 +157,7 @@ class DeltaPool:
                 self._source(name)
                 del self._sources[name]
                 self._ready.drop(name)
+                self._mixables.drop(name)
                 self._loading.pop(name, None)
             if self._shown[0] == name:
                 self._switch(None, BASE)
@@ -174,7 +182,9 @@ class DeltaPool:
     def statistics(self) -> PoolStatistics:
         """What happened so far."""
         with self._lock:
-            return PoolStatistics(len(self._sources), len(self._ready), self._ready.nbytes, **self._counts)
+            return PoolStatistics(
+                len(self._sources), len(self._ready), self._ready.nbytes + self._mixables.nbytes, **self._counts
+            )
 
     # Use
 
@@ -214,6 +224,49 @@ class DeltaPool:
             yield self.model
 
     @contextmanager
+    def mix(self, names: Sequence[str | None], copies: int = 1) -> Iterator[nn.Module]:
+        """Have the model compute each sample of a batch with a delta of its own, for a while.
+
+        The base is in the weights; what a delta changes is corrected in the outputs of its samples, module by module.
+        What cannot be divided by sample is refused, by name (`peft_dst.mixing`). Others wait meanwhile.
+
+        Args:
+            names: for each sample the name of a delta, or None for the base.
+            copies: how many times `generate` repeats each sample (beams).
+
+        Yields:
+            The model, whose calls take as many samples as there are names, and record no gradients.
+
+        Raises:
+            ValueError: if the model is in training mode.
+            KeyError, DeltaError, RuntimeError: as `use`.
+        """
+        if self.model.training:
+            raise ValueError("a mixed batch is for evaluation; call model.eval() first.")
+        wanted = dict.fromkeys(names)
+        if len(wanted) == 1:
+            with self.use(next(iter(wanted))) as model:
+                yield model
+            return
+        sources = {name: self._known(name) for name in wanted if name is not None}
+        found = [self._mixable(name) for name in sources]
+        subsets = {name: one.changes for name, one in zip(sources, found, strict=True)}
+
+        def show() -> None:
+            if gone := [name for name, source in sources.items() if self._sources.get(name) is not source]:
+                raise KeyError(f"the delta {gone[0]!r} was removed.")
+            if self._shown[1] is not BASE:
+                self._switch(None, BASE)
+
+        with self._alone(show), self._noted(None):
+            given = [SEED if name is None else name for name in names]
+            # A generation asks for the same batch again and again.
+            if self._mixed[:2] != (given, found):
+                self._mixed = given, found, {}
+            with serve(self.model, self._readers.modules, given, subsets, copies=copies, kept=self._mixed[2]):
+                yield self.model
+
+    @contextmanager
     def _noted(self, name: str | None) -> Iterator[None]:
         self._mine.name = name
         try:
@@ -222,15 +275,18 @@ class DeltaPool:
             del self._mine.name
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _alone(self, enter: Callable[[], None] | None = None) -> Iterator[None]:
         """Wait for everybody else to leave the weights.
+
+        Args:
+            enter: called then, before anybody else may come.
 
         Raises:
             RuntimeError: if this thread itself uses them.
         """
         if hasattr(self._mine, "name"):
             raise RuntimeError(f"this thread uses {self._mine.name!r}; leave that first.")
-        with self._turn.of(object()):
+        with self._turn.of(object(), enter):
             yield
 
     def prefetch(self, *names: str) -> None:
@@ -273,7 +329,7 @@ class DeltaPool:
             with self._lock:
                 self._closed = True
                 self._sources.clear()
-                self._ready = Cache(0)
+                self._ready, self._mixables = Cache(0), Cache(0)
         self._prefetcher.shutdown(wait=False, cancel_futures=True)
 
     def __enter__(self) -> DeltaPool:
@@ -301,6 +357,18 @@ class DeltaPool:
         if mine:
             self._load(name, future)
         return future.result()
+
+    def _mixable(self, name: str) -> Mixable:
+        """The delta for mixed batches: from memory, or made of what is written."""
+        placed = self._obtain(name)
+        with self._lock:
+            if (found := self._mixables.get(name)) is not None and found.placed is placed:
+                return found
+        found = mixable(placed, self.storage, self._readers)
+        with self._lock:
+            if name in self._sources and not self._closed:
+                self._mixables.put(name, found)
+        return found
 
     def _start_loading(self, name: str) -> None:
         if name not in self._loading:

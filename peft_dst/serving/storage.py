@@ -6,7 +6,7 @@ entries. In one buffer it is a single one.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -77,6 +77,31 @@ class FlatStorage:
 
     def __contains__(self, name: object) -> bool:
         return name in self.places
+
+    def split(self, buffer: int, positions: Tensor) -> Iterator[tuple[nn.Parameter, Tensor, slice, int]]:
+        """Part positions in a buffer by parameters.
+
+        Args:
+            buffer: its number.
+            positions: ascending, int64 (k,).
+
+        Yields:
+            A parameter that has some of them; its place in the buffer, whatever stands in for it at the moment; which of
+            the positions those are; and what to subtract from them.
+        """
+        # Tied parameters have one place.
+        found = {place.start: (name, place) for name, place in self.places.items() if place.buffer == buffer}
+        starts = sorted(found)
+        ends = torch.searchsorted(
+            positions, torch.tensor([*starts[1:], len(self.buffers[buffer])], device=positions.device)
+        )
+        begin = 0
+        for start, end in zip(starts, ends.tolist(), strict=True):
+            if end > begin:
+                name, place = found[start]
+                view = self.buffers[buffer][start : start + place.shape.numel()].view(place.shape)
+                yield self._parameters[name], view, slice(begin, end), start
+            begin = end
 
     def weights(self) -> dict[str, Tensor]:
         """Every parameter in the buffers, by each of its names, without a graph."""

@@ -1,0 +1,267 @@
+"""Whose sample is which in a batch, for whatever is being called now."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from .changes import Changes, Reader
+from .layouts import Layout, Selected, compare, with_rows
+
+
+Rows = slice | Tensor
+# By model: module's name, method and kind of input → layout.
+_LAYOUTS: WeakKeyDictionary[nn.Module, dict[Any, Layout]] = WeakKeyDictionary()
+# By model: name of a norm → whether it runs once for all samples.
+_AT_ONCE: WeakKeyDictionary[nn.Module, dict[str, bool]] = WeakKeyDictionary()
+# The placeholders that multimodal models have in their input_ids, as their configs call them.
+_PLACEHOLDER = re.compile(r"(image|video|audio|speech|vision)_token_(id|index)")
+# Inputs that have a row for each sample in these models.
+_NO_IMAGES = re.compile("embeds|mask|labels|ids|position")
+
+
+@dataclass(eq=False)
+class Host:
+    """A module that is called, and what subsets change of the parameters it reads.
+
+    Attributes:
+        reader: which one.
+        changes: by subset.
+        run: what to call once a subset, with its name and the arguments; the module's own method with the values written
+            in, if not given.
+    """
+
+    reader: Reader
+    changes: Mapping[str, Changes] = field(default_factory=dict)
+    run: Callable[[str, tuple[Any, ...], dict[str, Any]], Any] | None = None
+
+    def __post_init__(self) -> None:
+        #: Ids of the parameters that differ between subsets.
+        self.parameters = {id(parameter) for change in self.changes.values() for parameter in change.parameters()}
+
+    def __str__(self) -> str:
+        return str(self.reader)
+
+    @property
+    def module(self) -> nn.Module:
+        return self.reader.module
+
+    @property
+    def corrects(self) -> bool:
+        """Whether it runs once for all samples, and is corrected."""
+        return self.run is None and all(change.correction is not None for change in self.changes.values())
+
+
+class Batch:
+    """Whose sample is which, for whatever is being called now.
+
+    Attributes:
+        names: the subset of each sample.
+        copies: how many times `generate` repeats each sample, beside calls where it does not.
+        rows: how many rows the samples have in the outermost call of a module that is going on.
+        calls: the modules that are being called, of those that hosts are in; with what the outermost one was given.
+        inside: the hosts that are being called.
+        given: what the module was given that computes a bias for all samples.
+        selected: tensors of the outermost call whose rows were selected by their values.
+        trial: while the layouts are found out: what each module was given and returned.
+    """
+
+    def __init__(self, model: nn.Module, names: Sequence[str], copies: int, kept: dict[Any, Any] | None = None):
+        self._share(list(names))
+        self.copies = copies
+        self.rows = len(names)
+        self.calls: list[tuple[nn.Module, Any, Any]] = []
+        self.inside: list[Host] = []
+        self.given: Tensor | None = None
+        self.selected = Selected()
+        self.trial: dict[Any, list[list[torch.Size]]] | None = None
+        self._kept: dict[Any, Any] = {} if kept is None else kept
+        #: Norms by their names: whether they can run once for all samples.
+        self.at_once = _AT_ONCE.setdefault(model, {})
+        self._known = _LAYOUTS.setdefault(model, {})
+        self._tried = False
+        self._failure: Exception | None = None
+
+    def _share(self, names: list[str]) -> None:
+        self.names = names
+        #: The one subset of all samples, if there is one: then it does not matter where they are.
+        self.alone = names[0] if len(set(names)) == 1 else None
+
+    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Note that a module is called."""
+        self.calls.append((module, args, kwargs))
+        if len(self.calls) > 1 or self.trial is not None:
+            return
+        self._tried, self._failure = False, None
+        # Who made the inputs of the model knows what is in their rows: beams are selected, for one.
+        self.selected = Selected()
+        sizes = [leaf.shape[0] for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.dim()]
+        repeated = len(self.names) * self.copies
+        self.rows = repeated if repeated in sizes else len(self.names)
+
+    def leave(self, *_: Any) -> None:
+        """Note that the call of a module is over."""
+        self.calls.pop()
+
+    def layout(self, host: Host, tensors: Sequence[Tensor]) -> Layout:
+        """The layouts of what a host is given, and then of what it returns. The live weights must be the seed."""
+        key = _key(host, tensors)
+        if key not in self._known and not self._tried and self.calls:
+            self._tried = True
+            self._try()
+        layout = self._known.get(key, (None,) * len(tensors))
+        return (
+            tuple(None if tensor in self.selected else at for tensor, at in zip(tensors, layout, strict=False))
+            + layout[len(tensors) :]
+        )
+
+    def names_for(self, host: Host, tensor: Tensor | None, at: bool | None) -> list[str]:
+        """The subset of each row of a tensor with this layout.
+
+        Raises:
+            ValueError: if its rows are not the samples, and it has more than one.
+        """
+        size = tensor.shape[0] if tensor is not None and tensor.dim() else 0
+        if (at and size == self.rows) or (at is False and size == 1):
+            return [name for name in self.names for _ in range(self.rows // len(self.names))]
+        shape = "no tensor" if tensor is None else f"an input of shape {tuple(tensor.shape)}"
+        why = "this module does not get its samples along the first dimension"
+        if tensor is not None and tensor in self.selected:
+            why = "the rows that this module gets were selected by their values, as the tokens of an expert are"
+        elif self._failure is not None:
+            why = f"where this module has its samples is not known, as the model fails with one more ({self._failure})"
+        raise ValueError(
+            f"Length of `adapter_names` should be the same as the number of inputs, but got {len(self.names)} names, and "
+            f"{host} was given {shape}. If the names are right, then {why}, and it cannot serve several adapters at once: "
+            "call the model with one adapter at a time, or tune the adapters with this module in exclude_modules."
+        ) from self._failure
+
+    @contextlib.contextmanager
+    def only(self, adapter: str) -> Iterator[None]:
+        """While it lasts all samples are one adapter's."""
+        before = self.names
+        self._share([adapter])
+        try:
+            yield
+        finally:
+            self._share(before)
+
+    def stacked(self, host: Host, names: Sequence[str]) -> Any:
+        """The corrections of a host for these rows, in groups as large as can be."""
+
+        def stack() -> Any:
+            # Runs of one name whose lengths have a common divisor are made of groups of that size.
+            size = math.gcd(*(len(list(run)) for _, run in groupby(names)))
+            changes = [host.changes.get(name) for name in names[::size]]
+            corrections: list[Any] = [change.correction if change else None for change in changes]
+            kind: Any = next(type(change.correction) for change in host.changes.values())
+            return kind.stack(corrections, host.module)
+
+        return self.kept((host.reader, *names), stack)
+
+    def kept(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What was made under a key before, or is made now."""
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]
+
+    def note(self, host: Host, tensors: Sequence[Tensor], outputs: Any = ()) -> None:
+        """Note what a host was given in a trial, and what it returned."""
+        assert self.trial is not None
+        shapes = [leaf.shape for leaf in (*tensors, *tree_leaves(outputs)) if isinstance(leaf, Tensor)]
+        self.trial.setdefault(_key(host, tensors), []).append(shapes)
+
+    def _try(self) -> None:
+        """Find out where modules have their samples: call the outermost one as it is called, and with a sample more."""
+        module, args, kwargs = self.calls[0]
+        before = self.calls, self.inside, self.given
+        found = []
+        for rows in (self.rows, self.rows + 1):
+            self.trial, self.calls, self.inside = {}, [], []
+            try:
+                more = functools.partial(with_rows, self.rows, rows)
+                module(*tree_map(more, args), **tree_map(more, kwargs))
+            except Exception as error:
+                # What had been called by then is known all the same; the rest is refused.
+                self._failure = error
+            found.append(self.trial)
+            self.trial = None
+            self.calls, self.inside, self.given = before
+        for key in found[0].keys() | found[1].keys():
+            self._known[key] = compare(found[0].get(key, []), found[1].get(key, []), self.rows)
+
+
+def _key(host: Host, tensors: Sequence[Tensor]) -> Any:
+    return host.reader.name, host.reader.method, tuple((t.dim(), t.dim() > 0 and t.shape[0] == 1) for t in tensors)
+
+
+def segments(names: Sequence[str]) -> dict[str, Rows]:
+    """The rows of each adapter: a slice if they are consecutive, else int64 (r,)."""
+    rows: dict[str, list[int]] = {}
+    for row, name in enumerate(names):
+        rows.setdefault(name, []).append(row)
+    return {
+        name: slice(at[0], at[-1] + 1) if at[-1] - at[0] == len(at) - 1 else torch.tensor(at)
+        for name, at in rows.items()
+    }
+
+
+def count(rows: Rows) -> int:
+    return rows.stop - rows.start if isinstance(rows, slice) else rows.numel()
+
+
+def check_length(names: Sequence[str], inputs: Any) -> None:
+    """Check that there is a name for each sample, as far as a model's inputs tell how many those are.
+
+    Raises:
+        ValueError: if no input has as many rows.
+    """
+    sizes = [leaf.shape[0] for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim()]
+    if sizes and len(names) not in sizes:
+        raise ValueError(
+            "Length of `adapter_names` should be the same as the number of inputs, but got "
+            f"{len(names)} names for inputs of {', '.join(map(str, dict.fromkeys(sizes)))} rows."
+        )
+
+
+def check_placeholders(model: nn.Module, names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Check that images (videos, sounds) that are as many as the samples are one for each, by their placeholders.
+
+    There is one for each if every sample has a placeholder. Models that know none have no say in it: there the rows of
+    every input are samples, as with CLIP.
+
+    Args:
+        model: the base model, whose config names the placeholders.
+        names: for each sample the name of an adapter.
+        args: what the model is given: its input_ids, int64 (batch, length), come first,
+        kwargs: or by name, and floating tensors of two dimensions or more.
+
+    Raises:
+        ValueError: if a sample has none of what another one has, or there are no input_ids to tell.
+    """
+    config = getattr(model, "config", None)
+    found = config.to_dict() if config is not None and hasattr(config, "to_dict") else {}
+    tokens = {value for key, value in found.items() if _PLACEHOLDER.fullmatch(key) and isinstance(value, int)}
+    given = {key: value for key, value in kwargs.items() if isinstance(value, Tensor) and not _NO_IMAGES.search(key)}
+    others = [t for t in given.values() if t.dim() > 1 and t.is_floating_point() and len(t) == len(names)]
+    if not (tokens and others) or len(set(names)) == 1:
+        return
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    have = [(ids == token).any(1).tolist() for token in tokens] if isinstance(ids, Tensor) and ids.dim() == 2 else []
+    if any(any(of_one) and not all(of_one) for of_one in have) or not any(map(any, have)):
+        raise ValueError(
+            f"{len(others[0])} images (or the like, {tuple(others[0].shape)}) were given for as many samples, but not one "
+            "for each, as far as the placeholders in input_ids tell. Whose adapter each of them is for is not known: give "
+            "each sample one, or call the model with one adapter at a time."
+        )

@@ -1,0 +1,244 @@
+"""Mixed batches of a pool: each sample as if its delta alone were in the weights."""
+
+from __future__ import annotations
+
+import copy
+import threading
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+
+from peft_dst import DSTConfig
+from peft_dst.mixing import batch as mixing_batch
+from peft_dst.serving import DeltaPool
+from tests.models import BUILDERS, train
+from tests.serving.test_pool import applied, bits_of, same
+from tests.test_mixed import inputs
+
+
+NAMES = ["task0", None, "task1", "task0", "task2", "task1"]
+
+
+def tuned(name: str, folder, count: int = 3, **options) -> list:
+    """A base in float64 and folders of its adapters."""
+    torch.manual_seed(0)
+    base = BUILDERS[name]().double().eval()
+    found = []
+    for i in range(count):
+        model = get_peft_model(copy.deepcopy(base), DSTConfig(epsilon=0.05, **options))
+        train(model, name, first=10 * i)
+        model.save_pretrained(folder / f"task{i}")
+        found.append(folder / f"task{i}")
+    return [base, *found]
+
+
+@pytest.fixture
+def served(tmp_path):
+    base, *folders = tuned("bert", tmp_path)
+    plain = {None: copy.deepcopy(base), **{folder.name: applied(base, folder).eval() for folder in folders}}
+    with DeltaPool(base) as pool:
+        pool.add_folder(tmp_path)
+        yield pool, plain
+
+
+def rows(name: str, count: int) -> dict[str, torch.Tensor]:
+    """Inputs of so many samples, each of them another."""
+    torch.manual_seed(1)
+    found = inputs(name)
+    for key, tensor in found.items():
+        tensor = tensor.repeat(-(-count // len(tensor)), *[1] * (tensor.dim() - 1))[:count]
+        if "ids" in key:
+            tensor = torch.randint(3, 40, tensor.shape)
+        found[key] = tensor
+    return found
+
+
+def one_by_one(plain: dict, names: list, given: dict) -> torch.Tensor:
+    """The plain twin: each sample by itself, through a copy with its delta written in."""
+    with torch.no_grad():
+        return torch.cat(
+            [plain[name](**{k: t[i : i + 1] for k, t in given.items()}).logits for i, name in enumerate(names)]
+        )
+
+
+@pytest.mark.parametrize("names", [NAMES, sorted(NAMES, key=str), ["task1", "task1", None, None]], ids=len)
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "t5"])
+def test_each_sample_has_its_own_delta(name, names, tmp_path):
+    base, *folders = tuned(name, tmp_path)
+    plain = {None: copy.deepcopy(base), **{folder.name: applied(base, folder).eval() for folder in folders}}
+    given = rows(name, len(names))
+    wanted = one_by_one(plain, names, given)
+    with DeltaPool(base) as pool:
+        pool.add_folder(tmp_path)
+        before = bits_of(base)
+        # Twice: norms are then run once for all samples, and what was arranged is used again.
+        for _ in range(2):
+            with pool.mix(names) as model:
+                found = model(**given).logits
+                assert pool.shown is None
+            assert torch.allclose(found, wanted, rtol=1e-9, atol=1e-11)
+            assert same(bits_of(base), before)
+        assert not torch.allclose(wanted, one_by_one(plain, [None] * len(names), given), rtol=1e-3)
+
+
+def test_generation_and_beams(tmp_path):
+    base, *folders = tuned("llama", tmp_path)
+    plain = {None: base, **{folder.name: applied(base, folder).eval() for folder in folders}}
+    names = ["task2", "task0", None]
+    ids = torch.randint(3, 40, (3, 5))
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    for beams in (1, 2):
+        wanted = [
+            plain[name].generate(
+                row[None], attention_mask=torch.ones(1, 5, dtype=torch.int64), num_beams=beams, **options
+            )
+            for name, row in zip(names, ids, strict=True)
+        ]
+        with DeltaPool(copy.deepcopy(base)) as pool:
+            pool.add_folder(tmp_path)
+            with pool.mix(names, copies=beams) as model:
+                found = model.generate(ids, attention_mask=torch.ones_like(ids), num_beams=beams, **options)
+        assert torch.equal(found, torch.cat(wanted))
+
+
+def test_whole_heads(tmp_path):
+    base, *folders = tuned("bert", tmp_path, modules_to_save=["classifier"])
+    plain = {None: copy.deepcopy(base), **{folder.name: applied(base, folder).eval() for folder in folders}}
+    given = rows("bert", len(NAMES))
+    with DeltaPool(base) as pool:
+        pool.add_folder(tmp_path)
+        with pool.mix(NAMES) as model:
+            found = model(**given).logits
+        assert torch.allclose(found, one_by_one(plain, NAMES, given), rtol=1e-9, atol=1e-11)
+        assert same(bits_of(base), bits_of(plain[None]))
+
+
+def test_one_delta_for_all_is_put_into_the_weights(served):
+    pool, plain = served
+    given = rows("bert", 3)
+    with pool.mix(["task1"] * 3) as model:
+        assert pool.shown == "task1"
+        assert torch.allclose(model(**given).logits, one_by_one(plain, ["task1"] * 3, given), rtol=1e-9)
+
+
+def test_it_is_arranged_while_another_delta_is_in_the_weights(served):
+    """What norms have where nothing changes is the base's, not that of the delta that happens to be there."""
+    pool, plain = served
+    given = rows("bert", len(NAMES))
+    with pool.use("task2"):
+        for name in ("task0", "task1"):
+            pool._mixable(name)
+    with pool.mix(NAMES) as model:
+        found = model(**given).logits
+    assert torch.allclose(found, one_by_one(plain, NAMES, given), rtol=1e-9, atol=1e-11)
+
+
+def test_a_new_delta_of_an_old_name(served, tmp_path):
+    pool, plain = served
+    names, given = ["task0", "task1"], rows("bert", 2)
+    with pool.mix(names) as model:
+        model(**given)
+    pool.remove("task0")
+    with pytest.raises(KeyError, match="task0"), pool.mix(names):
+        pass
+    pool.add("task0", tmp_path / "task2")
+    with pool.mix(names) as model:
+        found = model(**given).logits
+    assert torch.allclose(found, one_by_one(plain, ["task2", "task1"], given), rtol=1e-9, atol=1e-11)
+
+
+def test_whatever_goes_wrong_leaves_the_base(served):
+    pool, plain = served
+    with pytest.raises(ZeroDivisionError), pool.mix(NAMES):
+        raise ZeroDivisionError
+    with pytest.raises(ValueError, match="number of inputs"), pool.mix(NAMES) as model:
+        model(**rows("bert", 2))
+    with pytest.raises(KeyError, match="nobody"), pool.mix(["task0", "nobody"]):
+        pass
+    with pool.use("task0"), pytest.raises(RuntimeError, match="leave that first"), pool.mix(NAMES):
+        pass
+    with pool.mix(NAMES), pytest.raises(RuntimeError, match="would wait for itself"), pool.use("task0"):
+        pass
+    with pool.use(None):
+        assert same(bits_of(pool.model), bits_of(plain[None]))
+    assert not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in pool.model.modules())
+    pool.model.train()
+    with pytest.raises(ValueError, match=r"call model\.eval"), pool.mix(NAMES):
+        pass
+    pool.model.eval()
+
+
+def test_others_wait_meanwhile(served):
+    pool, plain = served
+    given, seen = rows("bert", 1), []
+
+    def other() -> None:
+        with torch.no_grad(), pool.use("task2") as model:
+            seen.append(model(**given).logits)
+
+    with pool.mix(NAMES):
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join(0.2)
+        assert thread.is_alive()
+    thread.join(60)
+    assert torch.allclose(seen[0], one_by_one(plain, ["task2"], given), rtol=1e-9)
+
+
+def test_what_is_held_is_counted_and_let_go(served):
+    pool, _ = served
+    with pool.mix(NAMES):
+        pass
+    held = pool.statistics.nbytes
+    assert held == sum(one.nbytes for one in (*pool._ready._values.values(), *pool._mixables._values.values()))
+    assert held > sum(pool.ready(name).nbytes for name in pool.names())
+    pool.remove("task0")
+    assert pool.statistics.nbytes < held
+
+
+class Shifted(nn.Module):
+    """Called a norm, but it uses its weight in a way that none does: a mean over everything."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(8))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden * self.weight.mean()
+
+
+class FakeNorm(Shifted):
+    pass
+
+
+class RealNorm(Shifted):
+    calls = 0
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        type(self).calls += 1
+        return hidden * self.weight
+
+
+@pytest.mark.parametrize("kind", [FakeNorm, RealNorm])
+def test_norms_run_once_where_that_is_the_same(kind, tmp_path, monkeypatch):
+    from peft_dst.delta import SparseDelta, SparseTensor
+
+    model = nn.Sequential(nn.Linear(8, 8), kind()).double().eval()
+    with DeltaPool(model) as pool:
+        for i in range(3):
+            values = torch.rand(3, dtype=torch.float64) + i
+            pool.add(f"task{i}", SparseDelta({"1.weight": SparseTensor((8,), torch.tensor([0, 3, 5]), values)}))
+        hidden = torch.randn(6, 4, 8, dtype=torch.float64)
+        wanted = []
+        for name, row in zip(NAMES, hidden, strict=True):
+            with torch.no_grad(), pool.use(name):
+                wanted.append(model(row[None]))
+        for times in (4, 1, 1):
+            RealNorm.calls = 0
+            with pool.mix(NAMES):
+                assert torch.equal(model(hidden), torch.cat(wanted))
+            if kind is RealNorm and times == 1:
+                assert RealNorm.calls == 1
+        assert mixing_batch._AT_ONCE[model] == {"1": kind is RealNorm}
