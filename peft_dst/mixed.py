@@ -15,7 +15,7 @@ from torch import nn
 
 from . import exchange
 from .layer import SparseLayer
-from .mixing import BASE, Changes, Entries, Host, Reader, Readers, changes, serve
+from .mixing import BASE, Changes, Entries, Host, Reader, Readers, Subsets, changes_of, serve
 from .overlay import OverlayWeight
 
 
@@ -46,13 +46,13 @@ def mixed_batch(model: nn.Module, names: Sequence[str], copies: int = 1) -> Iter
         for marker in found:
             stack.callback(marker.show, None)
             marker.show(alone)
-        subsets = {} if len(wanted) == 1 else _subsets(readers, found, wanted.keys() - {BASE})
+        changed = {} if len(wanted) == 1 else _changes(readers, found, wanted.keys() - {BASE})
         copied = [_copied(name, module) for name, module in readers.modules.items() if _has_copies(module)]
-        with serve(model, readers.modules, names, subsets, copied, copies):
+        with serve(model, Subsets(readers.modules, changed, copied), names, copies):
             yield
 
 
-def _subsets(readers: Readers, found: Sequence[SparseLayer], adapters: set[str]) -> dict[str, dict[Reader, Changes]]:
+def _changes(readers: Readers, found: Sequence[SparseLayer], adapters: set[str]) -> dict[str, dict[Reader, Changes]]:
     """What each adapter changes. The live weights are the seed now."""
     entries: dict[str, list[Entries]] = {adapter: [] for adapter in adapters}
     for marker in found:
@@ -66,7 +66,7 @@ def _subsets(readers: Readers, found: Sequence[SparseLayer], adapters: set[str])
                 values, seeds = record.values.to(weight.data), weight.seeds_at(indices)
                 first = weight.inputs_first if isinstance(weight, OverlayWeight) else None
                 entries[adapter].append(Entries(weight.parameter, weight.data, indices, values, seeds, first))
-    return {adapter: changes(readers, of_one) for adapter, of_one in entries.items()}
+    return {adapter: changes_of(readers, of_one) for adapter, of_one in entries.items()}
 
 
 def _has_copies(module: nn.Module) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -46,39 +46,69 @@ class Padded(NamedTuple):
     differences: Tensor
 
 
-class StackedDifference:
-    """Linear differences of several groups of rows.
+class DifferenceTable:
+    """Linear differences of one layer, by whatever tells them apart; made once for any number of batches.
 
     Args:
-        differences: for each group that of its weight; None if it has none, but not for all.
+        differences: by name; at least one.
         width: number of the layer's outputs.
     """
 
-    def __init__(self, differences: Sequence[LinearDifference | None], width: int) -> None:
-        self.groups = len(differences)
-        self._found = {number: one for number, one in enumerate(differences) if one is not None}
-        sizes = [one.inputs.numel() for one in self._found.values()]
-        self._most = max(sizes)
-        self.dtype = next(iter(self._found.values())).differences.dtype
-        #: Rows are then gone through one by one, each of which stays in the first-level cache. Where many entries share
-        #: an output, or groups are of very different sizes, sums over bags of entries are faster (docs/LOG.md).
-        self.pads = self._most <= width and self._most * self.groups <= 2 * sum(sizes)
+    def __init__(self, differences: Mapping[Hashable, LinearDifference], width: int) -> None:
+        self.differences, self.width = differences, width
+        self.dtype = next(iter(differences.values())).differences.dtype
+        #: Entries of the largest one.
+        self.most = max(one.inputs.numel() for one in differences.values())
+
+    def of(self, names: Sequence[Hashable]) -> StackedDifference | None:
+        """For groups of rows, each with the difference of a name, or none; None if there is nothing to correct."""
+        found = {group: self.differences[name] for group, name in enumerate(names) if name in self.differences}
+        return StackedDifference(self, names, found) if any(one.inputs.numel() for one in found.values()) else None
 
     @cached_property
     def padded(self) -> Padded:
-        """What is padded adds zero times the first input to the first output."""
-        # The same difference mostly serves several groups.
-        distinct = list({id(one): one for one in self._found.values()}.values())
-        rows = {id(one): row for row, one in enumerate(distinct)}
-        places = torch.zeros(2, len(distinct) + 1, self._most, dtype=torch.int64)
-        differences = distinct[0].differences.new_zeros(len(distinct) + 1, self._most)
-        for row, one in enumerate(distinct):
-            places[:, row, : one.inputs.numel()] = one.places
-            differences[row, : one.inputs.numel()] = one.differences
-        # The last row is that of groups without any.
-        groups = [rows.get(id(self._found.get(group)), len(distinct)) for group in range(self.groups)]
-        of_group = torch.tensor(groups)
-        return Padded(places[0, of_group], places[1, of_group], differences[of_group])
+        """A row for each of them, and last one without any. What is padded adds zero times the first input to the first
+        output.
+        """
+        count = len(self.differences)
+        outputs, inputs = (torch.zeros(count + 1, self.most, dtype=torch.int64) for _ in range(2))
+        differences = torch.zeros(count + 1, self.most, dtype=self.dtype)
+        for row, one in enumerate(self.differences.values()):
+            size = one.inputs.numel()
+            outputs[row, :size], inputs[row, :size] = one.places
+            differences[row, :size] = one.differences
+        return Padded(outputs, inputs, differences)
+
+    @cached_property
+    def rows(self) -> dict[Hashable, int]:
+        """Their rows there."""
+        return {name: row for row, name in enumerate(self.differences)}
+
+
+class StackedDifference:
+    """Linear differences of several groups of rows; made by a table.
+
+    Attributes:
+        groups: how many there are.
+        pads: whether `padded` is to be used on the CPU.
+    """
+
+    def __init__(
+        self, table: DifferenceTable, names: Sequence[Hashable], found: Mapping[int, LinearDifference]
+    ) -> None:
+        self._table, self._names, self._found = table, names, found
+        self.groups, self.dtype = len(names), table.dtype
+        #: Rows are then gone through one by one, each of which stays in the first-level cache. Where many entries share
+        #: an output, or groups are of very different sizes, sums over bags of entries are faster (docs/LOG.md).
+        total = sum(one.inputs.numel() for one in found.values())
+        self.pads = table.most <= table.width and table.most * self.groups <= 2 * total
+
+    @cached_property
+    def padded(self) -> Padded:
+        """A row for each group."""
+        last = len(self._table.rows)
+        rows = torch.tensor([self._table.rows.get(name, last) for name in self._names])
+        return Padded(*(tensor[rows] for tensor in self._table.padded))
 
     @cached_property
     def bags(self) -> Bags:
@@ -103,18 +133,6 @@ class StackedDifference:
             torch.cat([one.inputs for one in found]) + column.repeat_interleave(entries),
             torch.cat([one.differences for one in found]),
         )
-
-
-def stack_differences(differences: Sequence[LinearDifference | None], width: int) -> StackedDifference | None:
-    """Put the differences of one layer together for `correct_stacked`; None if there are none.
-
-    Args:
-        differences: for each group of rows that of its weight; None if it has none.
-        width: number of the layer's outputs.
-    """
-    if all(one is None or not one.inputs.numel() for one in differences):
-        return None
-    return StackedDifference(differences, width)
 
 
 def correct_stacked(output: Tensor, input: Tensor, stacked: StackedDifference) -> None:

@@ -24,14 +24,14 @@ The model's own inputs are taken at their word: one with as many rows as there a
 * `batch`     whose sample is which
 * `running`   modules that run once a subset
 * `norms`     of them those that need not
-* `serve`     a model that does all this for a while
+* `hooks`     a model that does all this for a while
 
 PEFT's models come here through `mixed`, pools through `serving`; neither is known here.
 """
 
-from .batch import check_length, check_placeholders
-from .changes import BASE, Changes, Entries, Reader, Readers, Whole, changes
-from .serve import Host, serve
+from .batch import Host, Subsets, check_length, check_placeholders
+from .changes import BASE, Changes, Entries, Reader, Readers, Whole, changes_of
+from .hooks import serve
 
 
 __all__ = [
@@ -41,8 +41,9 @@ __all__ = [
     "Host",
     "Reader",
     "Readers",
+    "Subsets",
     "Whole",
-    "changes",
+    "changes_of",
     "check_length",
     "check_placeholders",
     "serve",

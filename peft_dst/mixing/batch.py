@@ -6,6 +6,7 @@ import contextlib
 import functools
 import math
 import re
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .changes import Changes, Reader
+from .changes import Arrangement, Changes, Reader
 from .layouts import Layout, Selected, compare, with_rows
 
 
@@ -47,20 +48,58 @@ class Host:
     run: Callable[[str, tuple[Any, ...], dict[str, Any]], Any] | None = None
 
     def __post_init__(self) -> None:
+        self.module = self.reader.module
+        #: Whether it runs once for all samples, and is corrected.
+        self.corrects = self.run is None and all(change.correction is not None for change in self.changes.values())
         #: Ids of the parameters that differ between subsets.
         self.parameters = {id(parameter) for change in self.changes.values() for parameter in change.parameters()}
 
     def __str__(self) -> str:
         return str(self.reader)
 
-    @property
-    def module(self) -> nn.Module:
-        return self.reader.module
 
-    @property
-    def corrects(self) -> bool:
-        """Whether it runs once for all samples, and is corrected."""
-        return self.run is None and all(change.correction is not None for change in self.changes.values())
+class Subsets:
+    """Some subsets of one model, and what was arranged for batches of them.
+
+    Args:
+        modules: all modules of the model by their names.
+        changes: by subset, what it changes.
+        others: modules that differ between subsets in some other way.
+
+    Attributes:
+        hosts: the modules that differ.
+        callers: the modules that they are in.
+        arrangements: of corrections, by host.
+    """
+
+    # Batches whose corrections are kept.
+    LAST = 4
+
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        changes: Mapping[str, Mapping[Reader, Changes]],
+        others: Sequence[Host] = (),
+    ) -> None:
+        readers = dict.fromkeys(reader for of_one in changes.values() for reader in of_one)
+        self.hosts = [
+            Host(reader, {name: of_one[reader] for name, of_one in changes.items() if reader in of_one})
+            for reader in readers
+        ]
+        self.hosts += others
+        parts = [host.reader.name.split(".") for host in self.hosts]
+        above = {"", *(".".join(names[:i]) for names in parts for i in range(1, len(names)))}
+        self.callers = [module for name, module in modules.items() if name in above]
+        self.arrangements: dict[Host, Arrangement] = {}
+        self._batches: OrderedDict[tuple[str, ...], dict[Any, Any]] = OrderedDict()
+
+    def kept(self, names: Sequence[str]) -> dict[Any, Any]:
+        """What was made for a batch of these samples; to be added to."""
+        found = self._batches.pop(tuple(names), {})
+        self._batches[tuple(names)] = found
+        if len(self._batches) > self.LAST:
+            self._batches.popitem(last=False)
+        return found
 
 
 class Batch:
@@ -77,7 +116,7 @@ class Batch:
         trial: while the layouts are found out: what each module was given and returned.
     """
 
-    def __init__(self, model: nn.Module, names: Sequence[str], copies: int, kept: dict[Any, Any] | None = None):
+    def __init__(self, model: nn.Module, subsets: Subsets, names: Sequence[str], copies: int):
         self._share(list(names))
         self.copies = copies
         self.rows = len(names)
@@ -86,7 +125,7 @@ class Batch:
         self.given: Tensor | None = None
         self.selected = Selected()
         self.trial: dict[Any, list[list[torch.Size]]] | None = None
-        self._kept: dict[Any, Any] = {} if kept is None else kept
+        self._arrangements, self._kept = subsets.arrangements, subsets.kept(names)
         #: Norms by their names: whether they can run once for all samples.
         self.at_once = _AT_ONCE.setdefault(model, {})
         self._known = _LAYOUTS.setdefault(model, {})
@@ -161,14 +200,16 @@ class Batch:
         """The corrections of a host for these rows, in groups as large as can be."""
 
         def stack() -> Any:
+            if (arrangement := self._arrangements.get(host)) is None:
+                corrections: dict[str, Any] = {name: change.correction for name, change in host.changes.items()}
+                kind: Any = type(next(iter(corrections.values())))
+                arrangement = kind.arrange(corrections, host.module)
+                self._arrangements[host] = arrangement
             # Runs of one name whose lengths have a common divisor are made of groups of that size.
             size = math.gcd(*(len(list(run)) for _, run in groupby(names)))
-            changes = [host.changes.get(name) for name in names[::size]]
-            corrections: list[Any] = [change.correction if change else None for change in changes]
-            kind: Any = next(type(change.correction) for change in host.changes.values())
-            return kind.stack(corrections, host.module)
+            return arrangement(names[::size])
 
-        return self.kept((host.reader, *names), stack)
+        return self.kept((host, *names), stack)
 
     def kept(self, key: Any, make: Callable[[], Any]) -> Any:
         """What was made under a key before, or is made now."""

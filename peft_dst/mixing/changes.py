@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
@@ -19,7 +19,7 @@ from ..core.correction import (
     linear_difference,
 )
 from ..core.distances import wide_dtype
-from ..core.stacking import StackedDifference, correct_stacked, stack_differences, stack_entries
+from ..core.stacking import DifferenceTable, StackedDifference, correct_stacked, stack_entries
 
 
 #: PEFT's name for samples that no subset is for.
@@ -136,7 +136,7 @@ class Changes:
         return sum(patch.indices.nbytes for patch in self.patches) + (self.correction.nbytes if self.correction else 0)
 
 
-def changes(readers: Readers, entries: Iterable[Entries], wholes: Sequence[Whole] = ()) -> dict[Reader, Changes]:
+def changes_of(readers: Readers, entries: Iterable[Entries], wholes: Sequence[Whole] = ()) -> dict[Reader, Changes]:
     """What a subset changes, by the modules that read it.
 
     Args:
@@ -161,7 +161,7 @@ def changes(readers: Readers, entries: Iterable[Entries], wholes: Sequence[Whole
     return found
 
 
-# Corrections of outputs
+# Corrections of outputs. Each kind is arranged for some subsets of one module, and then stacked for the groups of a batch.
 
 
 @dataclass(frozen=True)
@@ -176,17 +176,20 @@ class Linear:
         return sum(tensor.nbytes for tensor in (*(self.weight or ()), *(self.bias or ())))
 
     @staticmethod
-    def stack(corrections: Sequence[Linear | None], module: nn.Module) -> StackedLinear:
-        weights = stack_differences([one.weight if one else None for one in corrections], _width(module))
-        biases = [(group, *one.bias) for group, one in enumerate(corrections) if one and one.bias]
-        places = [torch.stack([torch.full_like(indices, group), indices]) for group, indices, _ in biases]
-        bias = (torch.cat(places, 1), torch.cat([of_one for *_, of_one in biases])) if biases else None
-        return StackedLinear(len(corrections), weights, bias)
+    def arrange(corrections: Mapping[str, Linear], module: Any) -> Arrangement:
+        # transformers' Conv1D calls them nf.
+        width = int(module.out_features if hasattr(module, "out_features") else module.nf)
+        weights: dict[Any, LinearDifference] = {name: one.weight for name, one in corrections.items() if one.weight}
+        table = DifferenceTable(weights, width) if weights else None
+        biases = {name: one.bias for name, one in corrections.items() if one.bias}
 
+        def stack(groups: Sequence[str]) -> StackedLinear:
+            found = [(group, *biases[name]) for group, name in enumerate(groups) if name in biases]
+            places = [torch.stack([torch.full_like(indices, group), indices]) for group, indices, _ in found]
+            bias = (torch.cat(places, 1), torch.cat([differences for *_, differences in found])) if found else None
+            return StackedLinear(len(groups), table.of(groups) if table else None, bias)
 
-def _width(module: Any) -> int:
-    """Outputs of a linear layer; transformers' Conv1D calls them nf."""
-    return int(module.out_features if hasattr(module, "out_features") else module.nf)
+        return stack
 
 
 class StackedLinear(NamedTuple):
@@ -218,10 +221,16 @@ class Embedding:
         return sum(tensor.nbytes for tensor in self.entries)
 
     @staticmethod
-    def stack(corrections: Sequence[Embedding | None], module: nn.Module) -> StackedEmbedding:
-        rows = cast(nn.Embedding, module).weight.shape[0]
-        entries = stack_entries([one.entries if one else None for one in corrections], rows)
-        return StackedEmbedding(len(corrections), rows, entries)
+    def arrange(corrections: Mapping[str, Embedding], module: Any) -> Arrangement:
+        rows = module.weight.shape[0]
+
+        def stack(groups: Sequence[str]) -> StackedEmbedding:
+            found = [corrections.get(name) for name in groups]
+            return StackedEmbedding(
+                len(groups), rows, stack_entries([one.entries if one else None for one in found], rows)
+            )
+
+        return stack
 
 
 class StackedEmbedding(NamedTuple):
@@ -247,15 +256,20 @@ class Norm:
     nbytes = 0
 
     @staticmethod
-    def stack(corrections: Sequence[Norm | None], module: nn.Module) -> StackedNorm | None:
+    def arrange(corrections: Mapping[str, Norm], module: Any) -> Arrangement:
         """The live weights must be the seed."""
-        found = [(group, *_tuned(module, one.patches)) for group, one in enumerate(corrections) if one]
-        if not found:
-            return None
-        places = torch.cat([torch.stack([torch.full_like(at, group), at]) for group, at, *_ in found], 1)
-        biases = [bias for *_, bias in found if bias is not None]
-        weight = torch.cat([weight for *_, weight, _ in found])
-        return StackedNorm(len(corrections), module, places, weight, torch.cat(biases) if biases else None)
+        tuned = {name: _tuned(module, one.patches) for name, one in corrections.items()}
+
+        def stack(groups: Sequence[str]) -> StackedNorm | None:
+            found = [(group, *tuned[name]) for group, name in enumerate(groups) if name in tuned]
+            if not found:
+                return None
+            places = torch.cat([torch.stack([torch.full_like(at, group), at]) for group, at, *_ in found], 1)
+            biases = [bias for *_, bias in found if bias is not None]
+            weight = torch.cat([weight for *_, weight, _ in found])
+            return StackedNorm(len(groups), module, places, weight, torch.cat(biases) if biases else None)
+
+        return stack
 
 
 def _tuned(module: nn.Module, patches: Sequence[Patch]) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -302,6 +316,9 @@ class StackedNorm(NamedTuple):
 
 
 Correction = Linear | Embedding | Norm
+Stacked = StackedLinear | StackedEmbedding | StackedNorm
+# From the subset of each group to what corrects them; None if nothing is to be corrected.
+Arrangement = Callable[[Sequence[str]], Stacked | None]
 
 
 def _correction(reader: Reader, patches: Sequence[Patch], inputs_first: bool | None) -> Correction | None:

@@ -70,7 +70,7 @@ def _with_vectors(
     try:
         for attribute, parameter in parameters.items():
             make = functools.partial(_vectors, host, attribute, parameter.data, names)
-            vectors = batch.kept((host.reader, attribute, *names), make)
+            vectors = batch.kept((host, attribute, *names), make)
             parameter.data = vectors.view(len(names), *[1] * (dims - 2), -1)
         return forward(*args, **kwargs)
     finally:

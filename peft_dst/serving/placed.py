@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..core.tiles import bits
 from ..delta import PEFT_PREFIX, DeltaError, SparseDelta, check_seed
-from ..mixing import Changes, Entries, Reader, Readers, Whole, changes
+from ..mixing import Changes, Entries, Reader, Readers, Whole, changes_of
 from .storage import FlatStorage
 
 
@@ -158,7 +158,7 @@ def mixable(placed: Placed, storage: FlatStorage, readers: Readers) -> Mixable:
         for parameter, data, at, start in storage.split(part.buffer, part.positions)
     ]
     wholes = [Whole(parameters[name], tensor) for name, tensor in placed.dense.items()]
-    found = changes(readers, entries, wholes)
+    found = changes_of(readers, entries, wholes)
     # Its values and seeds are held by this, too.
     return Mixable(placed, found, placed.nbytes + sum(of_one.nbytes for of_one in found.values()))
 

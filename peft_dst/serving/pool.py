@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..delta import CONFIG_NAME, SparseDelta
 from ..mixing import BASE as SEED
-from ..mixing import Readers, serve
+from ..mixing import Readers, Subsets, serve
 from .cache import Cache
 from .placed import BASE, Mixable, Placed, mixable, place, write
 from .storage import FlatStorage
@@ -91,8 +91,8 @@ class DeltaPool:
         self._ready: Cache[Placed] = Cache(budget)
         self._mixables: Cache[Mixable] = Cache(budget)
         self._readers = Readers(model)
-        # The last mixed batch: its names and deltas, and what was arranged for it.
-        self._mixed: tuple[list[str], list[Mixable], dict[Any, Any]] = ([], [], {})
+        # The deltas of the last mixed batch, and what was arranged for them.
+        self._mixed: tuple[dict[str, Mixable], Subsets] = ({}, Subsets({}, {}))
         self._loading: dict[str, Future[Placed]] = {}
         self._prefetcher = ThreadPoolExecutor(workers, thread_name_prefix="delta-pool")
         # Of names, caches and counts. Never held while something is read or written.
@@ -249,8 +249,7 @@ class DeltaPool:
                 yield model
             return
         sources = {name: self._known(name) for name in wanted if name is not None}
-        found = [self._mixable(name) for name in sources]
-        subsets = {name: one.changes for name, one in zip(sources, found, strict=True)}
+        found = {name: self._mixable(name) for name in sources}
 
         def show() -> None:
             if gone := [name for name, source in sources.items() if self._sources.get(name) is not source]:
@@ -260,10 +259,11 @@ class DeltaPool:
 
         with self._alone(show), self._noted(None):
             given = [SEED if name is None else name for name in names]
-            # A generation asks for the same batch again and again.
-            if self._mixed[:2] != (given, found):
-                self._mixed = given, found, {}
-            with serve(self.model, self._readers.modules, given, subsets, copies=copies, kept=self._mixed[2]):
+            # A generation asks for the same deltas again and again.
+            if self._mixed[0] != found:
+                changes = {name: one.changes for name, one in found.items()}
+                self._mixed = found, Subsets(self._readers.modules, changes)
+            with serve(self.model, self._mixed[1], given, copies):
                 yield self.model
 
     @contextmanager

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from peft_dst.core import kernels
 from peft_dst.core.correction import ROWS, correct_embedding, correct_linear, embedding_entries, linear_difference
-from peft_dst.core.stacking import StackedDifference, correct_stacked, stack_differences, stack_entries
+from peft_dst.core.stacking import DifferenceTable, correct_stacked, stack_entries
 from tests.core.test_correction import changed, dense_linear
 
 
@@ -27,6 +27,11 @@ def groups_of(seed: Tensor, sizes: list[int | None], inputs_first: bool = False)
         shape = tuple(seed.shape)
         found.append(None if k is None else linear_difference(indices, values, seeds, shape, inputs_first))
     return found
+
+
+def stacked_of(differences: list, width: int):
+    table = DifferenceTable({number: one for number, one in enumerate(differences) if one is not None}, width)
+    return table.of(range(len(differences)))
 
 
 def one_by_one(output: Tensor, input: Tensor, differences: list) -> Tensor:
@@ -51,7 +56,7 @@ def test_groups_are_corrected_together_as_one_by_one(inputs_first, leading, size
     wanted = one_by_one(output, input, differences)
     # As many entries as outputs at most are padded, unless sizes differ much.
     for width in (17 * 23, 0):
-        stacked = stack_differences(differences, width)
+        stacked = stacked_of(differences, width)
         assert stacked.pads == (width > 0 and sizes not in UNEVEN)
         corrected = output.clone()
         correct_stacked(corrected, input, stacked)
@@ -66,12 +71,13 @@ def test_groups_in_lower_precision_bit_for_bit(dtype):
     input = torch.randn(6, 5, 64).to(dtype)
     output = functional.linear(input, seed)
     wanted = one_by_one(output, input, differences)
-    correct_stacked(output, input, stack_differences(differences, len(seed)))
+    correct_stacked(output, input, stacked_of(differences, len(seed)))
     assert torch.equal(output, wanted)
 
 
 def test_nothing_to_correct():
-    assert stack_differences([None, None], 5) is None
+    seed = torch.randn(5, 4)
+    assert stacked_of(groups_of(seed, [None, 0]), 5) is None
     assert stack_entries([None], 5) is None
 
 
@@ -97,7 +103,7 @@ def test_the_kernel_equals_its_plain_twin(rows, sizes, dtype, kernel_device):
 
     seed = (torch.randn(19, 33) / 8).to(kernel_device, dtype)
     differences = groups_of(seed, sizes)
-    bags = StackedDifference(differences, len(seed)).bags
+    bags = stacked_of(differences, len(seed)).bags
     input = torch.randn(len(sizes), rows, 33).to(kernel_device, dtype)
     output = functional.linear(input, seed)
     wanted = one_by_one(output.flatten(0, 1), input.flatten(0, 1), differences).view_as(output)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,65 +12,46 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from .batch import Batch, Host
-from .changes import Changes, Reader
+from .batch import Batch, Host, Subsets
 from .norms import is_norm, normalise
 from .running import bias_by_sample, by_sample, run_tuned
 
 
 @contextlib.contextmanager
-def serve(
-    model: nn.Module,
-    modules: Mapping[str, nn.Module],
-    names: Sequence[str],
-    subsets: Mapping[str, Mapping[Reader, Changes]],
-    others: Sequence[Host] = (),
-    copies: int = 1,
-    kept: dict[Any, Any] | None = None,
-) -> Iterator[None]:
+def serve(model: nn.Module, subsets: Subsets, names: Sequence[str], copies: int = 1) -> Iterator[None]:
     """While it lasts, each sample of a batch goes through a model with a subset of its own.
 
     The live weights must be the seed.
 
     Args:
         model: in evaluation mode.
-        modules: all its modules by their names.
-        names: for each sample the name of a subset, or one that is not in `subsets` for the seed.
-        subsets: what each of them changes.
-        others: modules that differ between subsets in some other way.
+        subsets: of the model.
+        names: for each sample the name of a subset, or one that is not among them for the seed.
         copies: how many times `generate` repeats each sample (beams).
-        kept: what an earlier call with the same names and subsets has arranged, and this one adds to.
     """
-    batch = Batch(model, names, copies, kept)
-    readers = dict.fromkeys(reader for subset in subsets.values() for reader in subset)
-    hosts = [
-        Host(reader, {name: subset[reader] for name, subset in subsets.items() if reader in subset})
-        for reader in readers
-    ]
-    hosts += others
+    batch = Batch(model, subsets, names, copies)
     with contextlib.ExitStack() as stack:
         # Other weights stand there by the time of a backward pass, whose gradients would be wrong.
         stack.enter_context(torch.no_grad())
         # What is compiled knows nothing of hooks that come later.
         stack.enter_context(_eager())
-        for module in _callers(modules, hosts):
-            # First of all hooks, and whatever happens.
-            stack.callback(module.register_forward_pre_hook(batch.enter, prepend=True, with_kwargs=True).remove)
-            stack.callback(module.register_forward_hook(batch.leave, always_call=True).remove)
-        for host in hosts:
+        for module in subsets.callers:
+            _watch(stack, module, batch.enter, batch.leave)
+        for host in subsets.hosts:
             _attach(stack, host, batch)
-        if hosts:
-            stack.enter_context(_Guard(hosts, batch))
+        if subsets.hosts:
+            stack.enter_context(_Guard(subsets.hosts, batch))
         yield
 
 
-def _callers(modules: Mapping[str, nn.Module], hosts: Sequence[Host]) -> list[nn.Module]:
-    """The hosts, and all modules that they are in."""
-    names = {"", *(host.reader.name for host in hosts)}
-    for host in hosts:
-        parts = host.reader.name.split(".")
-        names.update(".".join(parts[:i]) for i in range(1, len(parts)))
-    return [module for name, module in modules.items() if name in names]
+def _watch(
+    stack: contextlib.ExitStack, module: nn.Module, enter: Callable[..., Any], leave: Callable[..., Any]
+) -> None:
+    """Have functions called before and after a module, the first before all others, and the second whatever happens."""
+    before = module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True)
+    after = module.register_forward_hook(leave, with_kwargs=True, always_call=True)
+    stack.callback(before.remove)
+    stack.callback(after.remove)
 
 
 def _eager() -> contextlib.AbstractContextManager[Any]:
@@ -89,24 +70,17 @@ def _eager() -> contextlib.AbstractContextManager[Any]:
 def _attach(stack: contextlib.ExitStack, host: Host, batch: Batch) -> None:
     """Have a host serve the batch until the stack is left."""
     module, method = host.module, host.reader.method
+    # torch's fused encoder layers, which call none of their children, are not used where there are hooks.
+    _watch(stack, module, functools.partial(_before, host, batch), functools.partial(_after, host, batch))
     if host.run is not None:
         _replace(stack, module, method, functools.partial(by_sample, host, batch, host.run))
-        return
-    if method != "forward":
-        note = module.register_forward_pre_hook(functools.partial(_note_given, batch), with_kwargs=True)
-        stack.callback(note.remove)
+    elif method != "forward":
         _replace(stack, module, method, functools.partial(bias_by_sample, host, batch, getattr(module, method)))
-        return
-    if not host.corrects and is_norm(host):
+    elif not host.corrects and is_norm(host):
         _replace(stack, module, "forward", functools.partial(normalise, host, batch, module.forward))
     elif not host.corrects:
         run = functools.partial(run_tuned, host, module.forward)
         _replace(stack, module, "forward", functools.partial(by_sample, host, batch, run))
-    # torch's fused encoder layers, which call none of their children, are not used where there are hooks.
-    enter = module.register_forward_pre_hook(lambda *_: batch.inside.append(host))
-    leave = functools.partial(_after_forward, host, batch)
-    stack.callback(enter.remove)
-    stack.callback(module.register_forward_hook(leave, with_kwargs=True).remove)
 
 
 def _replace(stack: contextlib.ExitStack, module: nn.Module, method: str, function: Callable[..., Any]) -> None:
@@ -133,8 +107,8 @@ class _Guard(TorchFunctionMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         batch = self.batch
-        if batch.trial is not None:
-            # The seed is whatever reads it.
+        # Shapes and the like, which make most of the calls; and in a trial the seed is whatever reads it.
+        if not (result is None or isinstance(result, Tensor | list | tuple)) or batch.trial is not None:
             return result
         for argument in (*args, *kwargs.values()) if kwargs else args:
             for tensor in argument if isinstance(argument, list | tuple) else (argument,):
@@ -158,12 +132,19 @@ def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | Non
     return next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
 
 
-def _note_given(batch: Batch, module: nn.Module, args: Any, kwargs: Any) -> None:
-    batch.given = _first_tensor(args, kwargs)
+def _before(host: Host, batch: Batch, module: nn.Module, args: Any, kwargs: Any) -> None:
+    batch.enter(module, args, kwargs)
+    if host.reader.method == "forward":
+        batch.inside.append(host)
+    else:
+        batch.given = _first_tensor(args, kwargs)
 
 
-def _after_forward(host: Host, batch: Batch, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Tensor | None:
-    """What a module returns that has run once for all samples, corrected."""
+def _after(host: Host, batch: Batch, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Tensor | None:
+    """What a module returns: corrected, if it has run once for all samples."""
+    batch.leave()
+    if host.reader.method != "forward":
+        return None
     batch.inside.remove(host)
     if not host.corrects or output is None:
         return None
