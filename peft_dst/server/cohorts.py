@@ -1,7 +1,8 @@
-"""Sequences that are continued together: of one delta, in one batch with one cache, whenever each of them began."""
+"""Sequences that are continued together, in one batch with one cache, whenever each of them began."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -75,13 +76,15 @@ class Cohort:
     def __init__(self, model: nn.Module, members: Sequence[Continuation]) -> None:
         self.model: Any = model
         self.members = list(members)
-        longest = max(len(member.prompt) for member in members)
+        # One that was interrupted goes on after what it has.
+        texts = [[*member.prompt, *member.tokens] for member in members]
+        longest = max(map(len, texts))
         device = next(model.parameters()).device
         ids = torch.zeros(len(members), longest, dtype=torch.int64)
         self.mask = torch.zeros_like(ids)
-        for row, member in enumerate(members):
-            ids[row, longest - len(member.prompt) :] = torch.tensor(member.prompt)
-            self.mask[row, longest - len(member.prompt) :] = 1
+        for row, text in enumerate(texts):
+            ids[row, longest - len(text) :] = torch.tensor(text)
+            self.mask[row, longest - len(text) :] = 1
         self.mask = self.mask.to(device)
         self.cache = DynamicCache(config=model.config)
         self._forward(ids.to(device), (self.mask.cumsum(1) - 1).clamp(min=0))
@@ -127,7 +130,7 @@ class Cohort:
             self._shift(-int(self.mask.argmax(1).min()))
 
     def join(self, other: Cohort) -> None:
-        """Take another cohort's members in. They are of the same model and delta."""
+        """Take another cohort's members in. They are of the same model."""
         if not other.members:
             return
         if not self.members:
@@ -142,6 +145,25 @@ class Cohort:
             mine.values = torch.cat([mine.values, theirs.values])
         self.members += other.members
         other.members = []
+
+    def divide(self, keys: Sequence[object]) -> list[Cohort]:
+        """Part it into cohorts of members with the same key; it is not to be used any more then."""
+        rows: dict[object, list[int]] = {}
+        for row, key in enumerate(keys):
+            rows.setdefault(key, []).append(row)
+        if len(rows) < 2:
+            return [self]
+        return [self._part(of_key) for of_key in rows.values()]
+
+    def _part(self, rows: list[int]) -> Cohort:
+        part = copy.copy(self)
+        at = torch.tensor(rows, device=self.mask.device)
+        part.members, part.mask = [self.members[row] for row in rows], self.mask[at]
+        part.cache = DynamicCache(config=self.model.config)
+        for number, layer in enumerate(self.cache.layers):
+            part.cache.update(layer.keys[at], layer.values[at], number)
+        part._shift(-int(part.mask.argmax(1).min()))
+        return part
 
     def _shift(self, by: int) -> None:
         """Add padding on the left, or take some away (a negative number)."""

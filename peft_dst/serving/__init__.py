@@ -3,13 +3,15 @@
 * `storage`  a model's parameters in one piece, so that entries anywhere in it are written at once
 * `placed`   a delta made ready for that storage
 * `cache`    what was used last, within a budget of bytes
-* `pool`     deltas by name, one of them in the weights
+* `pool`     deltas by name, one of them in the weights, or several in one batch
+* `planner`  whether they go together, or one after the other
 
 Imports torch, the core and the delta only: neither PEFT nor transformers is needed to serve.
 """
 
+from .planner import Planner
 from .pool import DeltaPool, PoolStatistics
 from .storage import FlatStorage
 
 
-__all__ = ["DeltaPool", "FlatStorage", "PoolStatistics"]
+__all__ = ["DeltaPool", "FlatStorage", "Planner", "PoolStatistics"]

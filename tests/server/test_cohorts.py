@@ -141,3 +141,34 @@ def test_a_seed_decides_whoever_else_is_there(model):
     one = made([Continuation(PROMPTS[0], 8, sampling)])
     assert one == made([Continuation(p, 8, sampling) for p in PROMPTS])
     assert one != made([Continuation(PROMPTS[0], 8, Sampling(1.0, seed=8))])
+
+
+@pytest.mark.parametrize("after", [0, 1, 5])
+def test_divided_and_joined_again(model, after):
+    members = [Continuation(prompt, limit) for prompt, limit in zip(PROMPTS, (9, 12, 7, 10), strict=True)]
+    cohort = Cohort(model, members)
+    for _ in range(after):
+        cohort.step()
+    parts = cohort.divide(["a", "b", "a", "c"])
+    assert [[members.index(member) for member in part.members] for part in parts] == [[0, 2], [1], [3]]
+    for part in parts:
+        part.step()
+    first, *others = parts
+    for other in others:
+        first.join(other)
+    run(first)
+    assert [member.tokens for member in members] == [alone(model, m.prompt, m.limit) for m in members]
+
+
+def test_one_part_is_the_cohort_itself(model):
+    cohort = Cohort(model, [Continuation(prompt, 4) for prompt in PROMPTS])
+    assert cohort.divide(["a"] * 4) == [cohort]
+
+
+def test_what_was_interrupted_goes_on(model):
+    members = [Continuation(prompt, 8) for prompt in PROMPTS]
+    cohort = Cohort(model, members)
+    cohort.step()
+    cohort.step()
+    run(Cohort(model, members))
+    assert [member.tokens for member in members] == [alone(model, m.prompt, m.limit) for m in members]

@@ -73,8 +73,25 @@ class Asked:
         return self.error
 
 
-def test_many_at_once(causal):
-    """In waves from several threads: no wrong answer, none lost, none told twice."""
+class Always:
+    """A planner that has made up its mind; None: it changes it all the time."""
+
+    def __init__(self, mixes: bool | None):
+        self.answer, self.turn = mixes, 0
+
+    def mixes(self, sizes) -> bool:
+        self.turn += 1
+        return len(sizes) > 1 and (self.turn % 3 != 0 if self.answer is None else self.answer)
+
+    def note(self, sizes, seconds) -> None:
+        assert seconds > 0
+
+
+@pytest.mark.parametrize("mixes", [True, False, None])
+def test_many_at_once(causal, mixes, monkeypatch):
+    """In waves from several threads, mixed, apart, and with that changing: no wrong answer, none lost, none told twice."""
+    monkeypatch.setattr("peft_dst.server.engine.Planner", lambda: Always(mixes))
+    monkeypatch.setattr("peft_dst.server.engine.STEPS", 3)
     rng = random.Random(0)
     cases = []
     for _ in range(40):
@@ -98,6 +115,7 @@ def test_many_at_once(causal):
     assert engine.stop(SECONDS)
     assert all(one.ends == 1 for one in asked)
     assert engine.running == engine.waiting == 0
+    assert (engine.computed["mixed_batches"] > 0) == (mixes is not False)
     # They went together.
     assert engine.computed["rows"] > 1.5 * engine.computed["batches"]
     assert engine.computed["tokens"] == sum(map(len, want))
@@ -188,3 +206,50 @@ def test_classification():
         with pool.use(delta) as model, torch.no_grad():
             want = model(input_ids=torch.tensor([tokens])).logits[0]
         torch.testing.assert_close(one.request.logits, want)
+
+
+def test_a_delta_that_goes_takes_no_other_with_it(causal, monkeypatch):
+    """Of a mixed batch only its own requests fail."""
+    monkeypatch.setattr("peft_dst.server.engine.Planner", lambda: Always(True))
+    engine = Engine(causal)
+    begun = threading.Event()
+    members = {
+        delta: Continuation([5, 6, 7], 60, on_token=lambda token: begun.set()) for delta in (None, "task0", "task1")
+    }
+    asked = {delta: Asked(Generate, delta, continuation=member) for delta, member in members.items()}
+    for one in asked.values():
+        engine.submit(one.request)
+    assert begun.wait(SECONDS)
+    causal.remove("task1")
+    assert isinstance(asked["task1"].wait(), KeyError) or len(members["task1"].tokens) == 60
+    for delta in (None, "task0"):
+        assert asked[delta].wait() is None
+        assert members[delta].tokens == expected(causal, delta, [5, 6, 7], 60)
+    assert engine.mixes
+    assert engine.stop(SECONDS)
+
+
+@pytest.mark.parametrize("at", [1, 3])
+def test_a_model_that_cannot_be_mixed(causal, at, monkeypatch):
+    """Found out when reading, or in a later step: nobody notices but the log."""
+    monkeypatch.setattr("peft_dst.server.engine.Planner", lambda: Always(True))
+    calls = []
+
+    def refuses(module, args, kwargs):
+        if causal.shown is None and any("forward" in vars(m) or m._forward_hooks for m in causal.model.modules()):
+            calls.append(0)
+            if len(calls) >= at:
+                raise NotImplementedError("it has its samples elsewhere")
+
+    causal.model.model.register_forward_pre_hook(refuses, with_kwargs=True)
+    cases = [(delta, [5, 6, number + 7], 9) for number, delta in enumerate(["task0", "task1", None, "task2"])]
+    want = [expected(causal, *case) for case in cases]
+    engine = Engine(causal)
+    asked = [Asked(Generate, delta, continuation=Continuation(prompt, limit)) for delta, prompt, limit in cases]
+    for one in asked:
+        engine.submit(one.request)
+    for one, tokens in zip(asked, want, strict=True):
+        assert one.wait() is None
+        assert one.request.continuation.tokens == tokens
+    assert engine.stop(SECONDS)
+    assert len(calls) >= at and not engine.mixes
