@@ -46,6 +46,8 @@ class Metrics:
         for name, text, value in (
             ("waiting", "Requests that wait.", lambda: service.engine.waiting),
             ("running", "Sequences in computation.", lambda: service.engine.running),
+            ("batches", "Batches computed.", lambda: service.engine.computed["batches"]),
+            ("mixed_batches", "Of them those of several deltas.", lambda: service.engine.computed["mixed_batches"]),
             ("deltas", "Deltas known.", lambda: len(service.pool)),
             ("deltas_ready", "Deltas held in memory.", lambda: service.pool.statistics.ready),
             ("deltas_bytes", "Bytes of those.", lambda: service.pool.statistics.nbytes),
