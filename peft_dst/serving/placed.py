@@ -163,7 +163,6 @@ def mixable(placed: Placed, storage: FlatStorage, readers: Readers) -> Mixable:
     return Mixable(placed, found, placed.nbytes + sum(of_one.nbytes for of_one in found.values()))
 
 
-@torch.no_grad()
 def write(storage: FlatStorage, placed: Placed, seeds: bool = False) -> None:
     """Write a delta's values into the buffers, or the seed's in their place."""
     for part in placed.parts:

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 # Parameters start at multiples of so many bytes, as torch's allocators have them.
 ALIGNMENT = 64
+# Parameters that one check looks at.
+LOOKED_AT = 4
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ class FlatStorage:
                     self.places[name] = Place(len(self.buffers), start, parameter.shape)
             self.buffers.append(buffer)
         self._parameters = dict(model.named_parameters(remove_duplicate=False))
+        self._looked = 0
         self._watched = [(name, self._parameters[name], self._pointer(place)) for name, place in self.places.items()]
 
     def _pointer(self, place: Place) -> int:
@@ -110,6 +113,9 @@ class FlatStorage:
     def check(self, replaced: Collection[str] = ()) -> None:
         """Check that the model still computes with these buffers.
 
+        A few parameters are looked at in each call, the next ones in the next: all of a model are moved or cast at once, and
+        looking at each would take longer than a switch.
+
         Args:
             replaced: names of parameters that a delta's whole tensors stand in for at the moment.
 
@@ -117,7 +123,9 @@ class FlatStorage:
             RuntimeError: if another parameter was moved, cast or replaced.
         """
         expected = {id(self._parameters[name]) for name in replaced}
-        for name, parameter, pointer in self._watched:
+        end = self._looked + LOOKED_AT
+        watched, self._looked = self._watched[self._looked : end], end if end < len(self._watched) else 0
+        for name, parameter, pointer in watched:
             if parameter.data_ptr() != pointer and parameter.numel() and id(parameter) not in expected:
                 raise RuntimeError(
                     f"{name} was moved, cast or replaced since the pool was made, so that deltas would be written into "

@@ -270,6 +270,18 @@ def test_a_model_that_was_moved_is_refused(served):
     served.storage._watched.clear()  # its parameters are gone; nothing to put back
 
 
+def test_a_parameter_that_was_replaced_is_found_soon(served):
+    """A check looks at a few, and at all of them within some switches."""
+    name, parameter = list(served.model.named_parameters())[-1]
+    parameter.data = parameter.data.clone()
+    turns = -(-len(served.storage.places) // storage.LOOKED_AT)
+    with pytest.raises(RuntimeError, match=f"{name} was moved, cast or replaced"):
+        for i in range(turns):
+            with served.use(f"task{i % 2}"):
+                pass
+    served.storage._watched.clear()
+
+
 # Memory
 
 
