@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -33,6 +33,27 @@ class Part:
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in (self.positions, self.values, self.seeds))
+
+
+class ReadDelta:
+    """A delta as it was read, in the host's memory.
+
+    Args:
+        delta: what was read.
+        pinned: put it into memory from which an accelerator copies by itself.
+    """
+
+    def __init__(self, delta: SparseDelta, pinned: bool = False) -> None:
+        if pinned:
+            tensors = {
+                name: replace(one, indices=one.indices.pin_memory(), values=one.values.pin_memory())
+                for name, one in delta.items()
+            }
+            delta = replace(delta, tensors=tensors, dense={key: one.pin_memory() for key, one in delta.dense.items()})
+        self.delta = delta
+        self.nbytes = sum(one.indices.nbytes + one.values.nbytes for one in delta.values()) + sum(
+            tensor.nbytes for tensor in delta.dense.values()
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,7 +19,7 @@ from ..delta import CONFIG_NAME, SparseDelta
 from ..mixing import BASE as SEED
 from ..mixing import Readers, Subsets, serve
 from .cache import Cache
-from .placed import BASE, Mixable, Placed, mixable, place, write
+from .placed import BASE, Mixable, Placed, ReadDelta, mixable, place, write
 from .storage import FlatStorage
 
 
@@ -31,6 +31,7 @@ class PoolStatistics:
         deltas: known by name.
         ready: of them held in memory.
         nbytes: bytes of those, and of what is arranged for mixed batches.
+        host_nbytes: bytes of those that are kept as they were read.
         hits: uses of a delta that was ready.
         loads: deltas read and made ready.
         evictions: deltas let go for others.
@@ -40,6 +41,7 @@ class PoolStatistics:
     deltas: int
     ready: int
     nbytes: int
+    host_nbytes: int
     hits: int
     loads: int
     evictions: int
@@ -69,6 +71,8 @@ class DeltaPool:
         budget: bytes of deltas held ready, on the model's device. Each takes 8 + 2 × (bytes of a value) for an entry,
             and its whole tensors. The one in use is held in any case. Those of mixed batches are held once more, arranged
             for that (some 30 bytes an entry besides), within the same budget again.
+        host_budget: bytes of deltas that are kept as they were read, in the host's memory, so that one that was let go for
+            others need not be read and parsed again. For a model on CUDA they are pinned there.
         check: whether each delta is compared with the base when it is made ready (its checksums of the base's values).
         workers: threads that prefetch.
 
@@ -76,7 +80,9 @@ class DeltaPool:
         ValueError: for a model that has adapters of PEFT's in it, or no floating parameters.
     """
 
-    def __init__(self, model: nn.Module, *, budget: int = 2**30, check: bool = True, workers: int = 1) -> None:
+    def __init__(
+        self, model: nn.Module, *, budget: int = 2**30, host_budget: int = 0, check: bool = True, workers: int = 1
+    ) -> None:
         if hasattr(model, "peft_config"):
             raise ValueError(
                 "the model has PEFT adapters in it, which write into the same weights. Give the pool the base "
@@ -90,6 +96,7 @@ class DeltaPool:
         self._sources: dict[str, Path | SparseDelta] = {}
         self._ready: Cache[Placed] = Cache(budget)
         self._mixables: Cache[Mixable] = Cache(budget)
+        self._read: Cache[ReadDelta] = Cache(host_budget)
         self._readers = Readers(model)
         # The deltas of the last mixed batch, and what was arranged for them.
         self._mixed: tuple[dict[str, Mixable], Subsets] = ({}, Subsets({}, {}))
@@ -158,6 +165,7 @@ class DeltaPool:
                 del self._sources[name]
                 self._ready.drop(name)
                 self._mixables.drop(name)
+                self._read.drop(name)
                 self._loading.pop(name, None)
             if self._shown[0] == name:
                 self._switch(None, BASE)
@@ -183,7 +191,11 @@ class DeltaPool:
         """What happened so far."""
         with self._lock:
             return PoolStatistics(
-                len(self._sources), len(self._ready), self._ready.nbytes + self._mixables.nbytes, **self._counts
+                len(self._sources),
+                len(self._ready),
+                self._ready.nbytes + self._mixables.nbytes,
+                self._read.nbytes,
+                **self._counts,
             )
 
     # Use
@@ -329,7 +341,7 @@ class DeltaPool:
             with self._lock:
                 self._closed = True
                 self._sources.clear()
-                self._ready, self._mixables = Cache(0), Cache(0)
+                self._ready, self._mixables, self._read = Cache(0), Cache(0), Cache(0)
         self._prefetcher.shutdown(wait=False, cancel_futures=True)
 
     def __enter__(self) -> DeltaPool:
@@ -381,7 +393,7 @@ class DeltaPool:
         try:
             with self._lock:
                 source = self._source(name)
-            delta = source if isinstance(source, SparseDelta) else SparseDelta.load(source)
+            delta = source if isinstance(source, SparseDelta) else self._from_disk(name, source)
             with self._weights:
                 placed = place(delta, self.storage, self._shown[1], self.check)
         except BaseException as error:
@@ -395,6 +407,20 @@ class DeltaPool:
             if name in self._sources and not self._closed:
                 self._counts["evictions"] += len(self._ready.put(name, placed, keep={self._shown[0] or ""}))
         future.set_result(placed)
+
+    def _from_disk(self, name: str, source: Path) -> SparseDelta:
+        with self._lock:
+            kept = self._read.get(name)
+        if kept is not None:
+            return kept.delta
+        delta = SparseDelta.load(source)
+        if self._read.budget:
+            kept = ReadDelta(delta, pinned=any(buffer.is_cuda for buffer in self.storage.buffers))
+            delta = kept.delta
+            with self._lock:
+                if self._sources.get(name) is source:
+                    self._read.put(name, kept)
+        return delta
 
     def _known(self, name: str) -> Path | SparseDelta:
         with self._lock:

@@ -113,8 +113,8 @@ class FlatStorage:
     def check(self, replaced: Collection[str] = ()) -> None:
         """Check that the model still computes with these buffers.
 
-        A few parameters are looked at in each call, the next ones in the next: all of a model are moved or cast at once, and
-        looking at each would take longer than a switch.
+        A few parameters are looked at in each call, the next ones in the next: a model is moved or cast as a whole, and to
+        look at each of them would take longer than a switch.
 
         Args:
             replaced: names of parameters that a delta's whole tensors stand in for at the moment.

@@ -275,10 +275,14 @@ def test_a_parameter_that_was_replaced_is_found_soon(served):
     name, parameter = list(served.model.named_parameters())[-1]
     parameter.data = parameter.data.clone()
     turns = -(-len(served.storage.places) // storage.LOOKED_AT)
-    with pytest.raises(RuntimeError, match=f"{name} was moved, cast or replaced"):
+
+    def switch() -> None:
         for i in range(turns):
             with served.use(f"task{i % 2}"):
                 pass
+
+    with pytest.raises(RuntimeError, match=f"{name} was moved, cast or replaced"):
+        switch()
     served.storage._watched.clear()
 
 
@@ -336,6 +340,42 @@ def test_deltas_are_held_within_the_budget(tasks):
         with made.use("task0"):
             assert not same(bits_of(base), seed)
             assert made.statistics.ready == 0
+
+
+def test_what_was_read_is_kept_in_the_host_s_memory(tasks, monkeypatch):
+    """Within its budget; a delta that was let go is then made ready without its file, and a removed one is forgotten."""
+    base, *folders = tasks
+    read = []
+    load = SparseDelta.load
+    monkeypatch.setattr(SparseDelta, "load", lambda path, **options: (read.append(path.name), load(path, **options))[1])
+    with DeltaPool(base, budget=0, host_budget=2**20) as kept:
+        for folder in folders:
+            kept.add(folder.name, folder)
+        want = []
+        for _ in range(2):
+            for folder in folders:
+                with kept.use(folder.name) as model:
+                    want.append(bits_of(model))
+        assert read == [folder.name for folder in folders]
+        assert all(same(one, other) for one, other in zip(want[:3], want[3:], strict=True))
+        assert kept.statistics.loads == 6
+        size = kept.statistics.host_nbytes
+        assert size == sum(
+            one.indices.nbytes + one.values.nbytes for folder in folders for one in load(folder).values()
+        )
+        kept.remove("task0")
+        assert kept.statistics.host_nbytes < size
+        kept.add("task0", folders[1])
+        with kept.use("task0") as model:
+            assert same(bits_of(model), want[1])
+        assert len(read) == 4
+    with DeltaPool(base, budget=0, host_budget=size // 2) as small:
+        for folder in folders:
+            small.add(folder.name, folder)
+        for folder in folders:
+            with small.use(folder.name):
+                pass
+        assert 0 < small.statistics.host_nbytes <= size // 2
 
 
 def test_prefetched_deltas_are_ready(served, tmp_path):
