@@ -68,20 +68,24 @@ def full(model: nn.Module) -> nn.Module:
 
 
 def dst(model: nn.Module) -> nn.Module:
-    return peft.get_peft_model(model, peft_dst.DSTConfig(epsilon=EPSILON, task_type="CAUSAL_LM"))
+    return peft.get_peft_model(model, peft_dst.DSTConfig(epsilon=EPSILON, task_type=_task(model)))
 
 
 def static(model: nn.Module) -> nn.Module:
-    config = peft_dst.DSTConfig(epsilon=EPSILON, selection="random", task_type="CAUSAL_LM")
+    config = peft_dst.DSTConfig(epsilon=EPSILON, selection="random", task_type=_task(model))
     return peft.get_peft_model(model, config)
 
 
+def _task(model: nn.Module) -> str:
+    return "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else "SEQ_CLS"
+
+
 def lora(model: nn.Module) -> nn.Module:
-    return peft.get_peft_model(model, peft.LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM"))
+    return peft.get_peft_model(model, peft.LoraConfig(r=RANK, target_modules="all-linear", task_type=_task(model)))
 
 
 def shira(model: nn.Module) -> nn.Module:
-    config = peft.ShiraConfig(r=RANK, target_modules="all-linear", random_seed=0, task_type="CAUSAL_LM")
+    config = peft.ShiraConfig(r=RANK, target_modules="all-linear", random_seed=0, task_type=_task(model))
     # Its forward pass adds a sparse tensor to the weight, which torch can do in one dtype only.
     return peft.get_peft_model(model, config, autocast_adapter_dtype=False)
 
@@ -89,7 +93,7 @@ def shira(model: nn.Module) -> nn.Module:
 def super_tuning(model: nn.Module) -> nn.Module:
     weights = [m.weight for m in formulas.adapted(model)]
     share = sum(RANK * sum(w.shape) for w in weights) / sum(w.numel() for w in weights)
-    config = peft.SupertuningConfig(sparsity=1 - share, target_modules="all-linear", task_type="CAUSAL_LM")
+    config = peft.SupertuningConfig(sparsity=1 - share, target_modules="all-linear", task_type=_task(model))
     return peft.get_peft_model(model, config)
 
 

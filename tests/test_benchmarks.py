@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import RESULTS, codec, common, formulas, memory, report, scaling, selection, step, switching
+from benchmarks import RESULTS, codec, common, formulas, memory, mixing, report, scaling, selection, step, switching
 
 
 def run(module, path, *arguments):
@@ -67,6 +67,15 @@ def test_memory(tmp_path):
     assert row["phases"].keys() == {"forward", "backward", "step"}
     assert row["trained"] == found["shapes"]["float32"]["n"]
     assert found["prediction"]["rows"].keys() == memory.ROWS.keys() == formulas.FORMULAS.keys()
+
+
+def test_mixing(tmp_path):
+    found = run(mixing, tmp_path / "mixing.json", "--toy", "--rounds", 1)
+    assert [row["epsilon"] for row in found["rows"]] == list(mixing.EPSILONS)
+    for row in found["rows"]:
+        ways = {"mixed", "mixed, side by side", "switching"}
+        assert row["throughput"].keys() == ways
+        assert all(row[way].keys() == TIMES for way in ("one subset", *ways))
 
 
 def test_switching(tmp_path):
