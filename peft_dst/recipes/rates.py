@@ -14,8 +14,8 @@ from .search import rounded
 # At each budget what was chosen on validation data, under AdamW with a linear schedule (results/minilm).
 BY_EPSILON = {
     "moving": {1e-5: 5e-2, 1e-4: 2e-2, 1e-3: 1e-2, 1e-2: 5e-3, 1.0: 1e-4},
-    "random": {1e-5: 2e-1, 1e-4: 1e-1, 1e-3: 2e-2, 1e-2: 5e-3, 1.0: 1e-4},
-    "scored": {1e-5: 5e-3, 1e-4: 2e-3, 1e-3: 1e-3, 1e-2: 5e-4, 1.0: 1e-4},
+    "random": {1e-5: 5e-1, 1e-4: 1e-1, 1e-3: 2e-2, 1e-2: 1e-2, 1.0: 1e-4},
+    "scored": {1e-5: 1e-2, 1e-4: 2e-3, 1e-3: 1e-3, 1e-2: 5e-4, 1.0: 1e-4},
 }
 KINDS = {
     **dict.fromkeys(("dynamic", "first_step", "magnitude", "transfer"), "moving"),
@@ -25,7 +25,7 @@ KINDS = {
 FULL = 1e-4
 # Of methods whose rate does not go by the budget.
 FIXED = {
-    "bitfit": 2e-3,
+    "bitfit": 5e-3,
     "lora": 5e-3,
     "prompt_tuning": 1e-1,
     **dict.fromkeys(("full", "l1", "l2", "pruning", "head_only"), FULL),
