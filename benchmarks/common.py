@@ -75,7 +75,12 @@ class Record:
     """
 
     def __init__(self, arguments: argparse.Namespace):
-        options = {name: value for name, value in vars(arguments).items() if name not in ("json", "child")}
+        # Of a folder its name: where it is on this machine is nobody's business.
+        options = {
+            name: value.name if isinstance(value, Path) else value
+            for name, value in vars(arguments).items()
+            if name not in ("json", "child")
+        }
         self.path: Path | None = arguments.json
         self.document = {**environment(), "options": options}
         self.began = time.perf_counter()

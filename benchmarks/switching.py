@@ -172,7 +172,8 @@ def main(arguments: list[str] | None = None) -> None:
     if not args.toy:
         models["MiniLM"] = (common.minilm, 20000, False)
     if args.llama:
-        models[args.llama.name] = (partial(llama, args.llama), 400, True)
+        vocabulary = transformers.AutoConfig.from_pretrained(args.llama).vocab_size
+        models[args.llama.name] = (partial(llama, args.llama), vocabulary, True)
     models["GPT-2 small's size"] = (partial(common.gpt2, args.toy), 90 if args.toy else 50000, True)
     rows = []
     with tqdm(total=len(models) * (len(EPSILONS) + 1), unit="row", disable=None) as bar:

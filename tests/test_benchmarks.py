@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from benchmarks import RESULTS, codec, common, formulas, memory, mixing, report, scaling, selection, step, switching
+from tests.models import BUILDERS
 
 
 def run(module, path, *arguments):
@@ -79,9 +80,14 @@ def test_mixing(tmp_path):
 
 
 def test_switching(tmp_path):
-    found = run(switching, tmp_path / "switching.json", "--toy", "--rounds", 1)
-    assert [row["epsilon"] for row in found["rows"]] == [1e-4, 1e-3, 1e-2, None]
-    first, *_, last = found["rows"]
+    BUILDERS["llama"]().save_pretrained(tmp_path / "small")
+    found = run(switching, tmp_path / "switching.json", "--toy", "--rounds", 1, "--llama", tmp_path / "small")
+    assert found["options"]["llama"] == "small", "a folder by its name, not by where it is"
+    small = [row for row in found["rows"] if row["model"] == "small"]
+    others = [row for row in found["rows"] if row["model"] != "small"]
+    assert small[-1]["epsilon"] is None
+    assert [row["epsilon"] for row in others] == [1e-4, 1e-3, 1e-2, None]
+    first, *_, last = others
     assert first["DeltaPool"]["ratio"] == pytest.approx(first["DeltaPool"]["ms"] / first["forward"]["ms"], rel=1e-3)
     assert {"LoRA, set_adapter", "LoRA, unmerge and merge", "SHiRA, set_adapter"} < last.keys()
 
