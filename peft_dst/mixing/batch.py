@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import math
 import re
@@ -67,6 +68,7 @@ class Subsets:
         others: modules that differ between subsets in some other way.
 
     Attributes:
+        modules: all modules of the model by their names.
         hosts: the modules that differ.
         callers: the modules that they are in.
         arrangements: of corrections, by host.
@@ -81,6 +83,7 @@ class Subsets:
         changes: Mapping[str, Mapping[Reader, Changes]],
         others: Sequence[Host] = (),
     ) -> None:
+        self.modules = modules
         readers = dict.fromkeys(reader for of_one in changes.values() for reader in of_one)
         self.hosts = [
             Host(reader, {name: of_one[reader] for name, of_one in changes.items() if reader in of_one})
@@ -125,6 +128,7 @@ class Batch:
         self.given: Tensor | None = None
         self.selected = Selected()
         self.trial: dict[Any, list[list[torch.Size]]] | None = None
+        self._subsets = subsets
         self._arrangements, self._kept = subsets.arrangements, subsets.kept(names)
         #: Norms by their names: whether they can run once for all samples.
         self.at_once = _AT_ONCE.setdefault(model, {})
@@ -139,6 +143,9 @@ class Batch:
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Note that a module is called."""
+        if not self.calls and self.trial is None and not self._known:
+            # By the time of a trial the first layers have added to the cache.
+            args, kwargs = tree_map(_with_own_cache, (args, kwargs))
         self.calls.append((module, args, kwargs))
         if len(self.calls) > 1 or self.trial is not None:
             return
@@ -224,7 +231,10 @@ class Batch:
         self.trial.setdefault(_key(host, tensors), []).append(shapes)
 
     def _try(self) -> None:
-        """Find out where modules have their samples: call the outermost one as it is called, and with a sample more."""
+        """Find out where modules have their samples: call the outermost one as it is called, and with a sample more.
+
+        All modules are looked at, also those that only other subsets change: one trial is enough.
+        """
         module, args, kwargs = self.calls[0]
         before = self.calls, self.inside, self.given
         found = []
@@ -232,7 +242,8 @@ class Batch:
             self.trial, self.calls, self.inside = {}, [], []
             try:
                 more = functools.partial(with_rows, self.rows, rows)
-                module(*tree_map(more, args), **tree_map(more, kwargs))
+                with self._noting_others():
+                    module(*tree_map(more, args), **tree_map(more, kwargs))
             except Exception as error:
                 # What had been called by then is known all the same; the rest is refused.
                 self._failure = error
@@ -241,6 +252,29 @@ class Batch:
             self.calls, self.inside, self.given = before
         for key in found[0].keys() | found[1].keys():
             self._known[key] = compare(found[0].get(key, []), found[1].get(key, []), self.rows)
+
+    @contextlib.contextmanager
+    def _noting_others(self) -> Iterator[None]:
+        """Note what modules are given and return that are no hosts, as if they were."""
+        hosts = {host.reader.name for host in self._subsets.hosts}
+        with contextlib.ExitStack() as stack:
+            for name, module in self._subsets.modules.items():
+                if name not in hosts:
+                    note = functools.partial(self._note_other, Host(Reader(name, module)))
+                    stack.callback(module.register_forward_hook(note, with_kwargs=True).remove)
+            yield
+
+    def _note_other(self, host: Host, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        # Whether it is corrected, by its first tensor, or runs once a subset, is not known yet.
+        for given in (tensors, tensors[:1]) if len(tensors) > 1 else (tensors,):
+            if given:
+                self.note(host, given, output)
+
+
+def _with_own_cache(leaf: Any) -> Any:
+    """An argument of a model; a cache of transformers as it is now, whatever becomes of the original."""
+    return copy.deepcopy(leaf) if hasattr(leaf, "batch_select_indices") else leaf
 
 
 def _key(host: Host, tensors: Sequence[Tensor]) -> Any:

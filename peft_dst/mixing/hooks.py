@@ -151,7 +151,7 @@ def _after(host: Host, batch: Batch, module: nn.Module, args: Any, kwargs: Any, 
     input = _first_tensor(args, kwargs)
     assert input is not None
     if batch.trial is not None:
-        batch.note(host, [input])
+        batch.note(host, [input], output)
         return None
     names = [batch.alone] * len(input) if batch.alone else batch.names_for(host, input, batch.layout(host, [input])[0])
     if not names:

@@ -9,8 +9,10 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
+from transformers import DynamicCache
 
 from peft_dst import DSTConfig
+from peft_dst.delta import SparseDelta, SparseTensor
 from peft_dst.mixing import batch as mixing_batch
 from peft_dst.serving import DeltaPool
 from tests.models import BUILDERS, train
@@ -223,8 +225,6 @@ class RealNorm(Shifted):
 
 @pytest.mark.parametrize("kind", [FakeNorm, RealNorm])
 def test_norms_run_once_where_that_is_the_same(kind, tmp_path, monkeypatch):
-    from peft_dst.delta import SparseDelta, SparseTensor
-
     model = nn.Sequential(nn.Linear(8, 8), kind()).double().eval()
     with DeltaPool(model) as pool:
         for i in range(3):
@@ -242,3 +242,79 @@ def test_norms_run_once_where_that_is_the_same(kind, tmp_path, monkeypatch):
             if kind is RealNorm and times == 1:
                 assert RealNorm.calls == 1
         assert mixing_batch._AT_ONCE[model] == {"1": kind is RealNorm}
+
+
+# Small subsets, which have something in other modules each
+
+
+def changed(base: nn.Module, *names: str) -> SparseDelta:
+    """A delta of every second entry of these parameters."""
+    seeds = {name: base.get_parameter(name).detach() for name in names}
+    tuned = {name: seed.clone() for name, seed in seeds.items()}
+    for tensor in tuned.values():
+        tensor.view(-1)[::2] += torch.randn(tensor.view(-1)[::2].shape, dtype=tensor.dtype)
+    return SparseDelta.between(seeds, tuned)
+
+
+LATE = (
+    "model.layers.0.post_attention_layernorm.weight",
+    "model.layers.0.mlp.down_proj.weight",
+    "model.layers.1.mlp.down_proj.weight",
+)
+
+
+@pytest.fixture
+def late():
+    """A tiny Llama; deltas that change what comes after its first attention, and deltas of its embeddings."""
+    base = BUILDERS["llama"]().double().eval()
+    deltas = {f"late{i}": changed(base, *LATE[i:]) for i in range(2)} | {
+        f"early{i}": changed(base, "model.embed_tokens.weight") for i in range(2)
+    }
+    plain = {None: copy.deepcopy(base)}
+    for name, delta in deltas.items():
+        plain[name] = copy.deepcopy(base)
+        delta.apply(plain[name])
+    with DeltaPool(base) as pool:
+        for name, delta in deltas.items():
+            pool.add(name, delta)
+        yield pool, plain
+
+
+def test_the_first_mixed_call_goes_on_with_a_cache(late):
+    """Where samples are is found out when the first layer has added to the cache, and the second has not."""
+    pool, plain = late
+    names = ["late0", "late1", None]
+    ids = torch.randint(3, 40, (3, 6))
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    cache, wanted = DynamicCache(), []
+    for i, name in enumerate(names):
+        of_one = {"input_ids": ids[i : i + 1], "attention_mask": mask[i : i + 1]}
+        with torch.no_grad():
+            wanted.append(plain[name](**of_one).logits[:, 5:])
+            own = plain[name](**{key: tensor[:, :5] for key, tensor in of_one.items()}).past_key_values
+        for number, layer in enumerate(own.layers):
+            cache.update(layer.keys, layer.values, number)
+    for layer in cache.layers:
+        # One below the other, where they came one after the other.
+        layer.keys, layer.values = (torch.cat(kept.split(5, 2)) for kept in (layer.keys, layer.values))
+    with pool.mix(names) as model, torch.no_grad():
+        found = model(input_ids=ids[:, 5:], attention_mask=mask, past_key_values=cache).logits
+    wanted = torch.cat(wanted)
+    assert torch.allclose(found, wanted, rtol=1e-9, atol=1e-11)
+    assert len({float(row.sum()) for row in found}) == 3
+
+
+def test_one_trial_is_enough(late, monkeypatch):
+    """Also for subsets that come later and change other modules."""
+    tried = []
+    original = mixing_batch.Batch._try
+    monkeypatch.setattr(mixing_batch.Batch, "_try", lambda self: (tried.append(self.rows), original(self))[1])
+    pool, plain = late
+    for count, names in enumerate((["early0", "early1"], ["late0", "late1", "early0"]), start=2):
+        ids = torch.randint(3, 40, (count, 4))
+        with pool.mix(names) as model, torch.no_grad():
+            found = model(input_ids=ids).logits
+        wanted = one_by_one(plain, names, {"input_ids": ids})
+        assert torch.allclose(found, wanted, rtol=1e-9, atol=1e-11)
+    assert tried == [2]
