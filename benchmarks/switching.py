@@ -40,8 +40,8 @@ TOKENS = 24
 NEW_TOKENS = 16
 
 
-def random_delta(model: nn.Module, epsilon: float, seed: int) -> SparseDelta:
-    """A delta of round(epsilon · n) entries, uniform over the model."""
+def random_delta(model: nn.Module, epsilon: float, seed: int, change: float = 0.01) -> SparseDelta:
+    """A delta of round(epsilon · n) entries, uniform over the model, each of which it makes so much larger."""
     generator = torch.Generator().manual_seed(seed)
     parameters = dict(model.named_parameters())
     sizes = torch.tensor([p.numel() for p in parameters.values()])
@@ -52,7 +52,7 @@ def random_delta(model: nn.Module, epsilon: float, seed: int) -> SparseDelta:
     found = {}
     for name, p, low, high in zip(parameters, parameters.values(), ends - sizes, ends, strict=True):
         own = chosen[(chosen >= low) & (chosen < high)] - low
-        values = p.detach().flatten()[own] + 0.01
+        values = p.detach().flatten()[own] + change
         found[name] = SparseTensor(tuple(p.shape), own, values)
     return SparseDelta(found)
 

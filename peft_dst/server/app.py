@@ -20,6 +20,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from ..delta import CONFIG_NAME, WEIGHTS_NAME, DeltaError
 from .engine import Full
@@ -75,18 +76,7 @@ def create_app(service: Service, *, token: str | None = None, grace: float = 30.
     app = FastAPI(title="peft-dst", lifespan=lifespan)
     _errors(app)
 
-    @app.middleware("http")
-    async def observe(request: Request, call_next: Any) -> Any:
-        begin = time.perf_counter()
-        response = await call_next(request)
-        route = request.scope.get("route")
-        path = route.path if route is not None else "unknown"
-        seconds = time.perf_counter() - begin
-        metrics.requests.labels(path, str(response.status_code)).inc()
-        metrics.seconds.labels(path).observe(seconds)
-        line = {"method": request.method, "path": path, "status": response.status_code, "seconds": round(seconds, 4)}
-        LOGGER.info(_log_line(**line, **getattr(request.state, "noted", {})))
-        return response
+    app.add_middleware(_Observed, metrics=metrics)
 
     @app.get("/health")
     async def health() -> dict[str, str]:
@@ -174,44 +164,68 @@ def _log_line(**values: Any) -> str:
     return json.dumps({"time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), **values})
 
 
+class _Observed:
+    """Counts and logs each request when its answer has ended, also of a stream."""
+
+    def __init__(self, app: Any, metrics: Metrics) -> None:
+        self.app, self.metrics = app, metrics
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        begin, status = time.perf_counter(), 500
+
+        async def noting(message: Any) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        try:
+            await self.app(scope, receive, noting)
+        finally:
+            seconds = time.perf_counter() - begin
+            path = scope["route"].path if scope.get("route") is not None else "unknown"
+            self.metrics.requests.labels(path, str(status)).inc()
+            self.metrics.seconds.labels(path).observe(seconds)
+            line = {"method": scope["method"], "path": path, "status": status, "seconds": round(seconds, 4)}
+            LOGGER.info(_log_line(**line, **scope.get("state", {}).get("noted", {})))
+
+
+def _told(error: Exception) -> tuple[int, dict[str, Any]]:
+    """What a client is told of an error: HTTP's status, and a body in OpenAI's form."""
+    code = None
+    if isinstance(error, Refused):
+        status, message, code = error.status, str(error), error.code
+    elif isinstance(error, Full):
+        status, message, code = 503, str(error), "overloaded"
+    elif isinstance(error, DeltaError):
+        status, message, code = 422, str(error), "bad_delta"
+    elif isinstance(error, KeyError):
+        status, message, code = 404, str(error.args[0]), "model_not_found"
+    elif isinstance(error, HTTPException):
+        status, message = error.status_code, str(error.detail)
+    elif isinstance(error, RequestValidationError):
+        found = error.errors()[0]
+        status, message = 400, f"{'.'.join(str(part) for part in found['loc'][1:])}: {found['msg']}"
+    elif isinstance(error, ClientDisconnect):
+        status, message = 499, "the client went away."
+    else:
+        LOGGER.error("unexpected error", exc_info=error)
+        status, message = 500, "an unexpected error; the server's log has it."
+    return status, error_body(message, "invalid_request_error" if status < 500 else "server_error", code)
+
+
 def _errors(app: FastAPI) -> None:
     """Every error in OpenAI's form."""
 
-    def respond(status: int, message: str, code: str | None = None) -> JSONResponse:
-        kind = "invalid_request_error" if status < 500 else "server_error"
-        headers = {"Retry-After": "1"} if status == 503 else None
-        return JSONResponse(error_body(message, kind, code), status, headers)
+    async def respond(request: Request, error: Exception) -> Response:
+        status, body = _told(error)
+        return JSONResponse(body, status, {"Retry-After": "1"} if status == 503 else None)
 
-    @app.exception_handler(Refused)
-    async def refused(request: Request, error: Refused) -> Response:
-        return respond(error.status, str(error), error.code)
-
-    @app.exception_handler(Full)
-    async def full(request: Request, error: Full) -> Response:
-        return respond(503, str(error), "overloaded")
-
-    @app.exception_handler(DeltaError)
-    async def bad_delta(request: Request, error: DeltaError) -> Response:
-        return respond(422, str(error), "bad_delta")
-
-    @app.exception_handler(KeyError)
-    async def gone(request: Request, error: KeyError) -> Response:
-        return respond(404, str(error.args[0]), "model_not_found")
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> Response:
-        found = error.errors()[0]
-        where = ".".join(str(part) for part in found["loc"][1:])
-        return respond(400, f"{where}: {found['msg']}")
-
-    @app.exception_handler(HTTPException)
-    async def http(request: Request, error: HTTPException) -> Response:
-        return respond(error.status_code, str(error.detail))
-
-    @app.exception_handler(Exception)
-    async def other(request: Request, error: Exception) -> Response:
-        LOGGER.error("unexpected error", exc_info=error)
-        return respond(500, "an unexpected error; the server's log has it.")
+    ours = (Refused, Full, DeltaError, KeyError)
+    for kind in (*ours, HTTPException, RequestValidationError, ClientDisconnect, Exception):
+        app.add_exception_handler(kind, respond)
 
 
 class _Answer:
@@ -264,6 +278,7 @@ async def _complete(
     def note(last: Piece) -> None:
         metrics.tokens.labels("read").inc(len(prompt))
         metrics.tokens.labels("made").inc(last.tokens)
+        request.state.noted = {"model": body.model, "tokens": last.tokens}
 
     if body.stream:
         # What is wrong shows before the first piece, and can still be told by the status.
@@ -282,7 +297,6 @@ async def _complete(
                 task.cancel()
             await asyncio.gather(answering, leaving, return_exceptions=True)
     note(last)
-    request.state.noted = {"model": body.model, "tokens": last.tokens}
     return answer.whole(text, last)
 
 
@@ -308,8 +322,7 @@ async def _stream(first: Piece, rest: Any, answer: _Answer, note: Any) -> AsyncI
                 yield event(answer.piece(last, False))
         except Exception as error:
             # The status is long gone.
-            status = error.status if isinstance(error, Refused) else 500
-            yield event(error_body(str(error), "invalid_request_error" if status < 500 else "server_error"))
+            yield event(_told(error)[1])
             return
     note(last)
     if answer.with_usage:

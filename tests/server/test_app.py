@@ -16,12 +16,11 @@ import openai
 import pytest
 import torch
 import transformers as hf
-import uvicorn
 from peft import get_peft_model
 
+from benchmarks import load
 from peft_dst import DSTConfig
 from peft_dst.delta import SparseDelta
-from peft_dst.server.app import create_app
 from peft_dst.server.service import Limits, Service
 from tests import toys
 from tests.server.test_engine import noisy
@@ -48,21 +47,9 @@ def parts(tmp_path_factory):
     return base, tokenizer, folder / "deltas"
 
 
-@contextlib.contextmanager
 def served(service, **options):
     """Its address, while it runs."""
-    server = uvicorn.Server(uvicorn.Config(create_app(service, token=TOKEN, **options), port=0, log_level="error"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    try:
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.should_exit = True
-        thread.join(60)
-        assert not thread.is_alive()
+    return load.served(service, token=TOKEN, **options)
 
 
 @pytest.fixture
@@ -322,11 +309,8 @@ def test_many_clients(url, parts):
 
 def test_too_much_and_too_slow(parts):
     base, tokenizer, _ = parts
-    slow = copy.deepcopy(base)
-    slow.generation_config.eos_token_id = None
-    slow.register_forward_pre_hook(lambda *_: time.sleep(0.05))
     limits = Limits(seconds=1.0)
-    with served(Service(slow, tokenizer, "base", limits=limits, capacity=1, queue=1), grace=5) as url:
+    with served(Service(slowed(base, 0.05), tokenizer, "base", limits=limits, capacity=1, queue=1), grace=5) as url:
         body = {"model": "base", "prompt": "who", "max_tokens": 1000}
         with ThreadPoolExecutor(5) as threads:
             answers = list(threads.map(lambda _: httpx.post(f"{url}/v1/completions", json=body, timeout=60), range(5)))
@@ -339,7 +323,7 @@ def test_too_much_and_too_slow(parts):
         assert overloaded.headers["retry-after"] == "1"
         # A stream that takes too long says so in its last event.
         with httpx.stream("POST", f"{url}/v1/completions", json=body | {"stream": True}, timeout=60) as answer:
-            events = [json.loads(line[6:]) for line in answer.iter_lines() if line.startswith("data: {")]
+            events = list(events_of(answer))
         assert events[-1]["error"]["message"] == "not finished within 1 seconds."
         # Clients that went away cost nothing more.
         with pytest.raises(httpx.ReadTimeout):
@@ -348,6 +332,43 @@ def test_too_much_and_too_slow(parts):
         while "peft_dst_running 0.0" not in httpx.get(f"{url}/metrics").text and time.monotonic() < deadline:
             time.sleep(0.05)
         assert "peft_dst_running 0.0" in httpx.get(f"{url}/metrics").text
+
+
+def slowed(base, seconds):
+    """A copy that takes its time for each token, and never ends an answer by itself."""
+    slow = copy.deepcopy(base)
+    slow.generation_config.eos_token_id = None
+    slow.register_forward_pre_hook(lambda *_: time.sleep(seconds))
+    return slow
+
+
+def events_of(response):
+    return (json.loads(line[6:]) for line in response.iter_lines() if line.startswith("data: {"))
+
+
+def test_a_stream_whose_delta_goes_away_says_so(parts, deltas):
+    base, tokenizer, _ = parts
+    with served(Service(slowed(base, 0.01), tokenizer, "base", deltas)) as url:
+        body = {"model": "task1", "prompt": "who", "max_tokens": 1000, "stream": True}
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as answer:
+            events = events_of(answer)
+            assert "choices" in next(events)
+            httpx.delete(f"{url}/v1/deltas/task1", headers={"Authorization": f"Bearer {TOKEN}"})
+            *_, last = events
+        assert "task1" in last["error"]["message"]
+        assert (last["error"]["type"], last["error"]["code"]) == ("invalid_request_error", "model_not_found")
+
+
+def test_the_time_of_a_stream_is_that_to_its_end(parts):
+    base, tokenizer, _ = parts
+    with served(Service(slowed(base, 0.02), tokenizer, "base")) as url:
+        body = {"model": "base", "prompt": "who", "max_tokens": 10, "stream": True}
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as answer:
+            for _ in answer.iter_lines():
+                pass
+        lines = httpx.get(f"{url}/metrics").text.splitlines()
+    (seconds,) = (line for line in lines if line.startswith('peft_dst_request_seconds_sum{path="/v1/completions"}'))
+    assert float(seconds.split()[1]) >= 10 * 0.02
 
 
 # Classifiers
