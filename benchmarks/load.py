@@ -5,10 +5,10 @@
 A random model of GPT-2 small's size, or a causal one from a folder (`--model`), in float32, and 100 random subsets of a
 fraction epsilon each, in a folder as `peft-dst serve` has them. 64 clients send one request after another over the
 loopback: completions and chats, half of them streamed, each for a random subset and greedy. "base alone" is the same
-traffic with every request for the base, which needs no switch and no mixed batch; the two take turns, round by round. The
-server runs in a thread beside the clients, so that their work counts as its own. A sample of the answers is compared with
-what `generate` makes of the same prompt, one at a time, with the delta written into the weights. Needs the extra `serve`,
-and httpx.
+traffic with every request for the base, which needs no switch and no mixed batch; the two take turns, round by round, after
+a first ("cold") round for the subsets. The server runs in a thread beside the clients, so that their work counts as its
+own. A sample of the answers is compared with what `generate` makes of the same prompt, one at a time, with the delta
+written into the weights. Needs the extra `serve`, and httpx.
 """
 
 from __future__ import annotations
@@ -234,9 +234,10 @@ def measure(args: Any, model: Any, tokenizer: Any, folder: Path) -> list[dict[st
     done = {title: dict.fromkeys(("batches", "mixed_batches", "rows", "switches", "loads"), 0) for title in titles}
     service = Service(model, tokenizer, BASE, folder, queue=args.clients)
     with served(service) as url:
-        # The first batches find out what mixing takes, and where the model has its samples.
-        warm = planned(rng, names, texts, min(args.clients, 16), 1, args.tokens, chats)
-        asyncio.run(traffic(url, warm))
+        # By the end of this subsets were read, and the server has found out what takes less time, mixing or switching.
+        first = planned(rng, names, texts, args.clients, args.each, args.tokens, chats)
+        begin = time.perf_counter()
+        cold = sum(answer.tokens for answer in asyncio.run(traffic(url, first))) / (time.perf_counter() - begin)
         for turn in range(args.rounds):
             asks = planned(rng, names, texts, args.clients, args.each, args.tokens, chats)
             of_base = [[replace(ask, model=BASE) for ask in plan] for plan in asks]
@@ -258,6 +259,7 @@ def measure(args: Any, model: Any, tokenizer: Any, folder: Path) -> list[dict[st
         rows.append({"case": title, **figures, **rate, **done[title], **checked(sample, model, tokenizer, folder)})
     # Of each round. Both have asked for as much, but may have got less, where an answer ends by itself.
     rounds = zip(*rates.values(), strict=True)
+    rows[0]["cold_tokens_per_second"] = cold
     rows[0]["throughput"] = statistics.median(mixed / alone for mixed, alone in rounds)
     return rows
 
@@ -278,7 +280,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--each", type=int, default=2, help="requests of each client in a round")
     parser.add_argument("--subsets", type=int, default=100)
     parser.add_argument("--epsilon", type=float, default=1e-4)
-    parser.add_argument("--change", type=float, default=0.01, help="what a subset adds to each of its entries")
+    parser.add_argument("--change", type=float, default=0.3, help="what a subset adds to each of its entries")
     parser.add_argument("--tokens", type=int, default=6, help="of each answer, at most")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--check", type=int, default=32, help="answers that are compared with offline ones")

@@ -164,7 +164,12 @@ class Engine:
             return [self._waiting.popleft() for _ in range(min(room, len(self._waiting)))]
 
     def _read(self, requests: list[Generate]) -> None:
-        """Begin continuations."""
+        """Begin continuations; not of those that went away while they waited."""
+        for request in requests:
+            if request.continuation.cancelled:
+                request.continuation.finished = "cancelled"
+                request.on_end(None)
+        requests = [request for request in requests if not request.continuation.finished]
         self._owners |= {request.continuation: request for request in requests}
         lengths = [len(request.continuation.prompt) for request in requests]
         for part in self._plan("read", requests, lengths):

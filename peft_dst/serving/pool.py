@@ -389,7 +389,10 @@ class DeltaPool:
             self._prefetcher.submit(self._load, name, future)
 
     def _load(self, name: str, future: Future[Placed]) -> None:
-        """Make a delta ready; whoever waits for the future gets it, or the error."""
+        """Make a delta ready; whoever waits for the future gets it, or the error.
+
+        It may be removed meanwhile, and another one of its name be added, whose loading is none of ours.
+        """
         try:
             with self._lock:
                 source = self._source(name)
@@ -398,13 +401,15 @@ class DeltaPool:
                 placed = place(delta, self.storage, self._shown[1], self.check)
         except BaseException as error:
             with self._lock:
-                self._loading.pop(name, None)
+                if self._loading.get(name) is future:
+                    del self._loading[name]
             future.set_exception(error)
             return
         with self._lock:
-            self._loading.pop(name, None)
+            if self._loading.get(name) is future:
+                del self._loading[name]
             self._counts["loads"] += 1
-            if name in self._sources and not self._closed:
+            if self._sources.get(name) is source and not self._closed:
                 self._counts["evictions"] += len(self._ready.put(name, placed, keep={self._shown[0] or ""}))
         future.set_result(placed)
 

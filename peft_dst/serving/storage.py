@@ -102,13 +102,15 @@ class FlatStorage:
         for start, end in zip(starts, ends.tolist(), strict=True):
             if end > begin:
                 name, place = found[start]
-                view = self.buffers[buffer][start : start + place.shape.numel()].view(place.shape)
-                yield self._parameters[name], view, slice(begin, end), start
+                yield self._parameters[name], self._view(place), slice(begin, end), start
             begin = end
 
     def weights(self) -> dict[str, Tensor]:
-        """Every parameter in the buffers, by each of its names, without a graph."""
-        return {name: self._parameters[name].detach() for name in self.places}
+        """Every parameter's place in the buffers, by each of its names, whatever stands in for it at the moment."""
+        return {name: self._view(place) for name, place in self.places.items()}
+
+    def _view(self, place: Place) -> Tensor:
+        return self.buffers[place.buffer][place.start : place.start + place.shape.numel()].view(place.shape)
 
     def check(self, replaced: Collection[str] = ()) -> None:
         """Check that the model still computes with these buffers.

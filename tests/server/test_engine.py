@@ -187,6 +187,20 @@ def test_limits(causal):
         engine.submit(more[2].request)
 
 
+def test_nothing_is_computed_for_those_that_went_away_while_they_waited(causal):
+    engine = Engine(causal, capacity=1)
+    first = Asked(Generate, None, continuation=Continuation([5], 10_000))
+    second = Asked(Generate, "task0", continuation=Continuation([6], 2))
+    for one in (first, second):
+        engine.submit(one.request)
+    for one in (second, first):
+        one.request.continuation.cancelled = True
+    assert second.wait() is first.wait() is None
+    assert engine.stop(SECONDS)
+    assert (second.request.continuation.tokens, second.request.continuation.finished) == ([], "cancelled")
+    assert causal.statistics.loads == 0
+
+
 def test_classification():
     """Texts of different lengths and deltas; each as it would be alone."""
     torch.manual_seed(0)

@@ -13,7 +13,7 @@ from peft import get_peft_model
 from torch import nn
 
 from peft_dst import DSTConfig
-from peft_dst.delta import DeltaError, SparseDelta
+from peft_dst.delta import DeltaError, SparseDelta, SparseTensor
 from peft_dst.serving import DeltaPool, FlatStorage, pool, storage
 from peft_dst.serving.cache import Cache
 from tests.models import BUILDERS, bert, logits, train
@@ -172,6 +172,21 @@ def test_heads_of_other_shapes(tmp_path):
             with made.use(None):
                 assert torch.equal(answer(base), own)
     assert same(bits_of(base), seed)
+
+
+def test_a_delta_is_placed_while_a_head_of_another_shape_stands_in():
+    torch.manual_seed(0)
+    base = bert()
+    two = SparseDelta({}, dense={"base_model.model.classifier.weight": torch.rand(2, 16)})
+    index = torch.tensor([40])
+    other = SparseDelta({"classifier.weight": SparseTensor((3, 16), index, torch.ones(1))})
+    with DeltaPool(base) as made:
+        made.add("two", two)
+        made.add("other", other)
+        with made.use("two"):
+            made.verify(other)
+        with made.use("other"):
+            assert base.classifier.weight.flatten()[40] == 1
 
 
 def test_seeds_are_the_base_s_also_below_another_delta(tasks):
@@ -528,6 +543,34 @@ def test_a_new_delta_of_an_old_name(served, tasks):
     for thread in threads:
         thread.join(60)
     assert [error.args[0] for error in errors] == ["the delta 'task0' was removed."]
+
+
+def test_a_new_delta_of_an_old_name_while_that_is_read(served, tasks, monkeypatch):
+    """What was read of the old one is not taken for the new one's."""
+    read, go = threading.Event(), threading.Event()
+    place = pool.place
+
+    def slowly(*arguments):
+        made = place(*arguments)
+        read.set()
+        go.wait(60)
+        return made
+
+    monkeypatch.setattr(pool, "place", slowly)
+    served.prefetch("task0")
+    assert read.wait(60)
+    monkeypatch.setattr(pool, "place", place)
+    served.remove("task0")
+    served.add("task0", tasks[3])
+    go.set()
+    deadline = time.monotonic() + 60
+    while not served.statistics.loads and time.monotonic() < deadline:
+        time.sleep(0.005)
+    want = {name: one.values for name, one in SparseDelta.load(tasks[3]).items()}
+    with served.use("task0") as model:
+        for name, values in want.items():
+            found = model.get_parameter(name).flatten()[SparseDelta.load(tasks[3])[name].indices]
+            assert torch.equal(found, values)
 
 
 def test_who_came_first_goes_first(served):
