@@ -9,6 +9,7 @@
 * `precision` accuracy of bfloat16 weights on a real task (needs a data set)
 * `switching` from one subset to another, beside a forward pass and how other methods switch (not part of `make bench`)
 * `mixing`    batches of several subsets, beside one subset and switching (not part of `make bench`)
+* `load`      a server with many clients and subsets: latencies, throughput, wrong answers (not part of `make bench`)
 * `quantised` adapters served over quantised weights: accuracy and time (needs a data set, bitsandbytes and torchao)
 * `report`    writes docs/performance.md and its plot from their JSON
 

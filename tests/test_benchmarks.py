@@ -9,7 +9,20 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import RESULTS, codec, common, formulas, memory, mixing, report, scaling, selection, step, switching
+from benchmarks import (
+    RESULTS,
+    codec,
+    common,
+    formulas,
+    load,
+    memory,
+    mixing,
+    report,
+    scaling,
+    selection,
+    step,
+    switching,
+)
 from tests.models import BUILDERS
 
 
@@ -90,6 +103,21 @@ def test_switching(tmp_path):
     first, *_, last = others
     assert first["DeltaPool"]["ratio"] == pytest.approx(first["DeltaPool"]["ms"] / first["forward"]["ms"], rel=1e-3)
     assert {"LoRA, set_adapter", "LoRA, unmerge and merge", "SHiRA, set_adapter"} < last.keys()
+
+
+def test_load(tmp_path):
+    small = ("--subsets", 6, "--clients", 6, "--each", 1, "--rounds", 1, "--epsilon", 0.01, "--check", 6)
+    found = run(load, tmp_path / "load.json", "--toy", *small)
+    subsets, alone = found["rows"]
+    assert (subsets["case"], alone["case"]) == ("6 subsets", "base alone")
+    for row in found["rows"]:
+        assert (row["requests"], row["errors"], row["checked"], row["wrong"]) == (6, 0, 6, 0)
+        assert 0 < row["first_token"]["p50"] <= row["latency"]["p99"]
+    # The subsets say something else than the base.
+    assert subsets["unlike_base"] > 0 == alone["unlike_base"]
+    assert subsets["switches"] + subsets["mixed_batches"] > 0 == alone["mixed_batches"]
+    rates = [row["tokens_per_second"] for row in found["rows"]]
+    assert subsets["throughput"] == pytest.approx(rates[0] / rates[1], rel=1e-3)
 
 
 def test_codec(tmp_path):

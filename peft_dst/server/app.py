@@ -71,7 +71,7 @@ def create_app(service: Service, *, token: str | None = None, grace: float = 30.
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
         done = await asyncio.to_thread(service.close, grace)
-        LOGGER.info(_log_line(event="stopped", all_answered=done))
+        LOGGER.info(log_line(event="stopped", all_answered=done))
 
     app = FastAPI(title="peft-dst", lifespan=lifespan)
     _errors(app)
@@ -160,7 +160,8 @@ def create_app(service: Service, *, token: str | None = None, grace: float = 30.
     return app
 
 
-def _log_line(**values: Any) -> str:
+def log_line(**values: Any) -> str:
+    """A line of the log: what happened when, as JSON."""
     return json.dumps({"time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), **values})
 
 
@@ -189,7 +190,7 @@ class _Observed:
             self.metrics.requests.labels(path, str(status)).inc()
             self.metrics.seconds.labels(path).observe(seconds)
             line = {"method": scope["method"], "path": path, "status": status, "seconds": round(seconds, 4)}
-            LOGGER.info(_log_line(**line, **scope.get("state", {}).get("noted", {})))
+            LOGGER.info(log_line(**line, **scope.get("state", {}).get("noted", {})))
 
 
 def _told(error: Exception) -> tuple[int, dict[str, Any]]:

@@ -16,11 +16,23 @@ from transformers import (
     AutoTokenizer,
 )
 
-from .app import create_app
+from .app import LOGGER, create_app, log_line
 from .service import Limits, Service
 
 
 TASKS = ("completions", "classify")
+
+
+class JsonLines(logging.Formatter):
+    """A JSON object a line, whoever writes it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = record.getMessage()
+        if record.name == LOGGER.name and record.levelno == logging.INFO:
+            # It is one already.
+            return text
+        error = {"error": self.formatException(record.exc_info)} if record.exc_info else {}
+        return log_line(level=record.levelname, logger=record.name, message=text, **error)
 
 
 def serve(
@@ -69,7 +81,9 @@ def serve(
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval().requires_grad_(False)
     tokenizer = AutoTokenizer.from_pretrained(base)
     service = Service(model, tokenizer, name or Path(base).name, folder, limits=limits, **options)
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines())
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     # One line a request is our own.
     for other in ("uvicorn.access", "httpx"):
         logging.getLogger(other).setLevel(logging.WARNING)
