@@ -28,8 +28,8 @@ from torch import nn
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig, TorchAoConfig
 
-from peft_dst.layer import markers
-from peft_dst.overlay import OverlayWeight
+from peft_dst.tuner.layer import markers
+from peft_dst.tuner.overlay import OverlayWeight
 
 from .common import Record, classification_batch, interleaved, minilm_folder, quiet, seconds
 from .precision import accuracy, collate, rows, training_parser, tune

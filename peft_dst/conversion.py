@@ -19,13 +19,13 @@ from peft import PeftConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
 
-from .card import AUTO_CLASSES
 from .config import DSTConfig
 from .core.distances import Distance
 from .core.silos import Siloing
 from .delta import CONFIG_NAME, WEIGHTS_NAME, Checkpoint, Layout, SparseDelta, check_free, open_file
 from .extraction import Extraction, extract, layout_of, skeleton
-from .targets import is_saved_densely
+from .tuner.card import AUTO_CLASSES
+from .tuner.targets import is_saved_densely
 
 
 # Methods whose change is sparse by itself.

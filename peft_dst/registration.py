@@ -34,10 +34,10 @@ def register() -> None:
         ImportError: if PEFT, or another plugin, has a method of that name, or PEFT's enum is none that can be extended.
     """
     from .config import DSTConfig
-    from .hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
-    from .model import DSTModel
-    from .rescale import rescale_adapter_scale
-    from .saving import save_pretrained
+    from .tuner.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
+    from .tuner.model import DSTModel
+    from .tuner.rescale import rescale_adapter_scale
+    from .tuner.saving import save_pretrained
 
     known = _registered_config()
     if known is not None and known.__module__ != DSTConfig.__module__:
@@ -149,7 +149,7 @@ def _load(
 
 
 def _write_model_card(original: Any, model: PeftModel, output_dir: str) -> None:
-    from .card import read_metadata, update_model_card
+    from .tuner.card import read_metadata, update_model_card
 
     before = read_metadata(output_dir)
     original(model, output_dir)
@@ -170,7 +170,7 @@ def _stand_in(module: ModuleType, name: str, ours: Callable[..., Any]) -> None:
 
     @functools.wraps(original)
     def wrapper(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        from .layer import markers
+        from .tuner.layer import markers
 
         return (ours if any(markers(model)) else original)(model, *args, **kwargs)
 

@@ -20,6 +20,21 @@ ORDER = [
     "subsets",
     "tables",
     "config",
+    "tuner",
+    "extraction",
+    "conversion",
+    "baselines",
+    "training",
+    "analysis",
+    "registration",
+    "recipes",
+    "server",
+    "cli",
+    "__init__",
+    "__main__",
+]
+# The same of the modules of the tuner.
+IN_TUNER = [
     "entries",
     "overlay",
     "layer",
@@ -33,17 +48,7 @@ ORDER = [
     "rescale",
     "card",
     "saving",
-    "extraction",
-    "conversion",
-    "baselines",
-    "training",
-    "analysis",
-    "registration",
-    "recipes",
-    "server",
-    "cli",
     "__init__",
-    "__main__",
 ]
 MAY_IMPORT = {
     "core": {"torch"},
@@ -83,6 +88,13 @@ def test_imports_point_one_way(path):
             assert ORDER.index(name.split(".")[0]) < ORDER.index(room(path))
         else:
             assert level < depth
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if room(p) == "tuner"], ids=lambda p: p.stem)
+def test_the_tuner_s_imports_point_one_way(path):
+    for level, name in imports(path):
+        if level == 1:
+            assert IN_TUNER.index(name.split(".")[0]) < IN_TUNER.index(path.stem)
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if room(p) in MAY_IMPORT], ids=lambda p: str(p.relative_to(PACKAGE)))

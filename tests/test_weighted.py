@@ -11,7 +11,7 @@ from peft.utils import merge_utils
 from torch import Tensor, nn
 
 from peft_dst import DSTConfig
-from peft_dst.weighted import combine
+from peft_dst.tuner.weighted import combine
 from tests.models import assert_same, bert, logits, train, tuned_model, weights
 
 

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from ..core.silos import compile_silo_patterns, read_names
 from ..delta import SparseDelta
-from ..exchange import settle
-from ..layer import markers
 from ..tables import text_table
+from ..tuner.exchange import settle
+from ..tuner.layer import markers
 
 
 Subset: TypeAlias = "str | PathLike[str] | SparseDelta | tuple[nn.Module, str] | Mapping[str, Tensor | Sequence[int]]"

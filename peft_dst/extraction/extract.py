@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from ..config import DSTConfig
 from ..core import NonFiniteDistanceError, Selection, Silo, select
 from ..delta import Record, index_dtype
-from ..layer import SparseLayer, markers
+from ..tuner.layer import SparseLayer, markers
 from . import skeleton
 from .figures import Extraction, SiloFigures, joined, measure
 from .skeleton import Parameters, Source

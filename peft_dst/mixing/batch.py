@@ -115,6 +115,7 @@ class Batch:
         calls: the modules that are being called, of those that hosts are in; with what the outermost one was given.
         inside: the hosts that are being called.
         given: what the module was given that computes a bias for all samples.
+        moments: of the inputs of norms that are being called.
         selected: tensors of the outermost call whose rows were selected by their values.
         trial: while the layouts are found out: what each module was given and returned.
     """
@@ -127,6 +128,7 @@ class Batch:
         self.inside: list[Host] = []
         self.given: Tensor | None = None
         self.selected = Selected()
+        self.moments: dict[Host, tuple[Tensor, Tensor]] = {}
         self.trial: dict[Any, list[list[torch.Size]]] | None = None
         self._subsets = subsets
         self._arrangements, self._kept = subsets.arrangements, subsets.kept(names)

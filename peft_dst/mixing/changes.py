@@ -287,19 +287,39 @@ def _tuned(module: nn.Module, patches: Sequence[Patch]) -> tuple[Tensor, Tensor,
 
 
 class StackedNorm(NamedTuple):
-    """Of several groups of samples: groups and positions, int64 (2, m), and the weight and bias there, (m,)."""
+    """Of several groups of samples: groups and positions, int64 (2, m), and the weight and bias there, (m,).
+
+    Attributes:
+        moments: of a LayerNorm's input, mean and reciprocal standard deviation (rows, …, 1), if they are known.
+    """
 
     groups: int
     module: nn.Module
     places: Tensor
     weight: Tensor
     bias: Tensor | None
+    moments: tuple[Tensor, Tensor] | None = None
 
     def correct(self, output: Tensor, input: Tensor) -> None:
         """As of `StackedLinear`, for a norm's input (rows, …, size)."""
         if not output.numel():
             return
+        group, position = self.places
+        values = self._plain(input, group, position) * self.weight[:, None]
+        if self.bias is not None:
+            values += self.bias[:, None]
+        self._by_group(output)[group, position] = values.to(output.dtype)
+
+    def _by_group(self, tensor: Tensor) -> Tensor:
+        """A tensor (rows, …, size) as (groups, size, rows of a group)."""
+        return tensor.reshape(self.groups, -1, tensor.shape[-1]).transpose(1, 2)
+
+    def _plain(self, input: Tensor, group: Tensor, position: Tensor) -> Tensor:
+        """The norm without weight and bias at some positions of groups, (m, rows of a group)."""
         module: Any = self.module
+        if self.moments is not None:
+            mean, scale = (self._by_group(moment)[group, 0] for moment in self.moments)
+            return (self._by_group(input)[group, position] - mean) * scale
         # As the kernels do: in float32 at least, and rounded once.
         plain = input.to(self.weight.dtype)
         if isinstance(module, nn.LayerNorm):
@@ -307,12 +327,7 @@ class StackedNorm(NamedTuple):
         else:
             eps = torch.finfo(input.dtype).eps if module.eps is None else module.eps
             plain = functional.rms_norm(plain, module.normalized_shape, eps=eps)
-        by_group = plain.view(self.groups, -1, plain.shape[-1]).transpose(1, 2)
-        at = (self.places[0], self.places[1])
-        values = by_group[at] * self.weight[:, None]
-        if self.bias is not None:
-            values += self.bias[:, None]
-        output.view(self.groups, -1, output.shape[-1]).transpose(1, 2)[at] = values.to(output.dtype)
+        return self._by_group(plain)[group, position]
 
 
 Correction = Linear | Embedding | Norm

@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from .batch import Batch, Host, Subsets
+from .changes import StackedNorm
 from .norms import is_norm, normalise
 from .running import bias_by_sample, by_sample, run_tuned
 
@@ -76,6 +78,8 @@ def _attach(stack: contextlib.ExitStack, host: Host, batch: Batch) -> None:
         _replace(stack, module, method, functools.partial(by_sample, host, batch, host.run))
     elif method != "forward":
         _replace(stack, module, method, functools.partial(bias_by_sample, host, batch, getattr(module, method)))
+    elif host.corrects and _keeps_moments(module):
+        _replace(stack, module, "forward", functools.partial(_normalise, host, batch))
     elif not host.corrects and is_norm(host):
         _replace(stack, module, "forward", functools.partial(normalise, host, batch, module.forward))
     elif not host.corrects:
@@ -140,6 +144,24 @@ def _before(host: Host, batch: Batch, module: nn.Module, args: Any, kwargs: Any)
         batch.given = _first_tensor(args, kwargs)
 
 
+def _keeps_moments(module: nn.Module) -> bool:
+    """Whether a module is a norm whose kernel also returns the moments of its input, not rounded to few bits."""
+    if not isinstance(module, nn.LayerNorm) or type(module).forward is not nn.LayerNorm.forward:
+        return False
+    return module.weight.dtype in (torch.float32, torch.float64)
+
+
+def _normalise(host: Host, batch: Batch, input: Tensor) -> Tensor:
+    """What the module's own forward computes, with the moments kept for its correction."""
+    module: Any = host.module
+    shape, weight, bias, eps = module.normalized_shape, module.weight, module.bias, module.eps
+    if input.dtype != weight.dtype or torch.is_autocast_enabled(input.device.type):
+        return functional.layer_norm(input, shape, weight, bias, eps)
+    output, mean, scale = torch.native_layer_norm(input, shape, weight, bias, eps)
+    batch.moments[host] = mean, scale
+    return output
+
+
 def _after(host: Host, batch: Batch, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Tensor | None:
     """What a module returns: corrected, if it has run once for all samples."""
     batch.leave()
@@ -163,6 +185,10 @@ def _after(host: Host, batch: Batch, module: nn.Module, args: Any, kwargs: Any, 
     output = output.contiguous()
     # What is done here is none of the guard's business.
     with torch._C.DisableTorchFunction():
-        if (stacked := batch.stacked(host, names)) is not None:
+        stacked = batch.stacked(host, names)
+        if isinstance(stacked, StackedNorm) and host in batch.moments:
+            mean, scale = (moment.expand(len(names), *moment.shape[1:]) for moment in batch.moments.pop(host))
+            stacked = stacked._replace(moments=(mean, scale))
+        if stacked is not None:
             stacked.correct(output, input)
     return output

@@ -23,9 +23,9 @@ from ..baselines import SeedPenalty, lora_config_for_budget, prompt_tuning_confi
 from ..config import BY_SEED, DEFAULT_EPSILON, GIVEN, SELECTIONS, DSTConfig
 from ..delta.files import replace_file
 from ..extraction import extract
-from ..static import fix_subset
 from ..subsets import change_scores, combined_scores, load_scores, score_parameters
 from ..training import DSTCallback, DSTOptimizer, parameter_groups
+from ..tuner.static import fix_subset
 from .lab import OF_HEAD, Lab
 from .models import Seed, source
 from .options import MethodOptions

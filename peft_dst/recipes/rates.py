@@ -16,17 +16,18 @@ BY_EPSILON = {
     "moving": {1e-5: 5e-2, 1e-4: 2e-2, 1e-3: 1e-2, 1e-2: 5e-3, 1.0: 1e-4},
     "random": {1e-5: 5e-1, 1e-4: 1e-1, 1e-3: 2e-2, 1e-2: 1e-2, 1.0: 1e-4},
     "scored": {1e-5: 1e-2, 1e-4: 2e-3, 1e-3: 1e-3, 1e-2: 5e-4, 1.0: 1e-4},
+    "lora": {1e-5: 5e-3, 1e-4: 5e-3, 1e-3: 5e-3, 1e-2: 2e-3},
 }
 KINDS = {
     **dict.fromkeys(("dynamic", "first_step", "magnitude", "transfer"), "moving"),
     **dict.fromkeys(("fisher", "fisher_pretraining", "combined", "diff_pruning"), "scored"),
     "random": "random",
+    "lora": "lora",
 }
 FULL = 1e-4
 # Of methods whose rate does not go by the budget.
 FIXED = {
     "bitfit": 5e-3,
-    "lora": 5e-3,
     "prompt_tuning": 1e-1,
     **dict.fromkeys(("full", "l1", "l2", "pruning", "head_only"), FULL),
 }
@@ -45,7 +46,7 @@ def settled(recipe: Recipe) -> Recipe:
             f"training.learning_rate=auto is a rule for adamw, not for {recipe.training.optimizer}; give a number."
         )
     method = recipe.method
-    if method.name in KINDS and method.num_free_parameters is not None:
+    if method.name in KINDS and method.num_free_parameters is not None and method.rank is None:
         raise ValueError(
             "training.learning_rate=auto goes by method.epsilon, not by method.num_free_parameters; give either that "
             "fraction or a learning rate."
@@ -60,7 +61,7 @@ def settled(recipe: Recipe) -> Recipe:
 def by_rule(method: str, epsilon: float) -> float:
     """A method's learning rate at a budget, a member of the series 1, 2, 5, 10 and so on.
 
-    Between measured budgets it goes straight on double logarithmic scales; below the smallest it stays.
+    Between measured budgets it goes straight on double logarithmic scales; beyond them it stays.
 
     Args:
         method: as `method.name`.
@@ -69,8 +70,7 @@ def by_rule(method: str, epsilon: float) -> float:
     if method in FIXED:
         return FIXED[method]
     known = sorted(BY_EPSILON[KINDS[method]].items())
-    if epsilon <= known[0][0]:
-        return known[0][1]
+    epsilon = min(max(epsilon, known[0][0]), known[-1][0])
     (low, start), (high, end) = next(pair for pair in itertools.pairwise(known) if epsilon <= pair[1][0])
     part = math.log(epsilon / low) / math.log(high / low)
     return rounded(start * (end / start) ** part)

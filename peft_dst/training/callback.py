@@ -17,8 +17,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.integrations import is_tensorboard_available
 
 from ..core import Constraint
-from ..exchange import settle
-from ..model import active_constraints, set_training_steps
+from ..tuner.exchange import settle
+from ..tuner.model import active_constraints, set_training_steps
 from .optimizer import DSTOptimizer
 
 

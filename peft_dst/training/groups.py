@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ..exchange import settle
-from ..layer import markers
+from ..tuner.exchange import settle
+from ..tuner.layer import markers
 
 
 def parameter_groups(

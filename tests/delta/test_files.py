@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from peft_dst import DSTConfig
 from peft_dst.delta import DeltaError, SparseDelta
-from peft_dst.layer import markers
+from peft_dst.tuner.layer import markers
 from tests.models import bert
 
 

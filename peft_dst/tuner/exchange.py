@@ -17,10 +17,10 @@ import torch
 from peft.config import PeftConfig
 from torch import Tensor, nn
 
-from .config import COLLECTED
-from .core import Constraint, SparseWeight
-from .core.free import watch
-from .delta import (
+from ..config import COLLECTED
+from ..core import Constraint, SparseWeight
+from ..core.free import watch
+from ..delta import (
     MARKER,
     PARTS,
     PEFT_PREFIX,

@@ -18,16 +18,16 @@ from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from ..config import BY_SEED, DSTConfig
+from ..core import Constraint, Silo, SparseWeight, partition
+from ..core.silos import compile_silo_patterns, read_names
+from ..delta import MARKER, DeltaError, Summary, check_shape, parse_summaries
+from ..mixing import check_length, check_placeholders
+from ..tables import text_table
 from . import exchange, static, weighted
-from .config import BY_SEED, DSTConfig
-from .core import Constraint, Silo, SparseWeight, partition
-from .core.silos import compile_silo_patterns, read_names
-from .delta import MARKER, DeltaError, Summary, check_shape, parse_summaries
 from .layer import SparseLayer, markers
 from .mixed import mixed_batch
-from .mixing import check_length, check_placeholders
 from .overlay import OverlayWeight
-from .tables import text_table
 from .targets import Target, find_targets, is_excluded, is_saved_densely, is_targeted
 
 

@@ -16,7 +16,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .config import DSTConfig
+from ..config import DSTConfig
 from .layer import markers
 
 

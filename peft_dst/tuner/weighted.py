@@ -14,10 +14,10 @@ from peft.utils import merge_utils
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from ..config import DSTConfig
+from ..core import SparseWeight
+from ..delta import Record
 from . import exchange
-from .config import DSTConfig
-from .core import SparseWeight
-from .delta import Record
 from .layer import markers
 
 

@@ -12,8 +12,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from .config import DSTConfig
-from .delta import MARKER
+from ..config import DSTConfig
+from ..delta import MARKER
 from .overlay import can_edit, can_overlay, original_shape
 
 

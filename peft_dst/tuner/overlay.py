@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
-from .core import SparseWeight, gather
-from .core.correction import LinearDifference, correct_linear, linear_difference
-from .delta import DTYPES, Record, Summary
+from ..core import SparseWeight, gather
+from ..core.correction import LinearDifference, correct_linear, linear_difference
+from ..delta import DTYPES, Record, Summary
 
 
 _EDITABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

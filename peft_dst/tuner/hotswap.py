@@ -12,7 +12,7 @@ from peft.utils.other import ModulesToSaveWrapper, infer_device
 from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
 from torch import Tensor, nn
 
-from .config import DSTConfig
+from ..config import DSTConfig
 from .layer import markers
 from .model import DSTModel
 

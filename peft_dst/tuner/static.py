@@ -14,12 +14,12 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
+from ..config import BY_SEED, GIVEN, DSTConfig
+from ..core import Constraint, SparseWeight, allocate_budgets, scatter
+from ..delta import SparseDelta, check_seed
+from ..subsets import choose, is_bias, load_scores, magnitude_scores, random_scores
 from . import exchange
-from .config import BY_SEED, GIVEN, DSTConfig
-from .core import Constraint, SparseWeight, allocate_budgets, scatter
-from .delta import SparseDelta, check_seed
 from .layer import markers
-from .subsets import choose, is_bias, load_scores, magnitude_scores, random_scores
 
 
 #: Name of a parameter of the base model → its scores (floating, of its shape) or the positions in it (int64, sorted).

@@ -27,11 +27,11 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from .core import SparseWeight
-from .core.distances import wide_dtype
-from .core.free import free_values, watch
-from .core.tiles import bits
-from .delta import MARKER, DeltaError, Record, check_record, index_dtype
+from ..core import SparseWeight
+from ..core.distances import wide_dtype
+from ..core.free import free_values, watch
+from ..core.tiles import bits
+from ..delta import MARKER, DeltaError, Record, check_record, index_dtype
 from .entries import Entries, FreeValues, Notes
 from .overlay import sparse_weight
 

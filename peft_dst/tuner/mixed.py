@@ -13,9 +13,9 @@ import torch
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
+from ..mixing import BASE, Changes, Entries, Host, Reader, Readers, Subsets, changes_of, serve
 from . import exchange
 from .layer import SparseLayer
-from .mixing import BASE, Changes, Entries, Host, Reader, Readers, Subsets, changes_of, serve
 from .overlay import OverlayWeight
 
 

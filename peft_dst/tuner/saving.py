@@ -17,7 +17,7 @@ from typing import Any
 
 from peft import PeftModel
 
-from .delta import CONFIG_NAME, WEIGHTS_NAME
+from ..delta import CONFIG_NAME, WEIGHTS_NAME
 
 
 _CARD = "README.md"

@@ -1,0 +1,16 @@
+"""The method as PEFT's tuner contract has it: markers beside a base's modules, adapters in them, and what models can do.
+
+* `targets`   which parameters an adapter tunes
+* `entries`   where one adapter's tensors live in a host: records, and float32 copies while they are trained
+* `overlay`   saved adapters over quantised linear layers: corrections of their outputs
+* `layer`     the marker child: PEFT's layer contract over records
+* `exchange`  between the markers and adapter state dicts; what is checked before anything is loaded
+* `mixed`     several adapters in one batch, by `mixing`
+* `static`    subsets that are given: by a static selection, or by another adapter
+* `weighted`  an adapter from several: weighted sums, TIES, DARE
+* `model`     DSTModel: places the markers, owns the constraints
+* `hotswap`   another adapter in the place of one that is loaded
+* `rescale`   adapters at a part of their strength
+* `card`      the model card
+* `saving`    an adapter's files take their places together
+"""
