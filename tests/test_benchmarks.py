@@ -20,6 +20,7 @@ from benchmarks import (
     report,
     scaling,
     selection,
+    serving_report,
     step,
     switching,
 )
@@ -191,6 +192,13 @@ def test_ratios_are_taken_round_by_round(monkeypatch):
 def test_the_performance_page_is_up_to_date():
     assert report.PAGE.read_text() == report.render(report.load()), "run: python -m benchmarks.report"
     assert report.PLOT.is_file()
+
+
+def test_the_measured_part_of_serving_is_up_to_date():
+    page = serving_report.PAGE.read_text()
+    measured = serving_report.render(serving_report.load())
+    assert f"{serving_report.BEGIN}{measured}\n{serving_report.END}" in page, "run: python -m benchmarks.serving_report"
+    assert serving_report.PLOT.is_file()
 
 
 def test_every_letter_of_the_formulas_is_explained():
