@@ -139,6 +139,7 @@ def test_what_is_no_result_is_refused(tmp_path):
 def run(folder, task="trec", **options):
     """A finished run that nobody ran."""
     given = {"model": {"name": "a-model"}, "task": {"name": "classification", "data": task}}
+    given["training"] = {"learning_rate": 0.01}
     recipe = make_recipe(given, [f"{name.replace('_', '.', 1)}={value}" for name, value in options.items()])
     record = {
         "recipe": to_dict(recipe),

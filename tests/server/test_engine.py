@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from peft_dst.delta import DeltaError, SparseDelta
+from peft_dst.server import engine as engine_module
 from peft_dst.server.cohorts import Cohort, Continuation
 from peft_dst.server.engine import Classify, Engine, Full, Generate
 from peft_dst.serving import DeltaPool
@@ -90,8 +91,8 @@ class Always:
 @pytest.mark.parametrize("mixes", [True, False, None])
 def test_many_at_once(causal, mixes, monkeypatch):
     """In waves from several threads, mixed, apart, and with that changing: no wrong answer, none lost, none told twice."""
-    monkeypatch.setattr("peft_dst.server.engine.Planner", lambda: Always(mixes))
-    monkeypatch.setattr("peft_dst.server.engine.STEPS", 3)
+    monkeypatch.setattr(engine_module, "Planner", lambda: Always(mixes))
+    monkeypatch.setattr(engine_module, "STEPS", 3)
     rng = random.Random(0)
     cases = []
     for _ in range(40):
@@ -224,7 +225,7 @@ def test_classification():
 
 def test_a_delta_that_goes_takes_no_other_with_it(causal, monkeypatch):
     """Of a mixed batch only its own requests fail."""
-    monkeypatch.setattr("peft_dst.server.engine.Planner", lambda: Always(True))
+    monkeypatch.setattr(engine_module, "Planner", lambda: Always(True))
     engine = Engine(causal)
     begun = threading.Event()
     members = {
@@ -246,7 +247,7 @@ def test_a_delta_that_goes_takes_no_other_with_it(causal, monkeypatch):
 @pytest.mark.parametrize("at", [1, 3])
 def test_a_model_that_cannot_be_mixed(causal, at, monkeypatch):
     """Found out when reading, or in a later step: nobody notices but the log."""
-    monkeypatch.setattr("peft_dst.server.engine.Planner", lambda: Always(True))
+    monkeypatch.setattr(engine_module, "Planner", lambda: Always(True))
     calls = []
 
     def refuses(module, args, kwargs):
