@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from .distances import RELATIVE_FLOOR
-from .iterative import select_iteratively
+from .choice import Choice
 from .schedule import EVERY_STEP, Schedule
-from .selection import Selection, select
 from .step import StepInProgress
-from .subset import Silo, Subset
-from .tiles import NonFiniteDistanceError
-from .weights import SparseWeight, gather
+from .subset import Silo
+from .weights import SparseWeight
 
 
 # Where an optimizer's first parameter group concerned keeps tracked thresholds: adapter → silo → threshold. They are state
@@ -125,6 +121,10 @@ class Constraint:
         scheduled = self.schedule.chooses(self.steps + 1, self.total_steps)
         return empty or (scheduled and not self.begun)
 
+    def note_moved(self, moved: bool) -> None:
+        """Take note whether a step has moved any value of a subset that it kept."""
+        self._moved = self._moved or moved
+
     def complete(self, param_groups: Iterable[dict[str, Any]]) -> None:
         """Count a step that has come to its end, and leave what is to be recalled in the optimizer's groups."""
         self.steps += 1
@@ -159,64 +159,11 @@ class Constraint:
         """
         updates = step.take_back()
         before = {silo: [step.before[weight] for weight in silo.weights] for silo in step.silos}
-        selections = [
-            self.select(silo, [updates[weight] for weight in silo.weights], before[silo]) for silo in step.silos
-        ]
-        for silo, selection in zip(step.silos, selections, strict=True):
-            silo.take(selection, [updates[weight] for weight in silo.weights], before[silo])
+        choice = Choice(self)
+        for silo in step.silos:
+            choice.take(silo, [updates[weight] for weight in silo.weights], before[silo])
+        choice.finish()
         step.end(updates)
-
-    def select(self, silo: Silo, updates: list[Tensor], before: Sequence[Subset]) -> Selection:
-        """The subset of a silo whose live weights are the seed now.
-
-        Args:
-            silo: the silo.
-            updates: Θ̂ of its weights, in their shapes; float32 for bfloat16 and float16 weights is welcome.
-            before: its subset before the step.
-
-        Raises:
-            FloatingPointError: if an update is NaN or infinite.
-        """
-        try:
-            # Where nothing competes, all that moved is kept, whenever it moved.
-            if silo.budget < silo.size and not self.chooses(not any(subset.indices.numel() for subset in before)):
-                return self._keep(silo, updates, before)
-            seeds, flat = [weight.flat() for weight in silo.weights], [updated.reshape(-1) for updated in updates]
-            divisors = self._divisors(silo)
-            if self.tracking:
-                m, r = self.tracking
-                return select_iteratively(seeds, flat, silo.budget, self.distance, silo.tracked, m, r, divisors)
-            return select(seeds, flat, silo.budget, self.distance, divisors)
-        except NonFiniteDistanceError as error:
-            raise self.non_finite(silo, error.position) from error
-
-    def _divisors(self, silo: Silo) -> list[float] | None:
-        """What the distances of each weight are divided by. The live weights are the seed now."""
-        if self.normalization is None:
-            return None
-        seeds = [weight.generation for weight in silo.weights]
-        if silo.divisors is None or silo.divided != seeds:
-            silo.divided = seeds
-            members: dict[tuple[str, str], list[Tensor]] = {}
-            for weight in silo.weights:
-                members.setdefault(self.modules[weight.name], []).append(weight.data)
-            found = {}
-            for module, tensors in members.items():
-                size = sum(tensor.numel() for tensor in tensors)
-                total = sum(float(tensor.abs().sum(dtype=torch.float64)) for tensor in tensors)
-                mean = total / size if total / size > RELATIVE_FLOOR else 1.0
-                found[module] = float(size) if self.normalization == "size" else mean
-            silo.divisors = [found[self.modules[weight.name]] for weight in silo.weights]
-        return silo.divisors
-
-    def _keep(self, silo: Silo, updates: list[Tensor], before: Sequence[Subset]) -> Selection:
-        """The subset from before, unless an update in it is not finite."""
-        for i, (updated, subset) in enumerate(zip(updates, before, strict=True)):
-            values = gather(updated, subset.indices)
-            if not torch.isfinite(values).all():
-                raise NonFiniteDistanceError(i)
-            self._moved = self._moved or not torch.equal(values.to(subset.values.dtype), subset.values)
-        return Selection([subset.indices for subset in before], silo.threshold)
 
     def non_finite(self, silo: Silo, position: int) -> FloatingPointError:
         """What to say of a distance that is NaN or infinite, in the weight at a position of a silo."""
@@ -284,9 +231,4 @@ def check_steppable(weight: SparseWeight, gradient: Tensor | None) -> None:
             f"an optimizer is stepping {weight.name!r} while the adapters {', '.join(weight.adapters)} are all "
             "active: a change could not be attributed to one of them. Activate the one to train, with "
             "set_adapter(name)."
-        )
-    if isinstance(weight.data, DTensor):
-        raise NotImplementedError(
-            f"{weight.name!r} is sharded (DTensor), and selection across shards is not supported yet. Train "
-            "with data parallelism (DDP) or on one device."
         )

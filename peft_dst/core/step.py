@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from .shards import put_local
 from .subset import Silo, Subset
 from .weights import SparseWeight, Undoable
 
@@ -43,9 +44,9 @@ class StepInProgress:
         """What the optimizer made of the working copies. The live weights are back in their places, and are the seed."""
         updates = {}
         for weight in self.before:
-            updates[weight] = weight.parameter.data
+            updates[weight] = weight.working
             if weight in self.seeds:
-                weight.parameter.data = self.seeds.pop(weight)
+                put_local(weight.parameter, self.seeds.pop(weight))
                 weight.place(weight.indices[:0], weight.seeds[:0])
                 weight.under_way = self
             elif self.holders[weight] is self:
@@ -61,7 +62,7 @@ class StepInProgress:
         """Put the weights back to what they were before the step, which is over; those that were not recovered yet."""
         for weight, before in self.before.items():
             if weight.under_way is self.holders[weight]:
-                working = weight.parameter.data
+                working = weight.working
                 if self.holders[weight] is self:
                     weight.take_back()
                 before.restore(weight)

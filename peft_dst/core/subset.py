@@ -54,10 +54,11 @@ class Silo:
 
     @property
     def size(self) -> int:
-        return sum(weight.data.numel() for weight in self.weights)
+        """Number of components, wherever they are held."""
+        return sum(weight.shape.numel() for weight in self.weights)
 
     def free(self) -> int:
-        """Number of components that differ from the seed now."""
+        """Number of components held here that differ from the seed now."""
         return sum(weight.indices.numel() for weight in self.weights)
 
     def take(self, selection: Selection, updates: Sequence[Tensor], before: Sequence[Subset]) -> None:
@@ -68,12 +69,18 @@ class Silo:
             updates: Θ̂ of each weight, in its shape.
             before: what the subset was before the step.
         """
-        everything = self.budget >= self.size
+        if self.budget < self.size:
+            values = [gather(updated, at) for updated, at in zip(updates, selection.indices, strict=True)]
+            self.write(selection, values, before)
+            return
         for weight, indices, updated in zip(self.weights, selection.indices, updates, strict=True):
-            if everything:
-                weight.overwrite(indices, updated)
-            else:
-                weight.apply(indices, gather(updated, indices))
+            weight.overwrite(indices, updated)
+        self.note(selection, before)
+
+    def write(self, selection: Selection, values: Sequence[Tensor], before: Sequence[Subset]) -> None:
+        """The same, of which nothing but the selected components, for each weight (k_i,), is known any more."""
+        for weight, indices, own in zip(self.weights, selection.indices, values, strict=True):
+            weight.apply(indices, own)
         self.note(selection, before)
 
     def note(self, selection: Selection, before: Sequence[Subset]) -> None:

@@ -2,18 +2,23 @@
 
 Outside the subset a weight *is* its seed. So no copy of the seed is kept: the seed values at the subset's positions,
 next to the live weight, are the whole seed, and putting them back is exact in every dtype.
+
+Where several processes hold a weight together, "the weight" is what this process holds of it, and positions are those in
+that, but for shapes and for what is said to be of the whole tensor.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
+from .shards import Box, box_of, local, put_local, together
 from .tiles import bits
 
 
@@ -84,6 +89,10 @@ class SparseWeight:
         self.stepping: weakref.ref[object] | None = None
         #: How often the seed was replaced.
         self.generation = 0
+        #: The parameter where it is divided over processes: FSDP2 puts whole ones in its place for a forward pass.
+        self._divided: DTensor | None = None
+        #: What of the whole tensor the noted positions are positions in.
+        self._noted_in: Box | None = None
         self.requires_grad_before = self.parameter.requires_grad
         self._watched = False
         self._checksum: tuple[torch.dtype, torch.Size, int] | None = None
@@ -99,12 +108,45 @@ class SparseWeight:
 
     @property
     def parameter(self) -> nn.Parameter:
-        return getattr(self.module, self.attribute)
+        found = getattr(self.module, self.attribute)
+        if isinstance(found, DTensor) and not self._is_gathered(found):
+            self._divided = found
+        return found if self._divided is None else cast(nn.Parameter, self._divided)
+
+    def _is_gathered(self, found: Tensor) -> bool:
+        """Whether what stands in the parameter's place is more than this process's part of it."""
+        known = self._divided
+        return known is not None and found is not known and local(found).numel() > local(known).numel()
 
     @property
     def data(self) -> Tensor:
         """The live weight, outside autograd."""
-        return self.parameter.data if self._live is None else self._live
+        return self.working if self._live is None else self._live
+
+    @property
+    def working(self) -> Tensor:
+        """What stands in the live weight's place, outside autograd: itself, or the working copy that was lent."""
+        parameter = self.parameter
+        return local(parameter) if isinstance(parameter, DTensor) else parameter.data
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the whole tensor."""
+        return self.parameter.shape
+
+    def stand_in(self) -> Tensor:
+        """A tensor without memory that has the whole one's shape, and its dtype."""
+        return torch.empty((), dtype=self.data.dtype, device="meta").expand(self.shape)
+
+    @property
+    def box(self) -> Box:
+        """What of the whole tensor the live weight is."""
+        return box_of(self.parameter)
+
+    @property
+    def is_divided(self) -> bool:
+        """Whether several processes hold the weight together."""
+        return isinstance(self.parameter, DTensor)
 
     @property
     def device(self) -> torch.device:
@@ -126,22 +168,38 @@ class SparseWeight:
                 "accelerate.hooks.remove_hook_from_submodules."
             )
 
+    def check_written(self) -> None:
+        """Check that what is written into the live weight is what the next forward pass uses.
+
+        Raises:
+            RuntimeError: if FSDP has gathered the weight for a forward pass and not divided it again since.
+        """
+        if self._divided is not None and getattr(self.module, self.attribute) is not self._divided:
+            raise RuntimeError(
+                f"{self.name!r} is gathered from all processes now, as FSDP leaves it after a forward pass without gradients, "
+                "so writing into this process's part of it would not be seen. Call reshard() on the model's FSDP modules "
+                "first."
+            )
+
     def lend(self) -> Tensor:
         """Put a working copy in the live weight's place, for an optimizer to write into, and return it."""
+        self.check_written()
         live = self.data
         working = live.clone()
-        self.parameter.data, self._live = working, live
+        put_local(self.parameter, working)
+        self._live = live
         return working
 
     def take_back(self) -> None:
         """Put the live weight back into its place, if a working copy stands there."""
         if self._live is not None:
-            self.parameter.data, self._live = self._live, None
+            put_local(self.parameter, self._live)
+            self._live = None
 
     def give_up(self) -> Tensor:
         """Make the working copy the live weight, with the same values; the one from before is returned as the seed."""
         seed = self.data
-        self.parameter.data.copy_(seed)
+        self.working.copy_(seed)
         scatter(seed, self.indices, self.seeds)
         self._live = None
         return seed
@@ -152,21 +210,43 @@ class SparseWeight:
         self.under_way = None
         # Whatever the default device is.
         self.indices, self.seeds = torch.empty(0, dtype=torch.int64, device="cpu"), torch.empty(0, device="cpu")
+        self._noted_in = None
         self._checksum = None
 
     def place(self, indices: Tensor, seeds: Tensor) -> None:
         """Take note of a subset that has already been written."""
         self.indices, self.seeds = indices, seeds
+        self._noted_in = self.box if self.is_divided else None
 
     def _follow(self) -> Tensor:
-        """Bring the notes to the live weight's device and dtype, and return that weight.
+        """Bring the notes to the live weight's device and dtype, and to what of the tensor it is; return that weight.
 
         Rounding a seed value gives the same bits whether it was rounded here or with its whole tensor.
         """
         data = self.data
+        if self.is_divided and self._noted_in != (box := self.box):
+            self._divide_notes(box)
         if not data.is_meta and (self.seeds.device != data.device or self.seeds.dtype != data.dtype):
             self.indices, self.seeds = self.indices.to(data.device), self.seeds.to(data)
         return data
+
+    def _divide_notes(self, box: Box) -> None:
+        """The tensor has been divided over processes since its subset was noted."""
+        if self._noted_in is not None and self.indices.numel():
+            raise RuntimeError(
+                f"{self.name!r} was divided over processes anew while an adapter stands in it. Divide the base model once, "
+                "then load the adapter."
+            )
+        inside, self.indices = box.inwards(self.indices)
+        self.seeds, self._noted_in = self.seeds[inside], box
+        # The whole one's checksum is of no use here.
+        if self._checksum is not None and not self.data.is_meta:
+            self.remember_seed()
+
+    def noted(self) -> tuple[Tensor, Tensor]:
+        """Flat positions of the subset in the live weight, int64 (k,), and the seed's values there, (k,)."""
+        self._follow()
+        return self.indices, self.seeds
 
     def values(self) -> Tensor:
         """Live values of the subset, (k,)."""
@@ -175,6 +255,7 @@ class SparseWeight:
     def revert(self) -> None:
         """Write the seed back everywhere. Exact."""
         data = self._follow()
+        self.check_written()
         if not self.indices.numel():
             return
         scatter(data, self.indices, self.seeds)
@@ -187,12 +268,12 @@ class SparseWeight:
             return
         data = self.data
         indices = indices.to(data.device)
-        self.indices, self.seeds = indices, gather(data, indices)
+        self.place(indices, gather(data, indices))
         scatter(data, indices, values.to(data))
 
     def overwrite(self, indices: Tensor, values: Tensor) -> None:
         """Make the live weight, which is the seed now, `values` of its own shape, which differ from it at `indices`."""
-        self.indices, self.seeds = indices, gather(self.data, indices)
+        self.place(indices, gather(self.data, indices))
         self.data.copy_(values)
 
     def seeds_at(self, indices: Tensor) -> Tensor:
@@ -203,6 +284,37 @@ class SparseWeight:
             slot = torch.searchsorted(self.indices, indices).clamp_max_(self.indices.numel() - 1)
             values = torch.where(self.indices[slot] == indices, self.seeds[slot], values)
         return values
+
+    def whole_seeds_at(self, positions: Tensor) -> Tensor:
+        """Seed values at any flat positions (k,) int64 of the whole tensor. To be called by all that hold it together."""
+        processes = together([self.box])
+        if processes is None:
+            return self.seeds_at(positions)
+        data = self._follow()
+        inside, own = self.box.inwards(positions)
+        # Zeros and one value: sums of bit patterns keep the sign of a zero.
+        wide = torch.int64 if data.element_size() == 8 else torch.int32
+        found = torch.zeros(positions.shape, dtype=wide, device=data.device)
+        found[inside] = bits(self.seeds_at(own)).to(wide)
+        return processes.reduce(found).to(bits(data.new_empty(0)).dtype).view(data.dtype)
+
+    def joined(self, positions: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The entries of all processes' parts, as entries of the whole tensor. To be called by all that hold it together.
+
+        Args:
+            positions: flat positions in the live weight, int64 (k,).
+            values: in its dtype, (k,).
+
+        Returns:
+            Sorted flat positions in the whole tensor, int64 (n,), and the values there.
+        """
+        processes = together([self.box])
+        if processes is None:
+            return positions, values
+        wide = torch.int64 if values.element_size() == 8 else torch.int32
+        everywhere, order = processes.join(self.box.outwards(positions)).sort()
+        joined = processes.join(bits(values).to(wide))[order]
+        return everywhere, joined.to(bits(values).dtype).view(values.dtype)
 
     def flat(self) -> Tensor:
         """The live weight, flat, shape (n,); a view wherever its layout allows."""
@@ -218,7 +330,7 @@ class SparseWeight:
         self._watched = True
         if not self.data.is_meta:
             data = self._follow()
-            self._checksum = data.dtype, data.shape, self._sum(data, self.seeds, self.values())
+            self._checksum = data.dtype, self.shape, self._sum(data, self.seeds, self.values())
 
     def watch(self) -> None:
         """Note the seed's checksum if that was not done yet: the weight may be trained from now on."""
@@ -236,7 +348,7 @@ class SparseWeight:
             data = self._follow()
             if cast(data.new_empty(0)).dtype != data.dtype:
                 new = cast(data)
-                self._checksum = new.dtype, new.shape, self._sum(new, cast(self.seeds), cast(self.values()))
+                self._checksum = new.dtype, self.shape, self._sum(new, cast(self.seeds), cast(self.values()))
 
     def check_shape(self) -> None:
         """Check that the weight has the shape it had when its seed was noted.
@@ -244,7 +356,7 @@ class SparseWeight:
         Raises:
             RuntimeError: if not.
         """
-        if self._checksum is not None and self._checksum[1] != self.data.shape:
+        if self._checksum is not None and self._checksum[1] != self.shape:
             raise RuntimeError(
                 f"{self.name!r} has changed its shape since the adapter was added, so its positions and budget no longer "
                 "hold. Resize the base model (resize_token_embeddings) before get_peft_model."
@@ -260,7 +372,7 @@ class SparseWeight:
             return True
         self.check_memory()
         data = self._follow()
-        return self._checksum == (data.dtype, data.shape, self._sum(data, self.seeds, self.values()))
+        return self._checksum == (data.dtype, self.shape, self._sum(data, self.seeds, self.values()))
 
     @staticmethod
     def _sum(live: Tensor, seeds: Tensor, values: Tensor) -> int:

@@ -39,6 +39,8 @@ def supports(engine: Optimizer, groups: Groups, state: State, constraint: Constr
     """
     if constraint.tracking or constraint.normalization or silo.budget >= silo.size:
         return False
+    if any(weight.is_divided for weight in silo.weights):
+        return False
     if not constraint.chooses(not silo.free()):
         return False
     for weight in silo.weights:

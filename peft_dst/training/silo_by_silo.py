@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..core import Constraint, FixedStep, Silo, SparseWeight, Subset, concerned, gather, scatter
+from ..core import Constraint, FixedStep, Silo, SparseWeight, Subset, concerned, scatter
+from ..core.choice import Choice
 from ..core.distances import wide_dtype
 from ..core.free import VALUES
+from ..core.shards import like
 from ..core.weights import widened
 from . import fused
 from .released import gradient
@@ -38,6 +40,7 @@ class SiloBySilo:
         self.groups = {p: group for group in optimizer.param_groups for p in group["params"]}
         self.stepped: set[int] = set()
         self._before: list[tuple[SparseWeight, Subset, Tensor | None]] = []
+        self._choices = {constraint: Choice(constraint, self._keep_exact) for constraint, _ in self.concerned}
         self._reuse = reuse
         self._buffer: Tensor | None = None
 
@@ -47,6 +50,7 @@ class SiloBySilo:
         try:
             for constraint, silos in self.concerned:
                 self.silos(constraint, [silo for silo in silos if id(silo) not in self.stepped])
+                self._choices[constraint].finish()
             self._step_rest()
             fixed.end()
         except BaseException:
@@ -75,7 +79,7 @@ class SiloBySilo:
         gradients = [self._gradient(weight) for weight in silo.weights]
         self.optimizer.run(
             {
-                weight.parameter: _stand_in(copy, found)
+                weight.parameter: _stand_in(like(copy, weight.parameter), found)
                 for weight, copy, found in zip(silo.weights, working, gradients, strict=True)
                 if found is not None
             }
@@ -83,10 +87,11 @@ class SiloBySilo:
         before = self._remember(silo)
         for weight in silo.weights:
             weight.revert()
-        silo.take(constraint.select(silo, working, before), working, before)
-        for weight, copy in zip(silo.weights, working, strict=True):
-            if weight.data.dtype in HALF:
-                self.optimizer.state[weight.parameter][VALUES] = gather(copy, weight.indices)
+        self._choices[constraint].take(silo, working, before)
+
+    def _keep_exact(self, weight: SparseWeight, values: Tensor) -> None:
+        if weight.data.dtype in HALF:
+            self.optimizer.state[weight.parameter][VALUES] = values
 
     def _by_kernels(self, constraint: Constraint, silos: list[Silo]) -> None:
         before = [self._remember(silo) for silo in silos]
@@ -161,13 +166,18 @@ class SiloBySilo:
     def _stretch(self, silo: Silo, dtype: torch.dtype, device: torch.device) -> Sequence[Tensor]:
         """Uninitialised memory for every weight of a silo, which the next silo uses again if it may."""
         buffer = self._buffer
-        if buffer is None or buffer.numel() < silo.size or buffer.dtype != dtype or buffer.device != device:
+        if buffer is None or buffer.numel() < _held(silo) or buffer.dtype != dtype or buffer.device != device:
             # Within a backward pass memory is scarce, and a silo's next to nothing beside the time it takes.
-            size = max(s.size for _, silos in self.concerned for s in silos) if self._reuse else silo.size
+            size = max(_held(s) for _, silos in self.concerned for s in silos) if self._reuse else _held(silo)
             self._buffer = None
             buffer = torch.empty(size, dtype=dtype, device=device)
         self._buffer = buffer if self._reuse else None
-        return buffer[: silo.size].split([weight.data.numel() for weight in silo.weights])
+        return buffer[: _held(silo)].split([weight.data.numel() for weight in silo.weights])
+
+
+def _held(silo: Silo) -> int:
+    """Number of a silo's components that this process holds."""
+    return sum(weight.data.numel() for weight in silo.weights)
 
 
 def _with_strides_of(data: Tensor, flat: Tensor) -> Tensor:

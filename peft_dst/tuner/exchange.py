@@ -10,15 +10,16 @@ first use.
 from __future__ import annotations
 
 import functools
-from collections.abc import Set
+from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 import torch
 from peft.config import PeftConfig
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ..config import COLLECTED
-from ..core import Constraint, SparseWeight
+from ..core import Constraint, SparseWeight, gather
 from ..core.free import watch
 from ..delta import (
     MARKER,
@@ -61,9 +62,7 @@ def collect(
     records: dict[str, Record] = {}
     summaries: dict[str, Summary] = {}
     _check_complete(model, adapter_name)
-    for _, marker in markers(model):
-        for weight in marker.weights.values():
-            _check_seen(weight)
+    _check_seen(weight for _, marker in markers(model) for weight in marker.weights.values())
     for name, marker in markers(model):
         name = name.removeprefix("_fsdp_wrapped_module.")
         for parameter in marker.tuned.get(adapter_name, ()):
@@ -75,8 +74,8 @@ def collect(
                 if isinstance(weight, OverlayWeight):
                     record, summaries[weight.name] = weight.original(adapter_name, record)
                 else:
-                    seeds = weight.seeds_at(record.indices.long())
-                    summaries[weight.name] = summarize(record, seeds, weight.data.shape)
+                    seeds = _seeds(weight, name, record, state_dict)
+                    summaries[weight.name] = summarize(record, seeds, weight.shape)
                 kept |= dict(zip(keys, record, strict=True))
                 records[weight.name] = record
     config.__dict__[COLLECTED] = {name: list(summary) for name, summary in summaries.items()}
@@ -176,16 +175,37 @@ def _check_complete(model: nn.Module, adapter_name: str) -> None:
             )
 
 
-def _check_seen(weight: SparseWeight) -> None:
-    weight.recover()
-    weight.check_shape()
-    if not weight.seed_is_intact():
-        raise RuntimeError(
-            f"{weight.name!r} differs from the seed outside the subset: its weights were changed without the constraint "
-            "being enforced, so they cannot be saved as a delta. Train with a torch.optim optimizer, whose step the "
-            "constraint hooks (DeepSpeed and optimizers that are no torch.optim.Optimizer are not reached), and do not "
-            "edit the weights otherwise."
-        )
+def _check_seen(weights: Iterable[SparseWeight]) -> None:
+    for weight in weights:
+        weight.recover()
+        weight.check_shape()
+        if not weight.seed_is_intact():
+            raise RuntimeError(
+                f"{weight.name!r} differs from the seed outside the subset: its weights were changed without the "
+                "constraint being enforced, so they cannot be saved as a delta. Train with a torch.optim optimizer, whose "
+                "step the constraint hooks (DeepSpeed and optimizers that are no torch.optim.Optimizer are not reached), "
+                "and do not edit the weights otherwise."
+            )
+
+
+def _seeds(weight: SparseWeight, marker: str, record: Record, state_dict: Mapping[str, Tensor]) -> Tensor:
+    """Seed values at the positions of a record that is saved.
+
+    Of a weight that several processes hold together they are asked for their parts, unless the state dict has all of it:
+    that was gathered for one process, which then saves by itself (Accelerate, Trainer).
+    """
+    positions = record.indices.to(weight.data.device, torch.int64)
+    host = marker.removesuffix(f".{MARKER}")
+    whole = state_dict.get(f"{host}.{weight.attribute}")
+    if not weight.is_divided or whole is None or isinstance(whole, DTensor):
+        return weight.whole_seeds_at(positions)
+    positions = positions.to(whole.device)
+    seeds = gather(whole, positions)
+    notes = [state_dict.get(f"{marker}.{part}.{weight.attribute}") for part in ("seed_indices", "seed_values")]
+    if notes[0] is not None and notes[1] is not None:
+        slot = torch.searchsorted(notes[0], positions).clamp_max_(notes[0].numel() - 1)
+        seeds = torch.where(notes[0][slot] == positions, notes[1][slot], seeds)
+    return seeds
 
 
 def constraints(model: nn.Module) -> dict[str, Constraint]:
@@ -276,23 +296,21 @@ def check_loaded(model: nn.Module, adapters: Set[str]) -> None:
 
 def _pair(weight: SparseWeight, parts: dict[str, Tensor] | None) -> Record:
     if parts is None:
-        data = weight.data
-        indices = torch.empty(0, dtype=index_dtype(data.numel()), device="cpu")
-        return Record(indices, torch.empty(0, dtype=data.dtype, device="cpu"))
+        indices = torch.empty(0, dtype=index_dtype(weight.shape.numel()), device="cpu")
+        return Record(indices, torch.empty(0, dtype=weight.data.dtype, device="cpu"))
     return pair(weight.name, parts)
 
 
 def _check(weight: SparseWeight, adapter: str, record: Record, summary: Summary | None) -> None:
-    data = weight.data
-    check_record(weight.name, data, record)
+    check_record(weight.name, weight.stand_in(), record)
     if summary is not None and isinstance(weight, OverlayWeight):
         # The seed is there only as far as its quantisation has kept it.
         check_entries(weight.name, summary, record)
         weight.summaries[adapter] = summary
         return
-    if summary is None or data.is_meta:
+    if summary is None or weight.data.is_meta:
         return
-    seeds = weight.seeds_at(record.indices.long().to(data.device))
+    seeds = weight.whole_seeds_at(record.indices.to(weight.data.device, torch.int64))
     try:
         check_seed(weight.name, summary, record, seeds)
     except DeltaError as error:

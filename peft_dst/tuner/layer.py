@@ -11,6 +11,9 @@ called `_sparse` of every module that holds tuned parameters:
 While an adapter is written into the live weights they, not its record, are
 up to date; the record is refreshed whenever somebody could see it (`state_dict`) or the adapter leaves the weights.
 
+Positions in records are those in the whole tensor also where several processes hold it together. Of an adapter that was
+trained there, each has in its record what lies in its own part; in state dicts the record is joined.
+
 Several active adapters add up, as in PEFT's LoRA: a component that one of them changes takes its value, a component that
 several change takes seed + Σ (value − seed).
 """
@@ -26,10 +29,12 @@ from typing import Any, cast
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
+from torch.distributed._composable.contract import REGISTRY_KEY, RegistryItem
 
 from ..core import SparseWeight
 from ..core.distances import wide_dtype
 from ..core.free import free_values, watch
+from ..core.shards import local
 from ..core.tiles import bits
 from ..delta import MARKER, DeltaError, Record, check_record, index_dtype
 from .entries import Entries, FreeValues, Notes
@@ -55,6 +60,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         super().__init__()
         # In a tuple, or the host would become a submodule of its own child.
         self._host = (host,)
+        _keep_from_fsdp(self)
         self.name = name
         self.dst_indices = nn.ModuleDict({})
         self.dst_values = nn.ModuleDict({})
@@ -126,11 +132,11 @@ class SparseLayer(nn.Module, BaseTunerLayer):
             if parameter not in self.weights:
                 name = f"{self.name}.{parameter}" if self.name else parameter
                 self.weights[parameter] = sparse_weight(self.host, parameter, name)
-            data, device = self.weights[parameter].data, self.weights[parameter].device
+            weight, device = self.weights[parameter], self.weights[parameter].device
             if entries is None or parameter in entries:
                 size = entries[parameter] if entries else 0
-                indices = torch.full((size,), NOT_LOADED, dtype=index_dtype(data.numel()), device=device)
-                self._store(adapter, parameter, indices, torch.zeros(size, dtype=data.dtype, device=device))
+                indices = torch.full((size,), NOT_LOADED, dtype=index_dtype(weight.shape.numel()), device=device)
+                self._store(adapter, parameter, indices, torch.zeros(size, dtype=weight.data.dtype, device=device))
 
     def has_arrived(self, adapter: str) -> bool:
         """Whether the tensors of an awaited adapter are there, for `accept` to take in once they have been checked, and
@@ -189,8 +195,9 @@ class SparseLayer(nn.Module, BaseTunerLayer):
             weight.recover()
             if weight.stepped and len(weight.adapters) == 1 and weight.adapters[0] in self.tuned:
                 weight.check_memory()
-                indices = weight.indices.to(index_dtype(weight.data.numel()))
-                self._store(weight.adapters[0], parameter, indices, weight.values())
+                values = weight.values()
+                indices = weight.box.outwards(weight.indices).to(index_dtype(weight.shape.numel()))
+                self._store(weight.adapters[0], parameter, indices, values)
             weight.stepped = False
 
     # Live weights
@@ -228,8 +235,15 @@ class SparseLayer(nn.Module, BaseTunerLayer):
             self.sync()
 
     def scaled_records(self, adapter: str) -> dict[str, Record]:
-        """The adapter's records with seed + scale · (value − seed) for their values."""
-        records = self._records(adapter)
+        """The adapter's records with seed + scale · (value − seed) for their values; of what this process holds, and with
+        positions in that, int64.
+        """
+        records = {
+            parameter: own_part(self.weights[parameter], record)
+            for parameter, record in self._records(adapter).items()
+            # A new adapter of a model that is to be loaded (low_cpu_mem_usage) has its empty record on no device.
+            if not record.values.is_meta
+        }
         if self._scale == 1:
             return records
         return {
@@ -246,12 +260,11 @@ class SparseLayer(nn.Module, BaseTunerLayer):
             self.refresh()
             by_adapter = [self.scaled_records(name) for name in wanted]
             for parameter, weight in self.weights.items():
-                # A new adapter of a model that is to be loaded (low_cpu_mem_usage) has its empty record on no device.
-                records = [f[parameter] for f in by_adapter if parameter in f and not f[parameter].values.is_meta]
+                records = [found[parameter] for found in by_adapter if parameter in found]
                 if not records:
                     weight.revert()
                 elif len(records) == 1:
-                    weight.apply(records[0].indices.long(), records[0].values)
+                    weight.apply(*records[0])
                 else:
                     weight.apply(*_add_up(weight, records))
                 weight.stepped = False
@@ -318,8 +331,8 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         for parameter in self.tuned[adapter]:
             weight = self.weights[parameter]
             indices = positions[parameter].to(weight.data.device)
-            own = values[parameter].to(weight.data) if parameter in values else weight.seeds_at(indices)
-            self.write_record(adapter, parameter, Record(indices.to(index_dtype(weight.data.numel())), own))
+            own = values[parameter].to(weight.data) if parameter in values else weight.whole_seeds_at(indices)
+            self.write_record(adapter, parameter, Record(indices.to(index_dtype(weight.shape.numel())), own))
             if fixed and indices.numel():
                 # Also where another adapter is active: TRL copies trained adapters parameter by parameter.
                 self._free(adapter, parameter, indices, own).requires_grad_(False)
@@ -357,7 +370,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):
     def load_dense(self, parameter: str, tensor: Tensor) -> None:
         """Take new dense weights for the seed, under the active adapters."""
         self.forget_seed([parameter])
-        self.weights[parameter].data.copy_(tensor)
+        self.weights[parameter].data.copy_(local(tensor))
         self._overwritten.clear()
         self.sync()
         self.weights[parameter].remember_seed_again()
@@ -502,16 +515,27 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         # Parents save before their children: the records are fresh by the time they are collected.
         self.refresh()
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        self._join_records()
         # Savers that drop aliases (Accelerate's) take all empty tensors for one; sizes tell empty from absent.
-        for adapter in self.tuned.keys() - self.awaited:
+        for adapter in [adapter for adapter in self.tuned if adapter not in self.awaited]:
             records = self._records(adapter)
             sizes = [records[p].indices.numel() if p in records else 0 for p in self.tuned[adapter]]
             destination[f"{prefix}sizes.{adapter}"] = torch.tensor(sizes)
         # A full state dict holds the live weights; with the seed values beside them it can be loaded and reverted.
         for parameter, weight in self.weights.items():
-            if weight.indices.numel():
-                destination[f"{prefix}seed_indices.{parameter}"] = weight.indices
-                destination[f"{prefix}seed_values.{parameter}"] = weight.seeds
+            indices, seeds = weight.joined(*weight.noted())
+            if indices.numel():
+                destination[f"{prefix}seed_indices.{parameter}"] = indices
+                destination[f"{prefix}seed_values.{parameter}"] = seeds
+
+    def _join_records(self) -> None:
+        """Have the records hold the entries of all processes that hold the weights together, which all do this."""
+        for adapter in [adapter for adapter in self.tuned if adapter not in self.awaited]:
+            for parameter, record in self._records(adapter).items():
+                weight = self.weights[parameter]
+                if weight.is_divided and not weight.data.is_meta:
+                    indices, values = weight.joined(*own_part(weight, record))
+                    self._store(adapter, parameter, indices.to(record.indices.dtype), values)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Tensor], prefix: str, local_metadata: Any, strict: bool, *lists: list[str]
@@ -522,20 +546,21 @@ class SparseLayer(nn.Module, BaseTunerLayer):
             sizes = state_dict.get(f"{prefix}sizes.{adapter}")
             for i, parameter in enumerate(parameters):
                 keys = [f"{prefix}{part}.{adapter}.{parameter}" for part in ("dst_indices", "dst_values")]
-                data, device = self.weights[parameter].data, self.weights[parameter].device
+                weight, device = self.weights[parameter], self.weights[parameter].device
+                dtype = weight.data.dtype
                 if sizes is not None and i < len(sizes) and sizes[i] == 0:
                     # Complete what a saver left out, for the children that load next and are strict.
-                    state_dict[keys[0]] = torch.empty(0, dtype=index_dtype(data.numel()), device="cpu")
-                    state_dict[keys[1]] = torch.empty(0, dtype=data.dtype, device="cpu")
+                    state_dict[keys[0]] = torch.empty(0, dtype=index_dtype(weight.shape.numel()), device="cpu")
+                    state_dict[keys[1]] = torch.empty(0, dtype=dtype, device="cpu")
                 if all(key in state_dict for key in keys):
                     # No aliases: the caller keeps the tensors of a state dict and may change them.
                     indices, values = (state_dict[key] for key in keys)
                     try:
-                        check_record(self.weights[parameter].name, data, Record(indices, values))
+                        check_record(weight.name, weight.stand_in(), Record(indices, values))
                     except DeltaError as error:
                         lists[-1].append(str(error))
                         continue
-                    copied = indices.to(device, copy=True), values.to(device, data.dtype, copy=True)
+                    copied = indices.to(device, copy=True), values.to(device, dtype, copy=True)
                     self._store(adapter, parameter, *copied)
                     if not self.has_memory(adapter):
                         if indices.numel() and adapter not in self.awaited:
@@ -551,26 +576,44 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         for weight in overwritten:
             seeds = state_dict.get(f"{prefix}seed_values.{weight.attribute}")
             if seeds is not None:
-                weight.place(state_dict[f"{prefix}seed_indices.{weight.attribute}"].clone(), seeds.clone())
+                inside, own = weight.box.inwards(state_dict[f"{prefix}seed_indices.{weight.attribute}"].to(seeds.device))
+                weight.place(own, seeds[inside])
         self._overwritten.clear()
         self.sync()
         for weight in overwritten:
             weight.remember_seed_again()
 
 
+def _keep_from_fsdp(marker: SparseLayer) -> None:
+    """Keep `fully_shard` from dividing records: each process knows by itself which entries it needs.
+
+    Of modules with this entry in torch's registry of what was applied to them it takes neither parameters nor children.
+    """
+    marker.__dict__.setdefault(REGISTRY_KEY, {})["replicate"] = RegistryItem()
+
+
+def own_part(weight: SparseWeight, record: Record) -> Record:
+    """Of a record what lies in the part of its weight that this process holds, with positions in that, int64."""
+    indices = record.indices.to(weight.data.device, torch.int64)
+    if not weight.is_divided:
+        return Record(indices, record.values)
+    inside, own = weight.box.inwards(indices)
+    return Record(own, record.values.to(weight.data.device)[inside])
+
+
 def _scaled(weight: SparseWeight, record: Record, scale: float) -> Record:
-    seeds = weight.seeds_at(record.indices.long().to(weight.data.device))
+    seeds = weight.seeds_at(record.indices)
     values = seeds.double() + scale * (record.values.double() - seeds.double())
     return Record(record.indices, values.to(record.values.dtype))
 
 
 def _add_up(weight: SparseWeight, records: Sequence[Record]) -> tuple[Tensor, Tensor]:
     """Combine records of one weight: seed + Σ (value − seed), in float64; exact where only one has an entry."""
-    indices = torch.cat([record.indices.long() for record in records]).unique()
-    seeds = weight.seeds_at(indices.to(weight.data.device))
+    indices = torch.cat([record.indices for record in records]).unique()
+    seeds = weight.seeds_at(indices)
     total, count, single = seeds.double(), torch.zeros_like(indices), seeds.clone()
     for record in records:
-        at = torch.searchsorted(indices, record.indices.long())
+        at = torch.searchsorted(indices, record.indices)
         total[at] += record.values.double() - seeds[at].double()
         count[at] += 1
         single[at] = record.values.to(single)
@@ -600,16 +643,16 @@ def _before_other_owner_loads(
     """A shared parameter comes again under another name: if with other values, then as new dense weights."""
     key = prefix + attribute
     weight = marker.weights.get(parameter)
-    if weight is None or key not in state_dict or state_dict[key].shape != weight.data.shape:
+    if weight is None or key not in state_dict or state_dict[key].shape != weight.shape:
         return
     if _bit_sum(state_dict[key]) != marker._shared[parameter]:
         marker.load_dense(parameter, state_dict[key])
     # The copy that follows changes nothing.
-    state_dict[key] = weight.data
+    state_dict[key] = weight.parameter.data
 
 
 def _bit_sum(tensor: Tensor) -> int:
-    return int(bits(tensor).sum(dtype=torch.int64))
+    return int(bits(local(tensor)).sum(dtype=torch.int64))
 
 
 def markers(model: nn.Module) -> Iterator[tuple[str, SparseLayer]]:

@@ -83,6 +83,11 @@ class OverlayWeight(SparseWeight):
         """A stand-in with the shape that the seed had before it was quantised, in float32, on its device; no values."""
         return torch.empty((), device=self.parameter.device).expand(original_shape(cast(nn.Linear, self.module)))
 
+    @property
+    def shape(self) -> torch.Size:
+        """Of the seed before it was quantised."""
+        return self.data.shape
+
     def seeds_at(self, indices: Tensor) -> Tensor:
         """What the quantised weight stands for at any flat positions (k,) int64, float32 (k,).
 

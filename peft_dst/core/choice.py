@@ -1,0 +1,203 @@
+"""The choice of the subsets of several silos at one step: of each by itself, or of all processes together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .across import Candidates, choose_across, find_candidates
+from .distances import RELATIVE_FLOOR
+from .iterative import select_iteratively
+from .selection import Selection, select
+from .shards import Together, together
+from .subset import Silo, Subset
+from .tiles import NonFiniteDistanceError
+from .weights import SparseWeight, gather
+
+
+if TYPE_CHECKING:
+    from .constraint import Constraint
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A silo that several processes hold together, as this one sees it.
+
+    Attributes:
+        silo: the silo.
+        before: the subset of each of its weights before the step.
+        found: what may be kept of it here, or what is kept where nothing is chosen anew.
+        chooses: whether the subset is chosen anew at this step; None if that is so where it is empty in all processes.
+    """
+
+    silo: Silo
+    before: Sequence[Subset]
+    found: Candidates
+    chooses: bool | None
+
+
+class Choice:
+    """One step's choice of subsets.
+
+    `take` looks at a silo after the other and writes its subset, unless other processes hold it too: the subsets of all
+    those are chosen, and written, by `finish`, which all processes call together.
+
+    Args:
+        constraint: whose subsets they are.
+        written: called for each weight when its subset was written, with θ̂ there, (k,).
+    """
+
+    def __init__(self, constraint: Constraint, written: Callable[[SparseWeight, Tensor], None] | None = None):
+        self.constraint = constraint
+        self._written = written
+        self._pending: dict[Together, list[_Pending]] = {}
+        self._moved = False
+
+    def take(self, silo: Silo, updates: Sequence[Tensor], before: Sequence[Subset]) -> None:
+        """Choose the subset of a silo whose live weights are the seed now, and write it into them.
+
+        Args:
+            silo: the silo.
+            updates: Θ̂ of its weights, in their shapes; float32 for bfloat16 and float16 weights is welcome.
+            before: its subset before the step.
+
+        Raises:
+            FloatingPointError: if an update is NaN or infinite.
+        """
+        processes = together(weight.box for weight in silo.weights if weight.is_divided)
+        if processes is not None:
+            self._pending.setdefault(processes, []).append(self._look_at(silo, updates, before))
+            return
+        try:
+            selection = self._select(silo, updates, before)
+        except NonFiniteDistanceError as error:
+            raise self.constraint.non_finite(silo, error.position) from error
+        silo.take(selection, updates, before)
+        if self._written is not None:
+            for weight, updated in zip(silo.weights, updates, strict=True):
+                self._written(weight, gather(updated, weight.indices))
+
+    def finish(self) -> None:
+        """Choose and write the subsets that are held together with other processes.
+
+        Raises:
+            FloatingPointError: if an update is NaN or infinite in any of them.
+        """
+        for processes, pending in self._pending.items():
+            self._finish(processes, pending)
+        self.constraint.note_moved(self._moved)
+
+    def _finish(self, processes: Together, pending: Sequence[_Pending]) -> None:
+        occupied = self._agree(processes, pending)
+        chosen = [
+            one
+            for one, before in zip(pending, occupied, strict=True)
+            if (not before if one.chooses is None else one.chooses)
+        ]
+        boxes = [[weight.box for weight in one.silo.weights] for one in chosen]
+        budgets = [one.silo.budget for one in chosen]
+        masks = dict(
+            zip(
+                [one.silo for one in chosen],
+                choose_across([one.found for one in chosen], boxes, budgets, processes),
+                strict=True,
+            )
+        )
+        for one in pending:
+            found, threshold = one.found, one.silo.threshold
+            if one.silo in masks:
+                keep, threshold = masks[one.silo]
+                found = found.at(keep)
+            one.silo.write(Selection(found.indices, threshold), found.values, one.before)
+            if self._written is not None:
+                for weight, values in zip(one.silo.weights, found.values, strict=True):
+                    self._written(weight, values)
+
+    def _agree(self, processes: Together, pending: Sequence[_Pending]) -> list[bool]:
+        """Exchange what has to be known of each silo besides distances: whether it fails anywhere, or has a subset.
+
+        Returns:
+            For each silo whether its subset before the step was not empty.
+        """
+        most = max(len(one.silo.weights) for one in pending)
+        # The first failing tensor is the greatest number.
+        failures = [0 if one.found.failed is None else most - one.found.failed for one in pending]
+        occupied = [any(subset.indices.numel() for subset in one.before) for one in pending]
+        device = pending[0].found.distances[0].device
+        message = torch.tensor([*failures, *occupied, self._moved], dtype=torch.int32, device=device)
+        answer = processes.reduce(message, torch.distributed.ReduceOp.MAX).tolist()
+        for one, failure in zip(pending, answer, strict=False):
+            if failure:
+                raise self.constraint.non_finite(one.silo, most - failure)
+        self._moved = bool(answer[-1])
+        return [bool(occupied) for occupied in answer[len(pending) : -1]]
+
+    def _look_at(self, silo: Silo, updates: Sequence[Tensor], before: Sequence[Subset]) -> _Pending:
+        constraint = self.constraint
+        competes = silo.budget < silo.size
+        occupied = any(subset.indices.numel() for subset in before)
+        if competes and (constraint.chooses(False) or not occupied):
+            seeds, flat = [weight.flat() for weight in silo.weights], [updated.reshape(-1) for updated in updates]
+            found = find_candidates(seeds, flat, silo.budget, constraint.distance, self._divisors(silo))
+            return _Pending(silo, before, found, True if constraint.chooses(False) else None)
+        failed = None
+        try:
+            indices = self._select(silo, updates, before).indices
+        except NonFiniteDistanceError as error:
+            indices, failed = [subset.indices for subset in before], error.position
+        values = [gather(updated, at) for updated, at in zip(updates, indices, strict=True)]
+        return _Pending(silo, before, Candidates(indices, values, values, failed), False)
+
+    def _select(self, silo: Silo, updates: Sequence[Tensor], before: Sequence[Subset]) -> Selection:
+        constraint = self.constraint
+        # Where nothing competes, all that moved is kept, whenever it moved.
+        empty = not any(subset.indices.numel() for subset in before)
+        if silo.budget < silo.size and not constraint.chooses(empty):
+            return self._keep(silo, updates, before)
+        seeds, flat = [weight.flat() for weight in silo.weights], [updated.reshape(-1) for updated in updates]
+        divisors = self._divisors(silo)
+        if constraint.tracking:
+            m, r = constraint.tracking
+            return select_iteratively(seeds, flat, silo.budget, constraint.distance, silo.tracked, m, r, divisors)
+        return select(seeds, flat, silo.budget, constraint.distance, divisors)
+
+    def _keep(self, silo: Silo, updates: Sequence[Tensor], before: Sequence[Subset]) -> Selection:
+        """The subset from before, unless an update in it is not finite."""
+        for i, (updated, subset) in enumerate(zip(updates, before, strict=True)):
+            values = gather(updated, subset.indices)
+            if not torch.isfinite(values).all():
+                raise NonFiniteDistanceError(i)
+            self._moved = self._moved or not torch.equal(values.to(subset.values.dtype), subset.values)
+        return Selection([subset.indices for subset in before], silo.threshold)
+
+    def _divisors(self, silo: Silo) -> list[float] | None:
+        """What the distances of each weight are divided by. The live weights are the seed now."""
+        normalization, modules = self.constraint.normalization, self.constraint.modules
+        if normalization is None:
+            return None
+        seeds = [weight.generation for weight in silo.weights]
+        if silo.divisors is None or silo.divided != seeds:
+            silo.divided = seeds
+            members: dict[tuple[str, str], list[SparseWeight]] = {}
+            for weight in silo.weights:
+                members.setdefault(modules[weight.name], []).append(weight)
+            found = {}
+            for module, weights in members.items():
+                size = sum(weight.shape.numel() for weight in weights)
+                mean = _total(weights) / size
+                found[module] = float(size) if normalization == "size" else mean if mean > RELATIVE_FLOOR else 1.0
+            silo.divisors = [found[modules[weight.name]] for weight in silo.weights]
+        return silo.divisors
+
+
+def _total(weights: Sequence[SparseWeight]) -> float:
+    """Sum of the absolute values of some weights, wherever they are held."""
+    processes = together(weight.box for weight in weights)
+    along = () if processes is None else processes.dimensions
+    sums = [weight.data.abs().sum(dtype=torch.float64) for weight in weights if weight.box.counts_along(along)]
+    total = torch.stack(sums).sum() if sums else torch.zeros((), dtype=torch.float64, device=weights[0].data.device)
+    return float(total if processes is None else processes.reduce(total))

@@ -1,0 +1,194 @@
+"""What a process holds of a weight that several hold together (DTensor: FSDP2, tensor parallelism), and where that lies.
+
+A process holds a box of the whole tensor. Positions in it are flat positions in the box; positions that leave the process
+(records, files) are flat positions in the whole tensor. Both run through the box in the same order, so what is sorted stays
+sorted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
+
+
+@dataclass(frozen=True)
+class Box:
+    """A box of a tensor.
+
+    Attributes:
+        whole: shape of the tensor.
+        start: where the box begins, in each of its dimensions.
+        shape: of the box.
+        mesh: the processes that hold the tensor together; None if this one holds it alone.
+        divided: along which dimensions of the mesh it is divided; along the others it is repeated.
+    """
+
+    whole: torch.Size
+    start: tuple[int, ...]
+    shape: torch.Size
+    mesh: DeviceMesh | None = None
+    divided: tuple[int, ...] = ()
+
+    def outwards(self, positions: Tensor) -> Tensor:
+        """Flat positions in the whole tensor of flat positions in the box, both int64 (k,)."""
+        if self.mesh is None:
+            return positions
+        if self.shape[1:] == self.whole[1:]:
+            return positions + (self.start[0] * math.prod(self.whole[1:]) if self.start else 0)
+        at = [part + first for part, first in zip(torch.unravel_index(positions, self.shape), self.start, strict=True)]
+        return _ravel(at, self.whole)
+
+    def inwards(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Which of some flat positions in the whole tensor, int64 (k,), lie in the box, and where there.
+
+        Returns:
+            A mask (k,), and flat positions in the box, int64 (m,).
+        """
+        if self.shape[1:] == self.whole[1:]:
+            own = positions - (self.start[0] * math.prod(self.whole[1:]) if self.start else 0)
+            inside = (own >= 0) & (own < self.shape.numel())
+            return inside, own[inside]
+        at = [p - first for p, first in zip(torch.unravel_index(positions, self.whole), self.start, strict=True)]
+        inside = torch.ones_like(positions, dtype=torch.bool)
+        for part, length in zip(at, self.shape, strict=True):
+            inside &= (part >= 0) & (part < length)
+        return inside, _ravel([part[inside] for part in at], self.shape)
+
+    def counts_along(self, dimensions: Iterable[int]) -> bool:
+        """Whether this process is the first of those that hold the box, among its neighbours along some dimensions of the
+        mesh: what is summed over them has to be counted once.
+        """
+        if self.mesh is None:
+            return True
+        coordinate = self.mesh.get_coordinate()
+        assert coordinate is not None
+        return all(coordinate[dimension] == 0 for dimension in dimensions if dimension not in self.divided)
+
+
+def _ravel(at: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
+    flat = torch.zeros_like(at[0])
+    for part, length in zip(at, shape, strict=True):
+        flat = flat * length + part
+    return flat
+
+
+def box_of(parameter: Tensor) -> Box:
+    """What this process holds of a parameter.
+
+    Raises:
+        NotImplementedError: if that is no box: a sum that is still to be made, or a division that torch does not document.
+    """
+    if not isinstance(parameter, DTensor):
+        return Box(parameter.shape, (0,) * parameter.ndim, parameter.shape)
+    mesh, placements = parameter.device_mesh, parameter.placements
+    coordinate = mesh.get_coordinate()
+    start, shape = [0] * parameter.ndim, list(parameter.shape)
+    # A strided shard is one of what the others leave: FSDP2 divides what tensor parallelism has divided before.
+    order = sorted(range(mesh.ndim), key=lambda dimension: isinstance(placements[dimension], _StridedShard))
+    divided = []
+    for dimension in order:
+        placement = placements[dimension]
+        if isinstance(placement, Replicate):
+            continue
+        if type(placement) not in (Shard, _StridedShard) or coordinate is None:
+            raise NotImplementedError(
+                f"a weight is placed as {placement} over {mesh}: only shards and replicas are supported. Divide the model "
+                "with fully_shard (FSDP2) or transformers' tp_plan."
+            )
+        at = placement.dim % parameter.ndim
+        length = -(-shape[at] // mesh.size(dimension))
+        first = min(coordinate[dimension] * length, shape[at])
+        start[at], shape[at] = start[at] + first, min(length, shape[at] - first)
+        divided.append(dimension)
+    return Box(parameter.shape, tuple(start), torch.Size(shape), mesh, tuple(sorted(divided)))
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor; the tensor itself if that is all of it."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def put_local(parameter: nn.Parameter, tensor: Tensor) -> None:
+    """Let a tensor of the same shape be what this process holds of a parameter."""
+    if isinstance(parameter, DTensor):
+        parameter._local_tensor = tensor
+    else:
+        parameter.data = tensor
+
+
+def like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """A tensor of the shape of what this process holds of a parameter, divided as that is."""
+    if not isinstance(parameter, DTensor) or isinstance(tensor, DTensor):
+        return tensor
+    return DTensor.from_local(
+        tensor,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+
+
+@dataclass(frozen=True)
+class Together:
+    """The processes over which something is divided: those along some dimensions of a mesh.
+
+    What is asked of them all has to be asked by each at the same moment.
+    """
+
+    mesh: DeviceMesh
+    dimensions: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Number of processes."""
+        return math.prod(self.mesh.size(dimension) for dimension in self.dimensions)
+
+    def reduce(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+        """Reduce a tensor in place over the processes; it is returned."""
+        for dimension in self.dimensions:
+            dist.all_reduce(tensor, operation, group=self.mesh.get_group(dimension))
+        return tensor
+
+    def join(self, tensor: Tensor) -> Tensor:
+        """The first dimensions of all processes' tensors, one behind the other; they may differ in length."""
+        for dimension in self.dimensions:
+            group, size = self.mesh.get_group(dimension), self.mesh.size(dimension)
+            length = torch.tensor([tensor.shape[0]], device=tensor.device)
+            lengths = length.new_empty(size)
+            dist.all_gather_into_tensor(lengths, length, group=group)
+            longest = int(lengths.max())
+            padded = tensor.new_zeros((longest, *tensor.shape[1:]))
+            padded[: tensor.shape[0]] = tensor
+            everything = padded.new_empty((size * longest, *tensor.shape[1:]))
+            dist.all_gather_into_tensor(everything, padded, group=group)
+            parts = everything.split(longest) if longest else []
+            tensor = torch.cat([part[:n] for part, n in zip(parts, lengths.tolist(), strict=False)] or [padded])
+        return tensor
+
+
+def together(boxes: Iterable[Box]) -> Together | None:
+    """The processes that hold some boxes together; None if each of them is all of its tensor.
+
+    Raises:
+        NotImplementedError: if they are divided over several meshes.
+    """
+    found = [box for box in boxes if box.divided]
+    meshes = list(dict.fromkeys(box.mesh for box in found))
+    if len(meshes) > 1:
+        raise NotImplementedError(
+            f"weights that compete with one another are divided over different meshes ({meshes[0]} and {meshes[1]}). "
+            "Divide the model over one, or give it siloing='parameter'."
+        )
+    if not meshes or meshes[0] is None:
+        return None
+    return Together(meshes[0], tuple(sorted({dimension for box in found for dimension in box.divided})))
