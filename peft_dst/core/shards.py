@@ -8,7 +8,8 @@ sorted.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -138,6 +139,17 @@ def like(tensor: Tensor, parameter: Tensor) -> Tensor:
     )
 
 
+def divide_again(host: nn.Module) -> None:
+    """Have FSDP2 divide the weights of a module again, which it may have left gathered after a forward pass."""
+    from torch.distributed import _composable_state
+    from torch.distributed.fsdp import FSDPModule
+
+    # All modules that it was applied to: those that hold the host need not be in the model that we were given.
+    for module in list(getattr(_composable_state, "_module_state_mapping", ())):
+        if isinstance(module, FSDPModule) and any(part is host for part in module.modules()):
+            module.reshard()
+
+
 @dataclass(frozen=True)
 class Together:
     """The processes over which something is divided: those along some dimensions of a mesh.
@@ -152,6 +164,29 @@ class Together:
     def size(self) -> int:
         """Number of processes."""
         return math.prod(self.mesh.size(dimension) for dimension in self.dimensions)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process is the first of them, and of all others that hold the same."""
+        coordinate = self.mesh.get_coordinate()
+        return coordinate is not None and not any(coordinate)
+
+    @contextmanager
+    def all_or_none(self, what: str) -> Iterator[None]:
+        """Do something in all processes, and go on when it is done in all.
+
+        Raises:
+            RuntimeError: if it raised in another one.
+        """
+        failed = torch.ones((), dtype=torch.int32, device=self.mesh.device_type)
+        try:
+            yield
+            failed.zero_()
+        finally:
+            own = bool(failed)
+            self.reduce(failed, dist.ReduceOp.MAX)
+        if failed and not own:
+            raise RuntimeError(f"{what} failed in another process, which says why.")
 
     def reduce(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
         """Reduce a tensor in place over the processes; it is returned."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
-from .shards import Box, box_of, local, put_local, together
+from .shards import Box, box_of, divide_again, local, put_local, together
 from .tiles import bits
 
 
@@ -168,22 +168,28 @@ class SparseWeight:
                 "accelerate.hooks.remove_hook_from_submodules."
             )
 
-    def check_written(self) -> None:
-        """Check that what is written into the live weight is what the next forward pass uses.
+    def prepare_to_write(self) -> None:
+        """See to it that what is written into the live weight is what the next forward pass uses.
 
         Raises:
-            RuntimeError: if FSDP has gathered the weight for a forward pass and not divided it again since.
+            RuntimeError: if that cannot be had.
         """
-        if self._divided is not None and getattr(self.module, self.attribute) is not self._divided:
+        if self._is_in_place():
+            return
+        divide_again(self.module)
+        if not self._is_in_place():
             raise RuntimeError(
-                f"{self.name!r} is gathered from all processes now, as FSDP leaves it after a forward pass without gradients, "
-                "so writing into this process's part of it would not be seen. Call reshard() on the model's FSDP modules "
-                "first."
+                f"{self.name!r} is gathered from all processes now, as FSDP leaves it after a forward pass without "
+                "gradients, so writing into this process's part of it would not be seen. Call reshard() on the model's FSDP "
+                "modules first."
             )
+
+    def _is_in_place(self) -> bool:
+        return self._divided is None or getattr(self.module, self.attribute) is self._divided
 
     def lend(self) -> Tensor:
         """Put a working copy in the live weight's place, for an optimizer to write into, and return it."""
-        self.check_written()
+        self.prepare_to_write()
         live = self.data
         working = live.clone()
         put_local(self.parameter, working)
@@ -255,7 +261,7 @@ class SparseWeight:
     def revert(self) -> None:
         """Write the seed back everywhere. Exact."""
         data = self._follow()
-        self.check_written()
+        self.prepare_to_write()
         if not self.indices.numel():
             return
         scatter(data, self.indices, self.seeds)

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from ..config import COLLECTED
 from ..core import Constraint, SparseWeight, gather
 from ..core.free import watch
+from ..core.shards import Together, together
 from ..delta import (
     MARKER,
     PARTS,
@@ -62,7 +63,7 @@ def collect(
     records: dict[str, Record] = {}
     summaries: dict[str, Summary] = {}
     _check_complete(model, adapter_name)
-    _check_seen(weight for _, marker in markers(model) for weight in marker.weights.values())
+    _check_seen(model, state_dict)
     for name, marker in markers(model):
         name = name.removeprefix("_fsdp_wrapped_module.")
         for parameter in marker.tuned.get(adapter_name, ()):
@@ -175,36 +176,49 @@ def _check_complete(model: nn.Module, adapter_name: str) -> None:
             )
 
 
-def _check_seen(weights: Iterable[SparseWeight]) -> None:
-    for weight in weights:
+def _check_seen(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+    weights = {(name, w.attribute): w for name, marker in markers(model) for w in marker.weights.values()}
+    changed = None
+    for number, weight in enumerate(weights.values()):
         weight.recover()
         weight.check_shape()
-        if not weight.seed_is_intact():
-            raise RuntimeError(
-                f"{weight.name!r} differs from the seed outside the subset: its weights were changed without the "
-                "constraint being enforced, so they cannot be saved as a delta. Train with a torch.optim optimizer, whose "
-                "step the constraint hooks (DeepSpeed and optimizers that are no torch.optim.Optimizer are not reached), "
-                "and do not edit the weights otherwise."
-            )
+        if changed is None and not weight.seed_is_intact():
+            changed = number
+    asked = [w for (name, _), w in weights.items() if w.is_divided and _whole(w, name, state_dict) is None]
+    if asked and (processes := together(weight.box for weight in asked)) is not None:
+        # Whoever finds a change in its part, none may go on and wait for the others.
+        first = torch.tensor(len(weights) if changed is None else changed, device=asked[0].data.device)
+        found = int(processes.reduce(first, torch.distributed.ReduceOp.MIN))
+        changed = found if found < len(weights) else None
+    if changed is not None:
+        raise RuntimeError(
+            f"{list(weights.values())[changed].name!r} differs from the seed outside the subset: its weights were changed "
+            "without the constraint being enforced, so they cannot be saved as a delta. Train with a torch.optim optimizer, "
+            "whose step the constraint hooks (DeepSpeed and optimizers that are no torch.optim.Optimizer are not reached), "
+            "and do not edit the weights otherwise."
+        )
+
+
+def _whole(weight: SparseWeight, marker: str, state_dict: Mapping[str, Tensor]) -> Tensor | None:
+    """All of a weight that several processes hold together, if a state dict has it: gathered for one process, which then
+    saves by itself (Accelerate, Trainer).
+    """
+    found = state_dict.get(f"{marker.removesuffix(MARKER)}{weight.attribute}")
+    return None if isinstance(found, DTensor) else found
 
 
 def _seeds(weight: SparseWeight, marker: str, record: Record, state_dict: Mapping[str, Tensor]) -> Tensor:
-    """Seed values at the positions of a record that is saved.
-
-    Of a weight that several processes hold together they are asked for their parts, unless the state dict has all of it:
-    that was gathered for one process, which then saves by itself (Accelerate, Trainer).
-    """
+    """Seed values at the positions of a record that is saved."""
     positions = record.indices.to(weight.data.device, torch.int64)
-    host = marker.removesuffix(f".{MARKER}")
-    whole = state_dict.get(f"{host}.{weight.attribute}")
-    if not weight.is_divided or whole is None or isinstance(whole, DTensor):
+    whole = _whole(weight, marker, state_dict) if weight.is_divided else None
+    if whole is None:
         return weight.whole_seeds_at(positions)
     positions = positions.to(whole.device)
     seeds = gather(whole, positions)
-    notes = [state_dict.get(f"{marker}.{part}.{weight.attribute}") for part in ("seed_indices", "seed_values")]
-    if notes[0] is not None and notes[1] is not None:
-        slot = torch.searchsorted(notes[0], positions).clamp_max_(notes[0].numel() - 1)
-        seeds = torch.where(notes[0][slot] == positions, notes[1][slot], seeds)
+    indices, values = (state_dict.get(f"{marker}.{part}.{weight.attribute}") for part in ("seed_indices", "seed_values"))
+    if indices is not None and values is not None:
+        slot = torch.searchsorted(indices, positions).clamp_max_(indices.numel() - 1)
+        seeds = torch.where(indices[slot] == positions, values[slot], seeds)
     return seeds
 
 
@@ -214,6 +228,11 @@ def constraints(model: nn.Module) -> dict[str, Constraint]:
         if CONSTRAINTS in module.__dict__:
             return module.__dict__[CONSTRAINTS]
     return {}
+
+
+def processes_of(model: nn.Module) -> Together | None:
+    """The processes that hold a model's tuned weights together; None if this one does alone."""
+    return together(weight.box for _, marker in markers(model) for weight in marker.weights.values() if weight.is_divided)
 
 
 def settle(model: nn.Module) -> bool:

@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from torch.distributed.tensor import DTensor
 
 from ..delta import CONFIG_NAME, WEIGHTS_NAME
+from .exchange import processes_of
 
 
 _CARD = "README.md"
@@ -36,9 +38,23 @@ def save_pretrained(
         *args: as PEFT takes them.
         **kwargs: likewise.
     """
-    given = inspect.signature(original).bind(model, save_directory, *args, **kwargs).arguments
-    if not given.get("is_main_process", True) or os.path.isfile(save_directory):
-        original(model, save_directory, *args, **kwargs)
+    call = inspect.signature(original).bind(model, save_directory, *args, **kwargs)
+    processes = processes_of(model)
+    if processes is not None and call.arguments.setdefault("kwargs", {}).get("state_dict") is None:
+        # Without the dense weights, which nobody needs.
+        embeddings = call.arguments.get("save_embedding_layers", "auto") is True
+        call.arguments["kwargs"]["state_dict"] = _gathered(model, embeddings)
+        call.arguments["is_main_process"] = call.arguments.get("is_main_process", True) and processes.is_first
+        with processes.all_or_none("save_pretrained"):
+            _save(original, call)
+    else:
+        _save(original, call)
+
+
+def _save(original: Callable[..., None], call: inspect.BoundArguments) -> None:
+    save_directory = call.arguments["save_directory"]
+    if not call.arguments.get("is_main_process", True) or os.path.isfile(save_directory):
+        original(*call.args, **call.kwargs)
         return
     target = Path(save_directory)
     target.mkdir(parents=True, exist_ok=True)
@@ -46,8 +62,24 @@ def save_pretrained(
         if (target / _CARD).is_file():
             # What a person wrote into it is kept.
             shutil.copyfile(target / _CARD, Path(folder) / _CARD)
-        original(model, folder, *args, **kwargs)
+        call.arguments["save_directory"] = folder
+        original(*call.args, **call.kwargs)
         _move(Path(folder), target)
+
+
+def _gathered(model: PeftModel, embeddings: bool) -> dict[str, Any]:
+    """The state dict of a model that several processes hold together, of which only what an adapter's file holds is
+    gathered: its dense copies, and where it is asked for the embeddings.
+    """
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()] if embeddings else []
+    wanted = [f"{name}." for name, module in model.named_modules() if any(module is end for end in ends)]
+    gathered = {}
+    for key, tensor in model.state_dict().items():
+        if not isinstance(tensor, DTensor):
+            gathered[key] = tensor
+        elif ".modules_to_save." in key or key.startswith(tuple(wanted)):
+            gathered[key] = tensor.full_tensor()
+    return gathered
 
 
 def _move(source: Path, target: Path) -> None:
