@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -47,9 +48,19 @@ class Entries(nn.Module):
 
 
 class Notes(nn.Module):
-    """Stands for what a marker writes into state dicts and reads from them by itself: PEFT takes keys that no child of the
-    marker is named by for the base model's.
+    """Stands for what a marker writes into state dicts and reads from them by itself.
+
+    PEFT takes keys that no child of the marker is named by for the base model's, and torch.distributed.checkpoint knows no
+    others than those of buffers and parameters: so each has an empty buffer here.
     """
+
+    def name(self, key: str) -> None:
+        """Announce a key."""
+        if not hasattr(self, key):
+            self.register_buffer(key, torch.empty(0, device="cpu"))
+
+    def _save_to_state_dict(self, *unused: Any) -> None:
+        return
 
     def _load_from_state_dict(self, *unused: Any) -> None:
         return

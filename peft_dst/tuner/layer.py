@@ -126,12 +126,15 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         self.dst_indices[adapter] = Entries()
         self.dst_values[adapter] = Entries()
         self.tuned[adapter] = tuple(parameters)
+        self.sizes.name(adapter)
         if entries is not None:
             self.awaited.add(adapter)
         for parameter in parameters:
             if parameter not in self.weights:
                 name = f"{self.name}.{parameter}" if self.name else parameter
                 self.weights[parameter] = sparse_weight(self.host, parameter, name)
+                self.seed_indices.name(parameter)
+                self.seed_values.name(parameter)
             weight, device = self.weights[parameter], self.weights[parameter].device
             if entries is None or parameter in entries:
                 size = entries[parameter] if entries else 0
