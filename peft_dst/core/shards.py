@@ -198,16 +198,14 @@ class Together:
         """The first dimensions of all processes' tensors, one behind the other; they may differ in length."""
         for dimension in self.dimensions:
             group, size = self.mesh.get_group(dimension), self.mesh.size(dimension)
-            length = torch.tensor([tensor.shape[0]], device=tensor.device)
-            lengths = length.new_empty(size)
-            dist.all_gather_into_tensor(lengths, length, group=group)
-            longest = int(lengths.max())
+            lengths = [torch.zeros(1, dtype=torch.int64, device=tensor.device) for _ in range(size)]
+            dist.all_gather(lengths, torch.tensor([tensor.shape[0]], device=tensor.device), group=group)
+            longest = max(int(length) for length in lengths)
             padded = tensor.new_zeros((longest, *tensor.shape[1:]))
             padded[: tensor.shape[0]] = tensor
-            everything = padded.new_empty((size * longest, *tensor.shape[1:]))
-            dist.all_gather_into_tensor(everything, padded, group=group)
-            parts = everything.split(longest) if longest else []
-            tensor = torch.cat([part[:n] for part, n in zip(parts, lengths.tolist(), strict=False)] or [padded])
+            parts = [torch.empty_like(padded) for _ in range(size)]
+            dist.all_gather(parts, padded, group=group)
+            tensor = torch.cat([part[: int(length)] for part, length in zip(parts, lengths, strict=True)])
         return tensor
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,12 @@ class Entries(nn.Module):
     """Tensors of one adapter by the host's parameters' names, which are free in a bare module as they are in the host.
 
     (A ParameterDict or BufferDict has attributes of its own, `keys` and `values` for example, that they could not have.)
+
+    Attributes:
+        shown: what state dicts get of each tensor: all of it, an empty one in its place, or nothing.
     """
+
+    shown: Literal["all", "empty", "nothing"] = "all"
 
     def put(self, parameter: str, tensor: Tensor) -> None:
         """Add or replace one: a frozen parameter if it is floating, which is what PEFT looks for, else a buffer."""
@@ -35,6 +40,12 @@ class Entries(nn.Module):
             if tensor is not None
         }
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if self.shown == "all":
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+        elif self.shown == "empty":
+            destination |= {f"{prefix}{name}": tensor[:0] for name, tensor in self.tensors().items()}
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Entries:
         # They go where the model goes, but keep what they hold where it comes to have no memory, or new and empty one
         # (`to_empty`): their weights are about to be loaded, and they may have been already.
@@ -51,13 +62,16 @@ class Notes(nn.Module):
     """Stands for what a marker writes into state dicts and reads from them by itself.
 
     PEFT takes keys that no child of the marker is named by for the base model's, and torch.distributed.checkpoint knows no
-    others than those of buffers and parameters: so each has an empty buffer here.
+    others than those of buffers and parameters: so each has a buffer here, of no dimensions and no meaning.
     """
 
     def name(self, key: str) -> None:
         """Announce a key."""
         if not hasattr(self, key):
-            self.register_buffer(key, torch.empty(0, device="cpu"))
+            self.register_buffer(key, torch.zeros((), device="cpu"))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Notes:
+        return self
 
     def _save_to_state_dict(self, *unused: Any) -> None:
         return

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from peft.config import PeftConfig
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -41,7 +42,7 @@ from ..delta import (
     parse_summaries,
     summarize,
 )
-from .layer import markers
+from .layer import EXTRA_STATE, expanded, markers
 from .overlay import OverlayWeight
 
 
@@ -64,6 +65,7 @@ def collect(
     summaries: dict[str, Summary] = {}
     _check_complete(model, adapter_name)
     _check_seen(model, state_dict)
+    state_dict = {**state_dict, **{k: t for name, _ in markers(model) for k, t in expanded(state_dict, f"{name}.").items()}}
     for name, marker in markers(model):
         name = name.removeprefix("_fsdp_wrapped_module.")
         for parameter in marker.tuned.get(adapter_name, ()):
@@ -83,6 +85,20 @@ def collect(
     return pack(records, summaries) if config.packed else kept
 
 
+def collect_divided(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Any]:
+    """The adapter's records as a checkpoint of a model gets them that several processes hold together: one value for each
+    marker, whatever is in it, because torch.distributed.checkpoint loads into what is there.
+    """
+    kept: dict[str, Any] = {}
+    for name, marker in markers(model):
+        if adapter_name in marker.tuned:
+            found = expanded(state_dict, f"{name}.")
+            own = {key: tensor for key, tensor in found.items() if key.split(".")[-2] == adapter_name}
+            names = {key: ".".join([*key.removeprefix(f"{name}.").split(".")[:-2], key.split(".")[-1]]) for key in own}
+            kept[f"{name}.{EXTRA_STATE}"] = save({names[key]: t for key, t in own.items() if ".sizes." not in key})
+    return kept
+
+
 def check_and_name(
     model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
 ) -> dict[str, Tensor]:
@@ -91,7 +107,10 @@ def check_and_name(
     Raises:
         DeltaError: if a record is malformed or the base is another one; nothing has been changed by then.
     """
-    loaded, others = find_records(state_dict)
+    divided = [key for key in state_dict if key.endswith(f".{MARKER}.{EXTRA_STATE}")]
+    found = [expanded(state_dict, key.removesuffix(EXTRA_STATE)) for key in divided]
+    rest = {key: tensor for key, tensor in state_dict.items() if key not in divided}
+    loaded, others = find_records({**rest, **{k: t for one in found for k, t in one.items() if t.numel()}})
     named = _check_dense(model, adapter_name, others)
     dense = {key.removeprefix(PEFT_PREFIX) for key in named}
     summaries = parse_summaries(config.records)

@@ -28,15 +28,17 @@ from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.distributed._composable.contract import REGISTRY_KEY, RegistryItem
+from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX as EXTRA_STATE
 
 from ..core import SparseWeight
 from ..core.distances import wide_dtype
 from ..core.free import free_values, watch
 from ..core.shards import local
 from ..core.tiles import bits
-from ..delta import MARKER, DeltaError, Record, check_record, index_dtype
+from ..delta import MARKER, PARTS, DeltaError, Record, check_record, index_dtype
 from .entries import Entries, FreeValues, Notes
 from .overlay import sparse_weight
 
@@ -517,34 +519,58 @@ class SparseLayer(nn.Module, BaseTunerLayer):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         # Parents save before their children: the records are fresh by the time they are collected.
         self.refresh()
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        self._join_records()
+        divided = any(weight.is_divided for weight in self.weights.values())
+        empty = divided and any(weight.data.is_meta for weight in self.weights.values())
+        for part in (self.dst_indices, self.dst_values):
+            for entries in part.values():
+                cast(Entries, entries).shown = "nothing" if empty else "empty" if divided else "all"
+        if divided and not empty:
+            destination[f"{prefix}{EXTRA_STATE}"] = self.get_extra_state()
+        elif not divided:
+            destination |= {f"{prefix}{key}": tensor for key, tensor in self._notes().items()}
+
+    def _notes(self) -> dict[str, Tensor]:
+        """What state dicts get beside the records."""
+        notes = {}
         # Savers that drop aliases (Accelerate's) take all empty tensors for one; sizes tell empty from absent.
         for adapter in [adapter for adapter in self.tuned if adapter not in self.awaited]:
             records = self._records(adapter)
             sizes = [records[p].indices.numel() if p in records else 0 for p in self.tuned[adapter]]
-            destination[f"{prefix}sizes.{adapter}"] = torch.tensor(sizes)
+            notes[f"sizes.{adapter}"] = torch.tensor(sizes)
         # A full state dict holds the live weights; with the seed values beside them it can be loaded and reverted.
         for parameter, weight in self.weights.items():
             indices, seeds = weight.joined(*weight.noted())
             if indices.numel():
-                destination[f"{prefix}seed_indices.{parameter}"] = indices
-                destination[f"{prefix}seed_values.{parameter}"] = seeds
+                notes[f"seed_indices.{parameter}"] = indices
+                notes[f"seed_values.{parameter}"] = seeds
+        return notes
 
-    def _join_records(self) -> None:
-        """Have the records hold the entries of all processes that hold the weights together, which all do this."""
+    def get_extra_state(self) -> bytes:
+        """All that state dicts hold of the marker, where several processes hold the weights together, which all call this.
+
+        In safetensors, because torch.distributed.checkpoint loads no tensor into another size: the fresh model's records
+        have none yet.
+        """
         for adapter in [adapter for adapter in self.tuned if adapter not in self.awaited]:
             for parameter, record in self._records(adapter).items():
                 weight = self.weights[parameter]
-                if weight.is_divided and not weight.data.is_meta:
-                    indices, values = weight.joined(*own_part(weight, record))
-                    self._store(adapter, parameter, indices.to(record.indices.dtype), values)
+                indices, values = weight.joined(*own_part(weight, record))
+                self._store(adapter, parameter, indices.to(record.indices.dtype), values)
+        tensors = self._notes()
+        for adapter in [adapter for adapter in self.tuned if adapter not in self.awaited]:
+            for parameter, record in self._records(adapter).items():
+                tensors |= zip((f"{part}.{adapter}.{parameter}" for part in PARTS), record, strict=True)
+        return save({key: tensor.cpu().contiguous() for key, tensor in tensors.items()})
+
+    def set_extra_state(self, state: object) -> None:
+        """Nothing: it is read with the rest of a state dict."""
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Tensor], prefix: str, local_metadata: Any, strict: bool, *lists: list[str]
     ) -> None:
         # Records change their length from step to step, so they are replaced rather than copied into.
         self.refresh()
+        self._complete(state_dict, prefix)
         for adapter, parameters in self.tuned.items():
             sizes = state_dict.get(f"{prefix}sizes.{adapter}")
             for i, parameter in enumerate(parameters):
@@ -585,6 +611,31 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         self.sync()
         for weight in overwritten:
             weight.remember_seed_again()
+
+    def _complete(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Have a state dict hold everything that the children, which load next and are strict, look for."""
+        found = expanded(state_dict, prefix)
+        # Where torch.distributed.checkpoint has nothing to load it leaves what it found in the model.
+        for key in [key for key in state_dict if key.startswith(prefix)]:
+            if found or not isinstance(state_dict[key], Tensor) or not state_dict[key].dim():
+                del state_dict[key]
+        state_dict |= found
+        for adapter in self.tuned:
+            for parameter, record in self._records(adapter).items():
+                keys = [f"{prefix}{part}.{adapter}.{parameter}" for part in PARTS]
+                if self.weights[parameter].is_divided and not any(key in state_dict for key in keys):
+                    state_dict |= zip(keys, record, strict=True)
+
+
+def expanded(state_dict: Mapping[str, Any], prefix: str) -> dict[str, Tensor]:
+    """What a state dict holds of a marker as its extra state, by the keys that it has in others.
+
+    Args:
+        state_dict: the state dict.
+        prefix: the marker's name there, with a point at its end.
+    """
+    extra = state_dict.get(f"{prefix}{EXTRA_STATE}")
+    return {f"{prefix}{key}": tensor for key, tensor in load(extra).items()} if isinstance(extra, bytes) else {}
 
 
 def _keep_from_fsdp(marker: SparseLayer) -> None:

@@ -17,6 +17,7 @@ from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ..config import BY_SEED, DSTConfig
 from ..core import Constraint, Silo, SparseWeight, partition
@@ -489,6 +490,8 @@ class DSTModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
+        if any(isinstance(tensor, DTensor) for tensor in state_dict.values()):
+            return exchange.collect_divided(model, adapter_name, state_dict)
         return exchange.collect(model, config, adapter_name, state_dict)
 
     @classmethod
