@@ -337,7 +337,7 @@ def test_progress_is_shown_on_a_terminal_only(desk, run, monkeypatch, capsys):
         def update(self, count):
             shown[-1]["done"] = shown[-1].get("done", 0) + count
 
-    monkeypatch.setattr("peft_dst.cli.tqdm", Bar)
+    monkeypatch.setattr("peft_dst.cli.deltas.tqdm", Bar)
     size = sum(tensor.nbytes for tensor in Checkpoint("base").values())
     for terminal, quiet, visible in ((True, (), True), (True, ("-q",), False), (False, (), False)):
         monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal, raising=False)
