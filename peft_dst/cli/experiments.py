@@ -37,15 +37,12 @@ def _train(
     not run again, an interrupted one goes on from its last checkpoint, and a folder of another recipe is refused.
     """
     recipes = _recipes()
-    recipe = recipes.load_recipe(config, overrides or [])
+    given = recipes.load_recipe(config, overrides or [])
     folder = output or Path("runs") / config.stem
     there = recipes.results(folder) is not None
-    if recipe.training.learning_rate == recipes.AUTO:
-        recipe = recipes.settled(recipe)
-        if not quiet:
-            print(
-                f"learning rate {recipe.training.learning_rate:g} by rule; training.learning_rate=NUMBER gives another."
-            )
+    recipe = recipes.settled(given)
+    if recipe != given and not quiet:
+        print(f"learning rate {recipe.training.learning_rate:g} by rule; training.learning_rate=NUMBER gives another.")
     record = recipes.train(recipe, folder, progress=shows(quiet))
     if comparison is not None:
         comparison.write_text(json.dumps(recipes.compared(folder), indent=2) + "\n")
