@@ -47,9 +47,6 @@ class PoolStatistics:
     switches: int
 
 
-_NOTHING_MIXED: tuple[dict[str, Mixable], Subsets] = ({}, Subsets({}, {}))
-
-
 class DeltaPool:
     """Any number of deltas on one base model.
 
@@ -76,8 +73,8 @@ class DeltaPool:
             model of PEFT's is none: give its base.
         budget: bytes of deltas held ready, on the model's device. Each takes 8 + 2 × (bytes of a value) for an entry,
             and its whole tensors. The one in use is held in any case. Those of mixed batches are also held arranged for
-            that, within the same budget again: 45 to 95 bytes an entry (of ε from 1e-2 to 1e-4; most where embeddings are
-            tied), those just named included. What the last mixed batch took is held besides.
+            that, within as much again: 45 to 95 bytes an entry (ε from 1e-2 to 1e-4; most where embeddings are tied), with
+            those just named. What the last mixed batch took is held besides.
         host_budget: bytes of deltas that are kept as they were read, in the host's memory, so that one that was let go for
             others need not be read and parsed again. For a model on CUDA they are pinned there.
         check: whether each delta is compared with the base when it is made ready (its checksums of the base's values).
@@ -118,7 +115,7 @@ class DeltaPool:
         self._replaced: dict[str, Tensor] = {}
         self._switches = 0
         # The deltas of the last mixed batch, and what was arranged for them.
-        self._mixed: tuple[dict[str, Mixable], Subsets] = _NOTHING_MIXED
+        self._mixed: tuple[dict[str, Mixable], Subsets] | None = None
 
     # Names
 
@@ -238,7 +235,7 @@ class DeltaPool:
         with self._alone(partial(self._show, sources, None, BASE)), self._noted(None):
             given = [SEED if name is None else name for name in names]
             # A generation asks for the same deltas again and again.
-            if self._mixed[0] != found:
+            if self._mixed is None or self._mixed[0] != found:
                 changes = {name: one.changes for name, one in found.items()}
                 self._mixed = found, Subsets(self._readers.modules, changes)
             with serve(self.model, self._mixed[1], given, copies):
@@ -300,7 +297,7 @@ class DeltaPool:
             if not self._shelf.closed:
                 self._switch(None, BASE)
             self._shelf.close()
-            self._mixed = _NOTHING_MIXED
+            self._mixed = None
 
     def __enter__(self) -> DeltaPool:
         return self

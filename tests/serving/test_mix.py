@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
@@ -184,6 +186,15 @@ def test_what_is_held_is_counted_and_let_go(served):
     assert held > 2 * ready
     pool.remove("task0")
     assert pool.statistics.nbytes < held
+
+
+def test_a_closed_pool_holds_nothing(served):
+    pool, _ = served
+    with pool.mix(NAMES):
+        held = [weakref.ref(pool._shelf.mixable(name)) for name in pool.names()]
+    pool.close()
+    gc.collect()
+    assert [one() for one in held] == [None] * 3
 
 
 class Shifted(nn.Module):
