@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from os import PathLike
-from pathlib import Path
 from types import TracebackType
 
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from ..delta import SparseDelta
 from ..mixing import BASE as SEED
 from ..mixing import Readers, Subsets, serve
 from .placed import BASE, Mixable, Placed, mixable, place, write
-from .shelf import Shelf
+from .shelf import Shelf, Source
 from .storage import FlatStorage
 from .turns import Turn
 
@@ -313,7 +312,7 @@ class DeltaPool:
         with self._weights:
             return place(delta, self.storage, self._shown[1], self.check)
 
-    def _show(self, sources: Mapping[str, Path | SparseDelta], name: str | None, placed: Placed) -> None:
+    def _show(self, sources: Mapping[str, Source], name: str | None, placed: Placed) -> None:
         """At the beginning of a turn: have a delta in the weights, if the names still stand for what they did."""
         if gone := [name for name, source in sources.items() if not self._shelf.is_source(name, source)]:
             raise KeyError(f"the delta {gone[0]!r} was removed.")

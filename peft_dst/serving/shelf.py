@@ -13,6 +13,10 @@ from .cache import Cache
 from .placed import Mixable, Placed, ReadDelta
 
 
+#: Where a delta comes from: a folder or file, or what was read of one.
+Source = Path | SparseDelta
+
+
 class Shelf:
     """Names, and what is held of them within budgets.
 
@@ -45,7 +49,7 @@ class Shelf:
         workers: int,
     ) -> None:
         self._place, self._arrange, self._in_use, self._pinned = place, arrange, in_use, pinned
-        self._sources: dict[str, Path | SparseDelta] = {}
+        self._sources: dict[str, Source] = {}
         self._ready: Cache[Placed] = Cache(budget)
         self._mixables: Cache[Mixable] = Cache(budget)
         self._read: Cache[ReadDelta] = Cache(host_budget)
@@ -71,7 +75,7 @@ class Shelf:
         self._add(found)
         return sorted(found)
 
-    def _add(self, sources: Mapping[str, Path | SparseDelta]) -> None:
+    def _add(self, sources: Mapping[str, Source]) -> None:
         with self._lock:
             self._check_open()
             if taken := sorted(sources.keys() & self._sources.keys()):
@@ -103,7 +107,7 @@ class Shelf:
     def __len__(self) -> int:
         return len(self._sources)
 
-    def source(self, name: str) -> Path | SparseDelta:
+    def source(self, name: str) -> Source:
         """Where a delta comes from.
 
         Raises:
@@ -114,7 +118,7 @@ class Shelf:
             self._check_open()
             return self._source(name)
 
-    def is_source(self, name: str, source: Path | SparseDelta) -> bool:
+    def is_source(self, name: str, source: Source) -> bool:
         """Whether a name still stands for what `source` gave."""
         return self._sources.get(name) is source
 
@@ -234,7 +238,7 @@ class Shelf:
 
     # With the lock held
 
-    def _source(self, name: str) -> Path | SparseDelta:
+    def _source(self, name: str) -> Source:
         if name not in self._sources:
             raise KeyError(f"there is no delta {name!r}; add it first.")
         return self._sources[name]
