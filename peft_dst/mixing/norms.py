@@ -20,12 +20,10 @@ from .running import by_sample
 
 def is_norm(host: Host) -> bool:
     """Whether a module is a norm of whose own vectors entries are all that subsets change."""
-    vectors = all(
-        patch.module is host.module and patch.entries.data.dim() == 1 and not change.wholes
-        for change in host.changes.values()
-        for patch in change.patches
-    )
-    return vectors and "Norm" in type(host.module).__name__
+    if "Norm" not in type(host.module).__name__ or any(change.wholes for change in host.changes.values()):
+        return False
+    patches = [patch for change in host.changes.values() for patch in change.patches]
+    return all(patch.module is host.module and patch.entries.data.dim() == 1 for patch in patches)
 
 
 def normalise(host: Host, batch: Batch, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
