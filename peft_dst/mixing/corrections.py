@@ -49,12 +49,13 @@ class Entries(NamedTuple):
 class Stacked(Protocol):
     """Corrections of several groups of samples."""
 
-    def correct(self, output: Tensor, input: Tensor, /) -> None:
-        """Correct an output (rows, …, outputs), contiguous, of groups of as many rows each, in place.
+    def correct(self, output: Tensor, input: Tensor, *more: Tensor) -> None:
+        """Correct a module's output in place. The groups have as many rows each, one after the other.
 
         Args:
-            output: what the module has returned.
-            input: what it was given (rows, …). What its kind's `run` has returned beside the output comes after that.
+            output: what it has returned with the seed, floating (rows, …, outputs), contiguous.
+            input: what it was given, (rows, …).
+            more: what else `Correction.call` has returned.
         """
 
 
@@ -63,7 +64,7 @@ Arrangement = Callable[[Sequence[str]], Stacked | None]
 
 
 class Correction:
-    """A kind of correction."""
+    """Of what a module returns, for one subset."""
 
     @property
     def nbytes(self) -> int:
@@ -71,8 +72,8 @@ class Correction:
         return 0
 
     @staticmethod
-    def run(forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-        """What a module's forward returns, and what is of use when that is corrected."""
+    def call(forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        """Call a module's forward: its output, and whatever is of use to `Stacked.correct`."""
         return (forward(*args, **kwargs),)
 
     @staticmethod
@@ -116,7 +117,7 @@ class StackedLinear(NamedTuple):
     weights: StackedDifference | None
     biases: tuple[Tensor, Tensor] | None
 
-    def correct(self, output: Tensor, input: Tensor) -> None:
+    def correct(self, output: Tensor, input: Tensor, *_: Tensor) -> None:
         if self.weights is not None:
             correct_stacked(output, input, self.weights)
         if self.biases is not None and output.numel():
@@ -156,7 +157,7 @@ class StackedEmbedding(NamedTuple):
     rows: int
     entries: EmbeddingEntries | None
 
-    def correct(self, output: Tensor, input: Tensor) -> None:
+    def correct(self, output: Tensor, input: Tensor, *_: Tensor) -> None:
         """The input are tokens, integers (rows, …)."""
         if self.entries is not None:
             tokens = input.reshape(self.groups, -1)
@@ -171,7 +172,7 @@ class Norm(Correction):
     entries: Mapping[str, Entries]
 
     @staticmethod
-    def run(forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+    def call(forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         """With mean and reciprocal standard deviation (rows, …, 1) of a LayerNorm's input, as its kernel has them."""
         if getattr(forward, "__func__", None) is not nn.LayerNorm.forward:
             return (forward(*args, **kwargs),)
@@ -225,7 +226,7 @@ class StackedNorm(NamedTuple):
     bias: Tensor | None
 
     def correct(self, output: Tensor, input: Tensor, *moments: Tensor) -> None:
-        """The input is (rows, …, size); its moments are those of `Norm.run`, if they are known."""
+        """The input is (rows, …, size); its moments are those of `Norm.call`, if they are known."""
         if not output.numel():
             return
         group, position = self.places

@@ -23,7 +23,7 @@ def is_norm(host: Host) -> bool:
     if "Norm" not in type(host.module).__name__ or any(change.wholes for change in host.changes.values()):
         return False
     patches = [patch for change in host.changes.values() for patch in change.patches]
-    return all(patch.module is host.module and patch.entries.data.dim() == 1 for patch in patches)
+    return bool(patches) and all(patch.module is host.module and patch.entries.data.dim() == 1 for patch in patches)
 
 
 def normalise(host: Host, batch: Batch, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

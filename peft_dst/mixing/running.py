@@ -28,7 +28,7 @@ _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device, torch.Si
 
 def corrected(host: Host, batch: Batch, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call a module once for all samples, and correct what it returns."""
-    output, *more = host.kind.run(forward, *args, **kwargs)
+    output, *more = host.kind.call(forward, *args, **kwargs)
     input = tensors_in((args, kwargs))[0]
     if batch.trial is not None:
         batch.note(host, [input], output)

@@ -109,10 +109,10 @@ def test_a_norm_with_a_whole_tensor_of_a_subset_s():
 
 def test_moments_are_used_where_they_are_exact():
     norm, hidden = nn.LayerNorm(4), torch.randn(2, 3, 4)
-    output, mean, scale = Norm.run(norm.forward, hidden)
+    output, mean, scale = Norm.call(norm.forward, hidden)
     assert torch.equal(output, norm(hidden))
     assert torch.allclose((hidden - mean) * scale, output, atol=1e-6)
-    assert len(Norm.run(nn.RMSNorm(4).forward, hidden)) == 1
+    assert len(Norm.call(nn.RMSNorm(4).forward, hidden)) == 1
     with torch.autocast("cpu", torch.bfloat16):
-        assert len(Norm.run(norm.forward, hidden)) == 1
-    assert len(Norm.run(norm.bfloat16().forward, hidden.bfloat16())) == 1
+        assert len(Norm.call(norm.forward, hidden)) == 1
+    assert len(Norm.call(norm.bfloat16().forward, hidden.bfloat16())) == 1
