@@ -6,9 +6,10 @@ python -m benchmarks.report
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -252,8 +253,9 @@ def render(results: dict[str, Results]) -> str:
     return page
 
 
-def plot(results: dict[str, Results], path: Path) -> None:
-    """Peak memory by method, and the choice's time by epsilon, as an SVG that is the same for the same results."""
+@contextlib.contextmanager
+def panels(path: Path, count: int, size: tuple[float, float], **options: Any) -> Iterator[Sequence[Any]]:
+    """Axes side by side, written as an SVG that is the same for the same results."""
     import matplotlib as mpl
     from matplotlib import pyplot as plt
 
@@ -261,12 +263,18 @@ def plot(results: dict[str, Results], path: Path) -> None:
     with mpl.rc_context(
         {"svg.hashsalt": "peft-dst", "font.size": 8, "axes.spines.top": False, "axes.spines.right": False}
     ):
-        figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-        _plot_memory(left, results["memory"])
-        _plot_selection(right, results["selection"])
+        figure, axes = plt.subplots(1, count, figsize=size, layout="constrained", squeeze=False, **options)
+        yield axes[0]
         figure.savefig(path, metadata={"Date": None})
         plt.close(figure)
     path.write_text("\n".join(line.rstrip() for line in path.read_text().splitlines()) + "\n")
+
+
+def plot(results: dict[str, Results], path: Path) -> None:
+    """Peak memory by method, and the choice's time by epsilon."""
+    with panels(path, 2, (9, 3.2)) as (left, right):
+        _plot_memory(left, results["memory"])
+        _plot_selection(right, results["selection"])
 
 
 def _plot_memory(axes: Any, results: Results) -> None:

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 from . import RESULTS, ROOT
-from .report import Results, environments, table
+from .report import Results, environments, panels, table
 
 
 PAGE = ROOT / "docs" / "serving.md"
@@ -166,17 +166,10 @@ def load_text(results: Results) -> str:
 
 
 def plot(results: Results, path: Path) -> None:
-    """Time of a switch by epsilon, as an SVG that is the same for the same results."""
-    import matplotlib as mpl
-    from matplotlib import pyplot as plt
-
-    mpl.use("svg")
+    """Time of a switch by epsilon."""
     models = list(dict.fromkeys(row["model"] for row in results["rows"]))
-    with mpl.rc_context(
-        {"svg.hashsalt": "peft-dst", "font.size": 8, "axes.spines.top": False, "axes.spines.right": False}
-    ):
-        figure, panels = plt.subplots(1, len(models), figsize=(3.2 * len(models), 3), layout="constrained", sharey=True)
-        for axes, model in zip(panels, models, strict=True):
+    with panels(path, len(models), (3.2 * len(models), 3), sharey=True) as found:
+        for axes, model in zip(found, models, strict=True):
             rows = [row for row in results["rows"] if row["model"] == model]
             own = [row for row in rows if row["epsilon"] is not None]
             for name, style in ((OURS, "o-"), ("scatter", ":"), (IN_PEFT, "s-")):
@@ -189,11 +182,8 @@ def plot(results: Results, path: Path) -> None:
                 axes.axhline(ratio, color=f"C{number + 3}", linewidth=0.8, linestyle="--", label=name)
             axes.set_title(model)
             axes.set_xlabel("ε")
-        panels[0].set_ylabel("switch / forward pass of 24 tokens")
-        panels[-1].legend(frameon=False, fontsize=6)
-        figure.savefig(path, metadata={"Date": None})
-        plt.close(figure)
-    path.write_text("\n".join(line.rstrip() for line in path.read_text().splitlines()) + "\n")
+        found[0].set_ylabel("switch / forward pass of 24 tokens")
+        found[-1].legend(frameon=False, fontsize=6)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -216,10 +216,12 @@ def test_a_missed_limit_is_reported():
     assert "**missed**" in report.selection_table(results["selection"])
 
 
-def test_the_plot_is_drawn(tmp_path):
+def test_the_plots_are_drawn(tmp_path):
     pytest.importorskip("matplotlib", reason="the bench extra is not installed")
-    report.plot(report.load(), tmp_path / "plot.svg")
-    assert (tmp_path / "plot.svg").read_text().startswith("<?xml")
+    report.plot(report.load(), tmp_path / "performance.svg")
+    serving_report.plot(serving_report.load()["switching"], tmp_path / "serving.svg")
+    for plot in ("performance.svg", "serving.svg"):
+        assert (tmp_path / plot).read_text().startswith("<?xml")
 
 
 def test_results_name_no_path_of_the_machine():

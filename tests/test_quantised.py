@@ -488,6 +488,35 @@ def test_several_adapters_in_one_batch(kind, name, base, adapter):
     assert not torch.allclose(mixed[0], mixed[1], rtol=1e-2)
 
 
+class OwnForward(nn.Linear):
+    """As the classes of bitsandbytes have it."""
+
+    def forward(self, hidden):
+        return functional.linear(hidden, self.weight, self.bias)
+
+
+def test_a_mixed_batch_in_which_an_adapter_changes_but_a_bias(base, adapter, tmp_path):
+    """Nothing can be written into the quantised weight for the others' sake."""
+    folder, _ = adapter()
+    biases = DSTConfig(target_parameters=["query.bias"], epsilon=0.5, init_weights=False)
+    get_peft_model(base(), biases).save_pretrained(tmp_path / "b")
+    model = base("stand-in")
+    for name, module in model.named_modules():
+        if name.endswith("query"):
+            module.__class__ = OwnForward
+    with pytest.warns(UserWarning, match="are quantised here"):
+        model = PeftModel.from_pretrained(model, folder, "a").eval()
+    model.load_adapter(tmp_path / "b", "b")
+    inputs = {key: tensor[:2] for key, tensor in batch("bert").items() if key != "labels"}
+    with torch.no_grad():
+        mixed = model(**inputs, adapter_names=["a", "b"]).logits
+        for row, label in enumerate("ab"):
+            model.set_adapter(label, inference_mode=True)
+            torch.testing.assert_close(mixed[row], model(**inputs).logits[row])
+        with model.disable_adapter():
+            assert not torch.allclose(mixed[1], model(**inputs).logits[1])
+
+
 def test_hot_swapping(base, adapter, tmp_path):
     folders = {label: adapter(label=label, first=10 * i)[0] for i, label in enumerate("ab")}
     model = serve(base("stand-in"), folders["a"])

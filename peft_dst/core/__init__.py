@@ -16,6 +16,7 @@ kernel is wanted.
 * `constraint` one adapter's constraint: what happens around an optimizer step
 * `free`       training a subset that never changes
 * `correction` what changed entries change in a layer's output
+* `stacking`   the same for several groups of samples in one call (on a GPU by `correction_triton`)
 * `hook`       the global optimizer hook that calls it, for any `torch.optim` optimizer
 * `reference`  the same step, dense and plain, to test the fast one against
 * `kernels`    AdamW's step and the choice in one on a GPU (with `kernels_triton`, and its plain `kernels_reference`)

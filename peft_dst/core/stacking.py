@@ -198,5 +198,7 @@ def stack_entries(entries: Sequence[EmbeddingEntries | None], rows: int) -> Embe
     return EmbeddingEntries(
         torch.cat([of_group.rows + number * rows for number, of_group in zip(numbers, found, strict=True)]),
         torch.cat([of_group.starts + start for of_group, start in zip(found, before, strict=False)]),
-        *(torch.cat([of_group[field] for of_group in found]) for field in (2, 3, 4)),
+        torch.cat([of_group.counts for of_group in found]),
+        torch.cat([of_group.columns for of_group in found]),
+        torch.cat([of_group.values for of_group in found]),
     )

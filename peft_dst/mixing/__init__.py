@@ -19,19 +19,23 @@ Served are modules that get their samples along the first dimension, or one row 
 - a model that fails with a sample more, where that leaves a module unknown.
 The model's own inputs are taken at their word: one with as many rows as there are names has a row for each sample.
 
-* `layouts`   where tensors have their samples
-* `changes`   what a subset changes, module by module
-* `batch`     whose sample is which
-* `running`   modules that run once a subset
-* `norms`     of them those that need not
-* `hooks`     a model that does all this for a while
+* `inputs`      whether a model was given a sample for each name
+* `layouts`     where tensors have their samples
+* `corrections` of outputs, by kinds of modules
+* `changes`     what a subset changes, module by module
+* `batch`       whose sample is which
+* `running`     modules that run once and are corrected, or once a subset
+* `norms`       of the latter those that need not
+* `hooks`       a model that does all this for a while
 
 PEFT's models come here through `mixed`, pools through `serving`; neither is known here.
 """
 
-from .batch import Host, Subsets, check_length, check_placeholders
-from .changes import BASE, Changes, Entries, Reader, Readers, Whole, changes_of
+from .batch import Host, Subsets
+from .changes import BASE, Changes, Reader, Readers, Whole, changes_of
+from .corrections import Entries
 from .hooks import serve
+from .inputs import check_length, check_placeholders
 
 
 __all__ = [

@@ -6,31 +6,27 @@ import contextlib
 import copy
 import functools
 import math
-import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
-from .changes import Arrangement, Changes, Reader
-from .layouts import Layout, Selected, compare, with_rows
+from .changes import Changes, Reader
+from .corrections import Arrangement, Correction, Stacked
+from .layouts import Layout, Selected, compare, tensors_in, with_rows
 
 
-Rows = slice | Tensor
+T = TypeVar("T")
 # By model: module's name, method and kind of input → layout.
 _LAYOUTS: WeakKeyDictionary[nn.Module, dict[Any, Layout]] = WeakKeyDictionary()
 # By model: name of a norm → whether it runs once for all samples.
 _AT_ONCE: WeakKeyDictionary[nn.Module, dict[str, bool]] = WeakKeyDictionary()
-# The placeholders that multimodal models have in their input_ids, as their configs call them.
-_PLACEHOLDER = re.compile(r"(image|video|audio|speech|vision)_token_(id|index)")
-# Inputs that have a row for each sample in these models.
-_NO_IMAGES = re.compile("embeds|mask|labels|ids|position")
 
 
 @dataclass(eq=False)
@@ -50,10 +46,16 @@ class Host:
 
     def __post_init__(self) -> None:
         self.module = self.reader.module
-        #: Whether it runs once for all samples, and is corrected.
-        self.corrects = self.run is None and all(change.correction is not None for change in self.changes.values())
+        found = {name: change.correction for name, change in self.changes.items() if change.correction is not None}
+        #: By subset, all of one kind; none if it does not run once for all samples.
+        self.corrections: dict[str, Correction] = found if len(found) == len(self.changes) else {}
         #: Ids of the parameters that differ between subsets.
-        self.parameters = {id(parameter) for change in self.changes.values() for parameter in change.parameters()}
+        self.parameters = {id(parameter) for change in self.changes.values() for parameter in change.parameters}
+
+    @property
+    def kind(self) -> type[Correction]:
+        """Of its corrections."""
+        return type(next(iter(self.corrections.values())))
 
     def __str__(self) -> str:
         return str(self.reader)
@@ -115,8 +117,8 @@ class Batch:
         calls: the modules that are being called, of those that hosts are in; with what the outermost one was given.
         inside: the hosts that are being called.
         given: what the module was given that computes a bias for all samples.
-        moments: of the inputs of norms that are being called.
         selected: tensors of the outermost call whose rows were selected by their values.
+        at_once: norms by their names: whether they can run once for all samples.
         trial: while the layouts are found out: what each module was given and returned.
     """
 
@@ -128,11 +130,9 @@ class Batch:
         self.inside: list[Host] = []
         self.given: Tensor | None = None
         self.selected = Selected()
-        self.moments: dict[Host, tuple[Tensor, Tensor]] = {}
         self.trial: dict[Any, list[list[torch.Size]]] | None = None
         self._subsets = subsets
         self._arrangements, self._kept = subsets.arrangements, subsets.kept(names)
-        #: Norms by their names: whether they can run once for all samples.
         self.at_once = _AT_ONCE.setdefault(model, {})
         self._known = _LAYOUTS.setdefault(model, {})
         self._tried = False
@@ -154,7 +154,7 @@ class Batch:
         self._tried, self._failure = False, None
         # Who made the inputs of the model knows what is in their rows: beams are selected, for one.
         self.selected = Selected()
-        sizes = [leaf.shape[0] for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.dim()]
+        sizes = [tensor.shape[0] for tensor in tensors_in((args, kwargs)) if tensor.dim()]
         repeated = len(self.names) * self.copies
         self.rows = repeated if repeated in sizes else len(self.names)
 
@@ -205,22 +205,19 @@ class Batch:
         finally:
             self._share(before)
 
-    def stacked(self, host: Host, names: Sequence[str]) -> Any:
+    def stacked(self, host: Host, names: Sequence[str]) -> Stacked | None:
         """The corrections of a host for these rows, in groups as large as can be."""
 
-        def stack() -> Any:
+        def stack() -> Stacked | None:
             if (arrangement := self._arrangements.get(host)) is None:
-                corrections: dict[str, Any] = {name: change.correction for name, change in host.changes.items()}
-                kind: Any = type(next(iter(corrections.values())))
-                arrangement = kind.arrange(corrections, host.module)
-                self._arrangements[host] = arrangement
+                arrangement = self._arrangements[host] = host.kind.arrange(host.corrections, host.module)
             # Runs of one name whose lengths have a common divisor are made of groups of that size.
             size = math.gcd(*(len(list(run)) for _, run in groupby(names)))
             return arrangement(names[::size])
 
         return self.kept((host, *names), stack)
 
-    def kept(self, key: Any, make: Callable[[], Any]) -> Any:
+    def kept(self, key: tuple[Any, ...], make: Callable[[], T]) -> T:
         """What was made under a key before, or is made now."""
         if key not in self._kept:
             self._kept[key] = make()
@@ -229,7 +226,7 @@ class Batch:
     def note(self, host: Host, tensors: Sequence[Tensor], outputs: Any = ()) -> None:
         """Note what a host was given in a trial, and what it returned."""
         assert self.trial is not None
-        shapes = [leaf.shape for leaf in (*tensors, *tree_leaves(outputs)) if isinstance(leaf, Tensor)]
+        shapes = [tensor.shape for tensor in (*tensors, *tensors_in(outputs))]
         self.trial.setdefault(_key(host, tensors), []).append(shapes)
 
     def _try(self) -> None:
@@ -267,7 +264,7 @@ class Batch:
             yield
 
     def _note_other(self, host: Host, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        tensors = tensors_in((args, kwargs))
         # Whether it is corrected, by its first tensor, or runs once a subset, is not known yet.
         for given in (tensors, tensors[:1]) if len(tensors) > 1 else (tensors,):
             if given:
@@ -281,64 +278,3 @@ def _with_own_cache(leaf: Any) -> Any:
 
 def _key(host: Host, tensors: Sequence[Tensor]) -> Any:
     return host.reader.name, host.reader.method, tuple((t.dim(), t.dim() > 0 and t.shape[0] == 1) for t in tensors)
-
-
-def segments(names: Sequence[str]) -> dict[str, Rows]:
-    """The rows of each adapter: a slice if they are consecutive, else int64 (r,)."""
-    rows: dict[str, list[int]] = {}
-    for row, name in enumerate(names):
-        rows.setdefault(name, []).append(row)
-    return {
-        name: slice(at[0], at[-1] + 1) if at[-1] - at[0] == len(at) - 1 else torch.tensor(at)
-        for name, at in rows.items()
-    }
-
-
-def count(rows: Rows) -> int:
-    return rows.stop - rows.start if isinstance(rows, slice) else rows.numel()
-
-
-def check_length(names: Sequence[str], inputs: Any) -> None:
-    """Check that there is a name for each sample, as far as a model's inputs tell how many those are.
-
-    Raises:
-        ValueError: if no input has as many rows.
-    """
-    sizes = [leaf.shape[0] for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim()]
-    if sizes and len(names) not in sizes:
-        raise ValueError(
-            "Length of `adapter_names` should be the same as the number of inputs, but got "
-            f"{len(names)} names for inputs of {', '.join(map(str, dict.fromkeys(sizes)))} rows."
-        )
-
-
-def check_placeholders(model: nn.Module, names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Check that images (videos, sounds) that are as many as the samples are one for each, by their placeholders.
-
-    There is one for each if every sample has a placeholder. Models that know none have no say in it: there the rows of
-    every input are samples, as with CLIP.
-
-    Args:
-        model: the base model, whose config names the placeholders.
-        names: for each sample the name of an adapter.
-        args: what the model is given: its input_ids, int64 (batch, length), come first,
-        kwargs: or by name, and floating tensors of two dimensions or more.
-
-    Raises:
-        ValueError: if a sample has none of what another one has, or there are no input_ids to tell.
-    """
-    config = getattr(model, "config", None)
-    found = config.to_dict() if config is not None and hasattr(config, "to_dict") else {}
-    tokens = {value for key, value in found.items() if _PLACEHOLDER.fullmatch(key) and isinstance(value, int)}
-    given = {key: value for key, value in kwargs.items() if isinstance(value, Tensor) and not _NO_IMAGES.search(key)}
-    others = [t for t in given.values() if t.dim() > 1 and t.is_floating_point() and len(t) == len(names)]
-    if not (tokens and others) or len(set(names)) == 1:
-        return
-    ids = kwargs.get("input_ids", args[0] if args else None)
-    have = [(ids == token).any(1).tolist() for token in tokens] if isinstance(ids, Tensor) and ids.dim() == 2 else []
-    if any(any(of_one) and not all(of_one) for of_one in have) or not any(map(any, have)):
-        raise ValueError(
-            f"{len(others[0])} images (or the like, {tuple(others[0].shape)}) were given for as many samples, but not one "
-            "for each, as far as the placeholders in input_ids tell. Whose adapter each of them is for is not known: give "
-            "each sample one, or call the model with one adapter at a time."
-        )

@@ -9,14 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from .batch import Batch, Host, Subsets
-from .changes import StackedNorm
+from .layouts import tensors_in
 from .norms import is_norm, normalise
-from .running import bias_by_sample, by_sample, run_tuned
+from .running import bias_by_sample, by_sample, corrected
 
 
 @contextlib.contextmanager
@@ -74,17 +72,16 @@ def _attach(stack: contextlib.ExitStack, host: Host, batch: Batch) -> None:
     module, method = host.module, host.reader.method
     # torch's fused encoder layers, which call none of their children, are not used where there are hooks.
     _watch(stack, module, functools.partial(_before, host, batch), functools.partial(_after, host, batch))
-    if host.run is not None:
-        _replace(stack, module, method, functools.partial(by_sample, host, batch, host.run))
-    elif method != "forward":
-        _replace(stack, module, method, functools.partial(bias_by_sample, host, batch, getattr(module, method)))
-    elif host.corrects and _keeps_moments(module):
-        _replace(stack, module, "forward", functools.partial(_normalise, host, batch))
-    elif not host.corrects and is_norm(host):
-        _replace(stack, module, "forward", functools.partial(normalise, host, batch, module.forward))
-    elif not host.corrects:
-        run = functools.partial(run_tuned, host, module.forward)
-        _replace(stack, module, "forward", functools.partial(by_sample, host, batch, run))
+    way: Callable[..., Any]
+    if method != "forward":
+        way = bias_by_sample
+    elif host.corrections:
+        way = corrected
+    elif is_norm(host):
+        way = normalise
+    else:
+        way = by_sample
+    _replace(stack, module, method, functools.partial(way, host, batch, getattr(module, method)))
 
 
 def _replace(stack: contextlib.ExitStack, module: nn.Module, method: str, function: Callable[..., Any]) -> None:
@@ -132,63 +129,15 @@ def _has_tensor(result: Any) -> bool:
     return any(isinstance(part, Tensor) for part in (result if isinstance(result, list | tuple) else (result,)))
 
 
-def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    return next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
-
-
 def _before(host: Host, batch: Batch, module: nn.Module, args: Any, kwargs: Any) -> None:
     batch.enter(module, args, kwargs)
     if host.reader.method == "forward":
         batch.inside.append(host)
     else:
-        batch.given = _first_tensor(args, kwargs)
+        batch.given = next(iter(tensors_in((args, kwargs))), None)
 
 
-def _keeps_moments(module: nn.Module) -> bool:
-    """Whether a module is a norm whose kernel also returns the moments of its input, not rounded to few bits."""
-    if not isinstance(module, nn.LayerNorm) or type(module).forward is not nn.LayerNorm.forward:
-        return False
-    return module.weight.dtype in (torch.float32, torch.float64)
-
-
-def _normalise(host: Host, batch: Batch, input: Tensor) -> Tensor:
-    """What the module's own forward computes, with the moments kept for its correction."""
-    module: Any = host.module
-    shape, weight, bias, eps = module.normalized_shape, module.weight, module.bias, module.eps
-    if input.dtype != weight.dtype or torch.is_autocast_enabled(input.device.type):
-        return functional.layer_norm(input, shape, weight, bias, eps)
-    output, mean, scale = torch.native_layer_norm(input, shape, weight, bias, eps)
-    batch.moments[host] = mean, scale
-    return output
-
-
-def _after(host: Host, batch: Batch, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Tensor | None:
-    """What a module returns: corrected, if it has run once for all samples."""
+def _after(host: Host, batch: Batch, *_: Any) -> None:
     batch.leave()
-    if host.reader.method != "forward":
-        return None
-    batch.inside.remove(host)
-    if not host.corrects or output is None:
-        return None
-    input = _first_tensor(args, kwargs)
-    assert input is not None
-    if batch.trial is not None:
-        batch.note(host, [input], output)
-        return None
-    names = [batch.alone] * len(input) if batch.alone else batch.names_for(host, input, batch.layout(host, [input])[0])
-    if not names:
-        return None
-    if input.shape[0] < len(names):
-        # One row for all samples, as positions often are: from here on each has its own.
-        input = input.expand(len(names), *input.shape[1:])
-        output = output.expand(len(names), *output.shape[1:])
-    output = output.contiguous()
-    # What is done here is none of the guard's business.
-    with torch._C.DisableTorchFunction():
-        stacked = batch.stacked(host, names)
-        if isinstance(stacked, StackedNorm) and host in batch.moments:
-            mean, scale = (moment.expand(len(names), *moment.shape[1:]) for moment in batch.moments.pop(host))
-            stacked = stacked._replace(moments=(mean, scale))
-        if stacked is not None:
-            stacked.correct(output, input)
-    return output
+    if host.reader.method == "forward":
+        batch.inside.remove(host)

@@ -37,6 +37,11 @@ _INDEXED = _functions("__getitem__", "__setitem__", "index_put", "index_put_")
 _DIVIDING = _functions("view", "reshape", "unflatten")
 
 
+def tensors_in(arguments: Any) -> list[Tensor]:
+    """All tensors in whatever structure."""
+    return [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
+
+
 def with_rows(before: int, rows: int, leaf: Any) -> Any:
     """An argument of a model with another number of samples; a copy, as a model may change what it is given.
 
@@ -96,7 +101,7 @@ class Selected:
         selects = (func in _TAKING or func in _PLACING) and _selects_rows(func, args, kwargs)
         if not selects and not len(self._tensors):
             return
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        given = tensors_in((args, kwargs))
         before = [tensor for tensor in given if tensor in self]
         if func in _PLACING:
             # Selected rows go back to where they came from; others are put where they do not belong.
@@ -105,9 +110,8 @@ class Selected:
         else:
             made = selects or (bool(before) and not _is_by_sample(func, given, before, result, rows))
         if made:
-            for tensor in [given[0]] if result is None else tree_leaves(result):
-                if isinstance(tensor, Tensor):
-                    self._tensors[tensor] = True
+            for tensor in [given[0]] if result is None else tensors_in(result):
+                self._tensors[tensor] = True
 
 
 def _is_by_sample(func: Any, given: list[Tensor], selected: list[Tensor], result: Any, rows: int) -> bool:

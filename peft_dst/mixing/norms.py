@@ -12,26 +12,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from .batch import Batch, Host
-from .running import by_sample, run_tuned
+from .layouts import tensors_in
+from .running import by_sample
 
 
 def is_norm(host: Host) -> bool:
     """Whether a module is a norm of whose own vectors entries are all that subsets change."""
-    vectors = all(
-        patch.module is host.module and patch.data.dim() == 1 and not change.wholes
-        for change in host.changes.values()
-        for patch in change.patches
-    )
-    return vectors and "Norm" in type(host.module).__name__
+    if "Norm" not in type(host.module).__name__ or any(change.wholes for change in host.changes.values()):
+        return False
+    patches = [patch for change in host.changes.values() for patch in change.patches]
+    return bool(patches) and all(patch.module is host.module and patch.entries.data.dim() == 1 for patch in patches)
 
 
 def normalise(host: Host, batch: Batch, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call a norm once for all samples where that can be done, else once a subset."""
-    one_by_one = functools.partial(by_sample, host, batch, functools.partial(run_tuned, host, forward), *args, **kwargs)
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    one_by_one = functools.partial(by_sample, host, batch, forward, *args, **kwargs)
+    tensors = tensors_in((args, kwargs))
     known = batch.at_once.get(host.reader.name)
     if batch.trial is not None or batch.alone or known is False or len(tensors) != 1 or tensors[0].dim() < 2:
         return one_by_one()
@@ -85,5 +83,5 @@ def _vectors(host: Host, attribute: str, seed: Tensor, names: Sequence[str]) -> 
         if (change := host.changes.get(name)) is not None:
             for patch in change.patches:
                 if patch.attribute == attribute:
-                    vectors[row, patch.indices] = patch.values
+                    vectors[row, patch.entries.indices] = patch.entries.values
     return vectors

@@ -1,8 +1,13 @@
-"""Modules that run once a subset, on its samples alone and with its values written in."""
+"""How a module runs for several subsets: once for all samples with its output corrected, or once a subset, on its samples
+alone and with its values written in.
+
+Each function here takes the place of a method of a host, and is given that method.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,19 +16,42 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ..core import scatter
-from .batch import Batch, Host, Rows, count, segments
+from .batch import Batch, Host
 from .changes import BASE
-from .layouts import Layout
+from .layouts import Layout, tensors_in
 
 
+Rows = slice | Tensor
 # Besides tensors, what a module may be given that runs once a subset: it does not change from one run to the next.
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device, torch.Size)
 
 
-def by_sample(
-    host: Host, batch: Batch, run: Callable[[str, tuple[Any, ...], dict[str, Any]], Any], *args: Any, **kwargs: Any
-) -> Any:
+def corrected(host: Host, batch: Batch, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a module once for all samples, and correct what it returns."""
+    output, *more = host.kind.call(forward, *args, **kwargs)
+    input = tensors_in((args, kwargs))[0]
+    if batch.trial is not None:
+        batch.note(host, [input], output)
+        return output
+    names = [batch.alone] * len(input) if batch.alone else batch.names_for(host, input, batch.layout(host, [input])[0])
+    if not names:
+        return output
+    if input.shape[0] < len(names):
+        # One row for all samples, as positions often are: from here on each has its own.
+        input = input.expand(len(names), *input.shape[1:])
+        output = output.expand(len(names), *output.shape[1:])
+    output = output.contiguous()
+    # What is done here is none of the guard's business.
+    with torch._C.DisableTorchFunction():
+        stacked = batch.stacked(host, names)
+        if stacked is not None:
+            stacked.correct(output, input, *more)
+    return output
+
+
+def by_sample(host: Host, batch: Batch, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call a module once a subset on its samples, and put the outputs together."""
+    run = host.run or functools.partial(_run_tuned, host, forward)
     leaves, spec = tree_flatten((args, kwargs))
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     if batch.trial is not None:
@@ -46,7 +74,7 @@ def by_sample(
             "adapters with this module in exclude_modules."
         )
     _check_plain(host, leaves)
-    parts = segments(names)
+    parts = _rows_of(names)
     outputs = []
     for adapter, rows in parts.items():
         # What is done here is none of the guard's business.
@@ -56,6 +84,21 @@ def by_sample(
         with batch.only(adapter):
             outputs.append(run(adapter, *given))
     return _join(host, outputs, list(parts.values()), layout[len(tensors) :])
+
+
+def _rows_of(names: Sequence[str]) -> dict[str, Rows]:
+    """The rows of each adapter: a slice if they are consecutive, else int64 (r,)."""
+    rows: dict[str, list[int]] = {}
+    for row, name in enumerate(names):
+        rows.setdefault(name, []).append(row)
+    return {
+        name: slice(at[0], at[-1] + 1) if at[-1] - at[0] == len(at) - 1 else torch.tensor(at)
+        for name, at in rows.items()
+    }
+
+
+def count(rows: Rows) -> int:
+    return rows.stop - rows.start if isinstance(rows, slice) else rows.numel()
 
 
 def _check_plain(host: Host, arguments: Any) -> None:
@@ -68,18 +111,20 @@ def _check_plain(host: Host, arguments: Any) -> None:
             )
 
 
-def run_tuned(
+def _run_tuned(
     host: Host, forward: Callable[..., Any], adapter: str, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
+    """Call a host with a subset's values written in."""
     with contextlib.ExitStack() as stack:
         for patch in (patch for change in host.changes.values() for patch in change.patches):
             if getattr(patch.module, "max_norm", None) is not None:
                 # Such an embedding shortens whole rows when it is called, with whatever values, beyond the entries.
-                stack.callback(patch.data.copy_, patch.data.clone())
+                stack.callback(patch.entries.data.copy_, patch.entries.data.clone())
         if (own := host.changes.get(adapter)) is not None:
             for patch in own.patches:
-                stack.callback(scatter, patch.data, patch.indices, patch.seeds)
-                scatter(patch.data, patch.indices, patch.values)
+                entries = patch.entries
+                stack.callback(scatter, entries.data, entries.indices, entries.seeds)
+                scatter(entries.data, entries.indices, entries.values)
             for whole in own.wholes:
                 stack.callback(setattr, whole.parameter, "data", whole.parameter.data)
                 whole.parameter.data = whole.tensor
@@ -89,7 +134,7 @@ def run_tuned(
 def _join(host: Host, outputs: list[Any], rows: list[Rows], layout: Layout) -> Any:
     """Put the samples of all adapters back in their order, in whatever structure they came."""
     layouts = iter(layout)
-    counts = [count(at) for at in rows]
+    counts = [at.stop - at.start if isinstance(at, slice) else at.numel() for at in rows]
     places = torch.cat([torch.arange(at.start, at.stop) if isinstance(at, slice) else at for at in rows])
     order = None if bool((places.diff() > 0).all()) else places.argsort()
     flat = [tree_flatten(output) for output in outputs]
@@ -129,12 +174,12 @@ def bias_by_sample(host: Host, batch: Batch, method: Callable[..., Tensor], *arg
         batch.note(host, given)
         return method(*args, **kwargs)
     if batch.alone:
-        return run_tuned(host, method, batch.alone, args, kwargs)
+        return _run_tuned(host, method, batch.alone, args, kwargs)
     names = batch.names_for(host, batch.given, batch.layout(host, given)[0] if given else None)
     made = {}
     for adapter in dict.fromkeys(names):
         with batch.only(adapter):
-            made[adapter] = run_tuned(host, method, adapter, args, kwargs)
+            made[adapter] = _run_tuned(host, method, adapter, args, kwargs)
         if made[adapter].dim() != 4 or made[adapter].shape[0] not in (1, len(names)):
             raise NotImplementedError(
                 f"{host} computes a bias of shape {tuple(made[adapter].shape)}, where one of (batch, heads, queries, keys) "

@@ -24,7 +24,7 @@ Needs the extra `recipes`. Nothing but the command line imports this, and that o
 
 from .comparison import compared
 from .config import at, load_recipe, make_recipe, points, to_dict
-from .options import AUTO, Recipe
+from .options import Recipe
 from .rates import settled
 from .record import results
 from .report import report
@@ -34,7 +34,6 @@ from .sweep import groups, sweep
 
 
 __all__ = [
-    "AUTO",
     "Recipe",
     "at",
     "compared",

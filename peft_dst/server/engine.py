@@ -8,7 +8,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -31,12 +31,10 @@ class Request:
     Attributes:
         delta: its name; None for the base.
         on_end: called once: with None when it is done, or with what went wrong.
-        arrived: when it came, of time.monotonic().
     """
 
     delta: str | None
     on_end: Callable[[BaseException | None], None]
-    arrived: float = field(default_factory=time.monotonic, init=False)
 
 
 @dataclass(eq=False)
@@ -74,13 +72,12 @@ class Engine:
         padding: token that pads what is classified.
         capacity: sequences in computation at most.
         queue: requests that may wait beside them.
-        mixes: whether deltas may be mixed at all.
     """
 
-    def __init__(
-        self, pool: DeltaPool, *, padding: int = 0, capacity: int = 32, queue: int = 256, mixes: bool = True
-    ) -> None:
-        self.pool, self.padding, self.capacity, self.queue, self.mixes = pool, padding, capacity, queue, mixes
+    def __init__(self, pool: DeltaPool, *, padding: int = 0, capacity: int = 32, queue: int = 256) -> None:
+        self.pool, self.padding, self.capacity, self.queue = pool, padding, capacity, queue
+        # Until the model turns out to be one that cannot mix deltas.
+        self.mixes = True
         self._waiting: deque[Request] = deque()
         self._changed = threading.Condition()
         self._stopping = False
@@ -171,8 +168,7 @@ class Engine:
                 request.on_end(None)
         requests = [request for request in requests if not request.continuation.finished]
         self._owners |= {request.continuation: request for request in requests}
-        lengths = [len(request.continuation.prompt) for request in requests]
-        for part in self._plan("read", requests, lengths):
+        for part in self._plan("read", requests, lambda request: len(request.continuation.prompt)):
             self._begin([request.continuation for request in part])
 
     def _begin(self, members: list[Continuation]) -> None:
@@ -221,17 +217,16 @@ class Engine:
         """After an error: read those of each delta by themselves, so that it is known whose it was."""
         # Those that ended in the very step have their answers.
         self._tell(members)
-        members = [member for member in members if member.finished is None]
-        by_delta: dict[str | None, list[Continuation]] = {}
-        for member in members:
-            by_delta.setdefault(self._owners[member].delta, []).append(member)
-        if len(by_delta) < 2:
-            for member in members:
-                self._owners.pop(member).on_end(error)
+        requests = [self._owners[member] for member in members if member.finished is None]
+        parts = _by_delta(requests)
+        if len(parts) > 1:
+            self._doubt(error)
+            for part in parts:
+                self._begin([request.continuation for request in part])
             return
-        self._doubt(error)
-        for part in by_delta.values():
-            self._begin(part)
+        for request in requests:
+            del self._owners[request.continuation]
+            request.on_end(error)
 
     def _doubt(self, error: Exception) -> None:
         """After an error of a mixed batch: if it is not about a delta, the model may be one that cannot be mixed."""
@@ -250,7 +245,7 @@ class Engine:
                 self._owners.pop(member).on_end(None)
 
     def _classify(self, requests: list[Classify]) -> None:
-        for part in self._plan("classify", requests, [len(request.tokens) for request in requests]):
+        for part in self._plan("classify", requests, lambda request: len(request.tokens)):
             self._classify_together(part)
 
     @torch.no_grad()
@@ -267,7 +262,7 @@ class Engine:
                 device = next(model.parameters()).device
                 logits = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits.cpu()
         except Exception as error:
-            parts = self._by_delta(requests)
+            parts = _by_delta(requests)
             if len(parts) > 1:
                 self._doubt(error)
                 for part in parts:
@@ -280,30 +275,31 @@ class Engine:
             request.logits = logits[row]
             request.on_end(None)
 
-    def _plan(self, kind: str, requests: list[R], sizes: list[int]) -> list[list[R]]:
+    def _plan(self, kind: str, requests: list[R], size: Callable[[R], int]) -> list[list[R]]:
         """What goes together: everything, or those of one delta."""
-        parts = self._by_delta(requests)
-        size = dict(zip(map(id, requests), sizes, strict=True))
-        if self.mixes and self.planners[kind].mixes([sum(size[id(one)] for one in part) for part in parts]):
+        parts = _by_delta(requests)
+        if self.mixes and self.planners[kind].mixes([sum(map(size, part)) for part in parts]):
             return [requests]
         return parts
-
-    def _by_delta(self, requests: list[R]) -> list[list[R]]:
-        found: dict[str | None, list[R]] = {}
-        for request in requests:
-            found.setdefault(request.delta, []).append(request)
-        return list(found.values())
 
     @contextmanager
     def _measured(self, kind: str, deltas: Sequence[str | None], sizes: Sequence[int]) -> Iterator[None]:
         """Count a batch and remember what it took, if it comes to its end."""
         begin = time.perf_counter()
         yield
-        by_delta: dict[str | None, int] = {}
+        taken = time.perf_counter() - begin
+        by_delta: Counter[str | None] = Counter()
         for delta, size in zip(deltas, sizes, strict=True):
-            by_delta[delta] = by_delta.get(delta, 0) + size
-        self.planners[kind].note(list(by_delta.values()), time.perf_counter() - begin)
+            by_delta[delta] += size
+        self.planners[kind].note(list(by_delta.values()), taken)
         self.computed["batches"] += 1
         self.computed["mixed_batches"] += len(by_delta) > 1
         self.computed["rows"] += len(deltas)
         self.computed["tokens"] += 0 if kind == "classify" else len(deltas)
+
+
+def _by_delta(requests: Sequence[R]) -> list[list[R]]:
+    found: dict[str | None, list[R]] = {}
+    for request in requests:
+        found.setdefault(request.delta, []).append(request)
+    return list(found.values())

@@ -3,7 +3,9 @@
 * `storage`  a model's parameters in one piece, so that entries anywhere in it are written at once
 * `placed`   a delta made ready for that storage
 * `cache`    what was used last, within a budget of bytes
-* `pool`     deltas by name, one of them in the weights, or several in one batch
+* `shelf`    deltas by name: read, made ready and held
+* `turns`    threads at weights that can be of one delta at a time
+* `pool`     one delta in the weights, or several in one batch
 * `planner`  whether they go together, or one after the other
 
 Imports torch, the core and the delta only: neither PEFT nor transformers is needed to serve.

@@ -140,18 +140,17 @@ def _check_seed(name: str, delta: SparseDelta, seeds: Tensor) -> None:
 
 def _dense(delta: SparseDelta, storage: FlatStorage) -> dict[str, Tensor]:
     """Dense tensors by the names of the parameters whose place they take."""
-    parameters = dict(storage.model.named_parameters(remove_duplicate=False))
     found = {}
     for key, tensor in delta.dense.items():
         name = key.removeprefix(PEFT_PREFIX)
-        if name not in parameters:
+        if (parameter := storage.parameters.get(name)) is None:
             raise DeltaError(f"the delta brings a whole tensor for {name!r}, which this model does not have.")
-        if tensor.dim() != parameters[name].dim():
+        if tensor.dim() != parameter.dim():
             raise DeltaError(
                 f"the delta brings a tensor of shape {tuple(tensor.shape)} for {name!r}, which has "
-                f"{tuple(parameters[name].shape)} in this model."
+                f"{tuple(parameter.shape)} in this model."
             )
-        found[name] = tensor.to(parameters[name].device, parameters[name].dtype)
+        found[name] = tensor.to(parameter.device, parameter.dtype)
     return found
 
 
@@ -172,13 +171,12 @@ def mixable(placed: Placed, storage: FlatStorage, readers: Readers) -> Mixable:
         storage: of the model.
         readers: of the model.
     """
-    parameters = dict(storage.model.named_parameters(remove_duplicate=False))
     entries = [
         Entries(parameter, data, part.positions[at] - start, part.values[at], part.seeds[at])
         for part in placed.parts
         for parameter, data, at, start in storage.split(part.buffer, part.positions)
     ]
-    wholes = [Whole(parameters[name], tensor) for name, tensor in placed.dense.items()]
+    wholes = [Whole(storage.parameters[name], tensor) for name, tensor in placed.dense.items()]
     found = changes_of(readers, entries, wholes)
     # Its values and seeds are held by this, too.
     return Mixable(placed, found, placed.nbytes + sum(of_one.nbytes for of_one in found.values()))

@@ -39,16 +39,21 @@ class FlatStorage:
 
     Args:
         model: any module; changed in place.
+
+    Attributes:
+        parameters: all of the model's, by each of their names; also those that stay where they are.
+        buffers: one for each dtype and device, (n,).
+        places: where parameters are in them, by each of their names.
     """
 
     @torch.no_grad()
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
+        self.parameters = dict(model.named_parameters(remove_duplicate=False))
         self.buffers: list[Tensor] = []
         self.places: dict[str, Place] = {}
         names: dict[int, list[str]] = {}
         owners: dict[int, nn.Parameter] = {}
-        for name, parameter in model.named_parameters(remove_duplicate=False):
+        for name, parameter in self.parameters.items():
             if type(parameter) is nn.Parameter and parameter.is_floating_point() and not parameter.is_meta:
                 names.setdefault(id(parameter), []).append(name)
                 owners[id(parameter)] = parameter
@@ -70,9 +75,8 @@ class FlatStorage:
                 for name in names[key]:
                     self.places[name] = Place(len(self.buffers), start, parameter.shape)
             self.buffers.append(buffer)
-        self._parameters = dict(model.named_parameters(remove_duplicate=False))
         self._looked = 0
-        self._watched = [(name, self._parameters[name], self._pointer(place)) for name, place in self.places.items()]
+        self._watched = [(name, self.parameters[name], self._pointer(place)) for name, place in self.places.items()]
 
     def _pointer(self, place: Place) -> int:
         buffer = self.buffers[place.buffer]
@@ -102,7 +106,7 @@ class FlatStorage:
         for start, end in zip(starts, ends.tolist(), strict=True):
             if end > begin:
                 name, place = found[start]
-                yield self._parameters[name], self._view(place), slice(begin, end), start
+                yield self.parameters[name], self._view(place), slice(begin, end), start
             begin = end
 
     def weights(self) -> dict[str, Tensor]:
@@ -124,7 +128,7 @@ class FlatStorage:
         Raises:
             RuntimeError: if another parameter was moved, cast or replaced.
         """
-        expected = {id(self._parameters[name]) for name in replaced}
+        expected = {id(self.parameters[name]) for name in replaced}
         end = self._looked + LOOKED_AT
         watched, self._looked = self._watched[self._looked : end], end if end < len(self._watched) else 0
         for name, parameter, pointer in watched:

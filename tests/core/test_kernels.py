@@ -12,7 +12,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -26,20 +25,6 @@ from peft_dst.core.tiles import bits
 pytest.importorskip("triton", minversion="3.6", reason="triton is not installed (it is for Linux on x86-64), or is old")
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request):
-    """Where the kernels run. `tests/conftest.py` asks for the interpreter where there is no GPU."""
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if request.param == "cuda" and (interpreted or not torch.cuda.is_available()):
-        pytest.skip("needs a CUDA device, and TRITON_INTERPRET not set")
-    if request.param == "cpu" and not interpreted:
-        pytest.skip("needs TRITON_INTERPRET=1 (not set by itself where there is a GPU)")
-    assert K.available(torch.empty(0, device=request.param))
-    # The interpreter's numpy warns where a GPU computes NaN or infinity silently.
-    with np.errstate(all="ignore"):
-        yield request.param
 
 
 @dataclass

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from peft_dst.core import kernels
 from peft_dst.core.correction import ROWS, correct_embedding, correct_linear, embedding_entries, linear_difference
 from peft_dst.core.stacking import DifferenceTable, correct_stacked, stack_entries
 from tests.core.test_correction import changed, dense_linear
@@ -81,30 +78,15 @@ def test_nothing_to_correct():
     assert stack_entries([None], 5) is None
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def kernel_device(request):
-    """Where the kernel runs: through Triton's interpreter, or on a GPU."""
-    pytest.importorskip(
-        "triton", minversion="3.6", reason="triton is not installed (it is for Linux on x86-64), or is old"
-    )
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if request.param == "cuda" and (interpreted or not torch.cuda.is_available()):
-        pytest.skip("needs a CUDA device, and TRITON_INTERPRET not set")
-    if request.param == "cpu" and not interpreted:
-        pytest.skip("needs TRITON_INTERPRET=1 (not set by itself where there is a GPU)")
-    assert kernels.available(torch.empty(0, device=request.param))
-    return request.param
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize(("rows", "sizes"), [(1, [30, None, 4]), (5, [7, 7]), (67, [40]), (64, [3, 200])])
-def test_the_kernel_equals_its_plain_twin(rows, sizes, dtype, kernel_device):
+def test_the_kernel_equals_its_plain_twin(rows, sizes, dtype, device):
     from peft_dst.core.correction_triton import correct
 
-    seed = (torch.randn(19, 33) / 8).to(kernel_device, dtype)
+    seed = (torch.randn(19, 33) / 8).to(device, dtype)
     differences = groups_of(seed, sizes)
     bags = stacked_of(differences, len(seed)).bags
-    input = torch.randn(len(sizes), rows, 33).to(kernel_device, dtype)
+    input = torch.randn(len(sizes), rows, 33).to(device, dtype)
     output = functional.linear(input, seed)
     wanted = one_by_one(output.flatten(0, 1), input.flatten(0, 1), differences).view_as(output)
     untouched = torch.ones_like(output, dtype=torch.bool)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from peft_dst.recipes import title
+from peft_dst.recipes.report import data
 
 
 BODY = 1_000_000
@@ -143,3 +146,15 @@ def everything(name: str = "Methods by size", seed: int = 0, few: bool = False) 
     points.append(point([0.92, 0.915, 0.91], 2000, method_name="bitfit"))
     points.append(point([], 0, method_name="transfer", method_epsilon=1e-3))
     return summary(points, name, overlap=overlaps, failures={"transfer,epsilon=0.001-abc": "ValueError: no <source>"})
+
+
+def section(*points: dict[str, Any], **others: Any) -> data.Section:
+    """Those points as a report reads them."""
+    return data.section(summary(list(points), **others), "here: ", "folder")
+
+
+def write(path: Path, value: Any) -> Path:
+    """A JSON file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value))
+    return path

@@ -3,42 +3,29 @@
 from __future__ import annotations
 
 import copy
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
-from peft import get_peft_model
 from torch import nn
 from transformers import DynamicCache
 
-from peft_dst import DSTConfig
 from peft_dst.delta import SparseDelta, SparseTensor
 from peft_dst.mixing import batch as mixing_batch
 from peft_dst.serving import DeltaPool
-from tests.models import BUILDERS, train
-from tests.serving.test_pool import applied, bits_of, same
+from tests.models import BUILDERS
+from tests.serving.helpers import applied, bits_of, deltas_of, same
 from tests.test_mixed import inputs
 
 
 NAMES = ["task0", None, "task1", "task0", "task2", "task1"]
 
 
-def tuned(name: str, folder, count: int = 3, **options) -> list:
-    """A base in float64 and folders of its adapters."""
-    torch.manual_seed(0)
-    base = BUILDERS[name]().double().eval()
-    found = []
-    for i in range(count):
-        model = get_peft_model(copy.deepcopy(base), DSTConfig(epsilon=0.05, **options))
-        train(model, name, first=10 * i)
-        model.save_pretrained(folder / f"task{i}")
-        found.append(folder / f"task{i}")
-    return [base, *found]
-
-
 @pytest.fixture
 def served(tmp_path):
-    base, *folders = tuned("bert", tmp_path)
+    base, *folders = deltas_of("bert", tmp_path, dtype=torch.float64)
     plain = {None: copy.deepcopy(base), **{folder.name: applied(base, folder).eval() for folder in folders}}
     with DeltaPool(base) as pool:
         pool.add_folder(tmp_path)
@@ -68,7 +55,7 @@ def one_by_one(plain: dict, names: list, given: dict) -> torch.Tensor:
 @pytest.mark.parametrize("names", [NAMES, sorted(NAMES, key=str), ["task1", "task1", None, None]], ids=len)
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "t5"])
 def test_each_sample_has_its_own_delta(name, names, tmp_path):
-    base, *folders = tuned(name, tmp_path)
+    base, *folders = deltas_of(name, tmp_path, dtype=torch.float64)
     plain = {None: copy.deepcopy(base), **{folder.name: applied(base, folder).eval() for folder in folders}}
     given = rows(name, len(names))
     wanted = one_by_one(plain, names, given)
@@ -86,7 +73,7 @@ def test_each_sample_has_its_own_delta(name, names, tmp_path):
 
 
 def test_generation_and_beams(tmp_path):
-    base, *folders = tuned("llama", tmp_path)
+    base, *folders = deltas_of("llama", tmp_path, dtype=torch.float64)
     plain = {None: base, **{folder.name: applied(base, folder).eval() for folder in folders}}
     names = ["task2", "task0", None]
     ids = torch.randint(3, 40, (3, 5))
@@ -106,7 +93,7 @@ def test_generation_and_beams(tmp_path):
 
 
 def test_whole_heads(tmp_path):
-    base, *folders = tuned("bert", tmp_path, modules_to_save=["classifier"])
+    base, *folders = deltas_of("bert", tmp_path, dtype=torch.float64, modules_to_save=["classifier"])
     plain = {None: copy.deepcopy(base), **{folder.name: applied(base, folder).eval() for folder in folders}}
     given = rows("bert", len(NAMES))
     with DeltaPool(base) as pool:
@@ -131,7 +118,7 @@ def test_it_is_arranged_while_another_delta_is_in_the_weights(served):
     given = rows("bert", len(NAMES))
     with pool.use("task2"):
         for name in ("task0", "task1"):
-            pool._mixable(name)
+            pool._shelf.mixable(name)
     with pool.mix(NAMES) as model:
         found = model(**given).logits
     assert torch.allclose(found, one_by_one(plain, NAMES, given), rtol=1e-9, atol=1e-11)
@@ -194,10 +181,20 @@ def test_what_is_held_is_counted_and_let_go(served):
     with pool.mix(NAMES):
         pass
     held = pool.statistics.nbytes
-    assert held == sum(one.nbytes for one in (*pool._ready._values.values(), *pool._mixables._values.values()))
-    assert held > sum(pool.ready(name).nbytes for name in pool.names())
+    ready = sum(pool.ready(name).nbytes for name in pool.names())
+    assert held == ready + sum(pool._shelf.mixable(name).nbytes for name in pool.names())
+    assert held > 2 * ready
     pool.remove("task0")
     assert pool.statistics.nbytes < held
+
+
+def test_a_closed_pool_holds_nothing(served):
+    pool, _ = served
+    with pool.mix(NAMES):
+        held = [weakref.ref(pool._shelf.mixable(name)) for name in pool.names()]
+    pool.close()
+    gc.collect()
+    assert [one() for one in held] == [None] * 3
 
 
 class Shifted(nn.Module):

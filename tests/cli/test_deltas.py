@@ -1,11 +1,9 @@
-"""The command line: every command, what it says, its exit codes, and the examples of its page."""
+"""The commands on deltas and checkpoints: what each does, what it says, and what it refuses."""
 
 from __future__ import annotations
 
 import json
 import re
-import shlex
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -17,75 +15,12 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from peft_dst import DSTConfig
-from peft_dst.cli import app
 from peft_dst.delta import Checkpoint, SparseDelta
 from tests.cli.conftest import WEIGHTS, bert_again
 from tests.models import BUILDERS, assert_same, bert, logits, train
 
 
 PAGE = Path(__file__).parents[2] / "docs" / "cli.md"
-
-
-def process(*arguments, **options):
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False, **options)
-
-
-def test_the_entry_points(desk, run):
-    done = process("-m", "peft_dst", "verify", "my-adapter", "--base", "base", env={"PYTHONPATH": str(PAGE.parents[1])})
-    assert (done.returncode, done.stderr) == (0, "")
-    assert re.fullmatch(r"my-adapter is good: \d+ entries in \d+ tensors, 2 dense, and belongs to base.\n", done.stdout)
-    # What the installed script calls.
-    code, _, err = run("merge", "base", "nothing", "-o", "merged")
-    assert code == 2
-    assert "'nothing' does not exist" in err
-    project = (PAGE.parent.parent / "pyproject.toml").read_text()
-    assert 'peft-dst = "peft_dst.cli:main"' in project
-
-
-def test_help_explains_every_command_with_an_example(run):
-    code, out, _ = run("--help")
-    assert code == 0
-    commands = [command.name for command in app.registered_commands]
-    assert len(commands) == 15
-    for command in commands:
-        assert re.search(rf"^  {command} .*\.$", out, re.MULTILINE), command
-        code, text, _ = run(command, "-h")
-        assert code == 0
-        assert f"Example: peft-dst {command} " in " ".join(text.split())
-    assert "--install-completion" in out
-    assert run("--version")[1].strip()
-    assert run()[0] == 2
-    assert run("nothing")[0] == 2
-
-
-EXAMPLES = [
-    line
-    for block in re.findall(r"```bash\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    for line in block.splitlines()
-    if line.startswith("peft-dst ")
-]
-
-
-def test_the_pages_examples_run(desk, run):
-    """One after the other, in one folder."""
-    assert {shlex.split(line)[1] for line in EXAMPLES} == {c.name for c in app.registered_commands} - {"apply", "serve"}
-    for line in EXAMPLES:
-        code, out, err = run(*shlex.split(line)[1:])
-        assert code == 0, (line, err)
-        assert out.strip(), line
-    for adapter in ("extracted", "packed-adapter", "from-shira", "from-lora", "from-checkpoint"):
-        PeftModel.from_pretrained(bert_again(), adapter)
-    assert_same(dict(Checkpoint("merged")), dict(Checkpoint("dense")))
-
-
-def test_the_examples_of_the_help_run(desk, run):
-    for command in app.registered_commands:
-        if command.name == "serve":
-            # It runs until it is told to stop: tests/cli/test_serve.py.
-            continue
-        example = command.epilog.removeprefix("Example: peft-dst ")
-        code, _, err = run(*shlex.split(example))
-        assert code == 0, (example, err)
 
 
 def test_inspect(desk, run):
@@ -337,7 +272,7 @@ def test_progress_is_shown_on_a_terminal_only(desk, run, monkeypatch, capsys):
         def update(self, count):
             shown[-1]["done"] = shown[-1].get("done", 0) + count
 
-    monkeypatch.setattr("peft_dst.cli.tqdm", Bar)
+    monkeypatch.setattr("peft_dst.cli.deltas.tqdm", Bar)
     size = sum(tensor.nbytes for tensor in Checkpoint("base").values())
     for terminal, quiet, visible in ((True, (), True), (True, ("-q",), False), (False, (), False)):
         monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal, raising=False)

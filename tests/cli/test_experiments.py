@@ -1,4 +1,4 @@
-"""The commands that run recipes."""
+"""The commands that run experiments, and show what came of them."""
 
 from __future__ import annotations
 
@@ -37,6 +37,20 @@ def test_train_and_evaluate(desk, run):
     assert code == 1
     assert "did you mean method.epsilon" in err
     assert not Path("other").exists()
+
+
+def test_train_says_which_learning_rate_it_took(desk, run):
+    command = ("train", "experiment.yaml", "training.max_steps=1", "training.learning_rate=auto", "--output", "run")
+    code, out, _ = run(*command)
+    rate = json.loads(Path("run/results.json").read_text())["recipe"]["training"]["learning_rate"]
+    assert (code, out.splitlines()[0]) == (
+        0,
+        f"learning rate {rate:g} by rule; training.learning_rate=NUMBER gives another.",
+    )
+    assert run(*command, "--quiet")[:2] == (0, "")
+    # The same number by hand is the same run, and nobody need be told.
+    code, out, _ = run(*command[:3], f"training.learning_rate={rate}", *command[4:])
+    assert (code, out.splitlines()[0].partition(";")[0]) == (0, "run: finished before")
 
 
 def test_sweep(desk, run):

@@ -1,0 +1,248 @@
+"""Deltas by name: where each comes from, and those that are held in memory, made ready."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from os import PathLike
+from pathlib import Path
+
+from ..delta import CONFIG_NAME, SparseDelta
+from .cache import Cache
+from .placed import Mixable, Placed, ReadDelta
+
+
+#: Where a delta comes from: a folder or file, or what was read of one.
+Source = Path | SparseDelta
+
+
+class Shelf:
+    """Names, and what is held of them within budgets.
+
+    A delta is read and made ready once, however many threads ask for it: the first one loads, others wait for the future.
+    Names may go, and come again with another source, while that is under way. What was read is then still given to
+    those who wait for it, and not kept; whoever uses it compares the `source` of before (`is_source`).
+
+    Locks: one guards names, caches, loadings, counts and whether this is closed. It is never held while something is read,
+    placed, arranged or waited for.
+
+    Args:
+        place: makes a delta ready; called by any thread.
+        arrange: makes a ready one into what mixed batches take, likewise.
+        in_use: the name that must not be let go for others; None if there is none. Called with the lock held.
+        budget: bytes of what is ready, and again of what is arranged.
+        host_budget: bytes of what is kept as it was read.
+        pinned: whether that is kept in pinned memory.
+        workers: threads that prefetch.
+    """
+
+    def __init__(
+        self,
+        place: Callable[[SparseDelta], Placed],
+        arrange: Callable[[Placed], Mixable],
+        in_use: Callable[[], str | None],
+        *,
+        budget: int,
+        host_budget: int,
+        pinned: bool,
+        workers: int,
+    ) -> None:
+        self._place, self._arrange, self._in_use, self._pinned = place, arrange, in_use, pinned
+        self._sources: dict[str, Source] = {}
+        self._ready: Cache[Placed] = Cache(budget)
+        self._mixables: Cache[Mixable] = Cache(budget)
+        self._read: Cache[ReadDelta] = Cache(host_budget)
+        self._loading: dict[str, Future[Placed]] = {}
+        self._prefetcher = ThreadPoolExecutor(workers, thread_name_prefix="delta-pool")
+        self._lock = threading.Lock()
+        self._counts = dict.fromkeys(("hits", "loads", "evictions"), 0)
+        self._closed = False
+
+    # Names
+
+    def add(self, name: str, source: str | PathLike[str] | SparseDelta) -> None:
+        """As `DeltaPool.add`."""
+        if not isinstance(source, SparseDelta):
+            source = Path(source)
+            if not source.exists():
+                raise ValueError(f"there is no {source}.")
+        self._add({name: source})
+
+    def add_folder(self, folder: str | PathLike[str]) -> list[str]:
+        """As `DeltaPool.add_folder`."""
+        found = {path.parent.name: path.parent for path in sorted(Path(folder).glob(f"*/{CONFIG_NAME}"))}
+        self._add(found)
+        return sorted(found)
+
+    def _add(self, sources: Mapping[str, Source]) -> None:
+        with self._lock:
+            self._check_open()
+            if taken := sorted(sources.keys() & self._sources.keys()):
+                raise ValueError(f"there is a delta {taken[0]!r} already; remove it first.")
+            self._sources |= sources
+
+    def remove(self, name: str) -> None:
+        """Forget a delta.
+
+        Raises:
+            KeyError: if there is none of that name.
+        """
+        with self._lock:
+            self._source(name)
+            del self._sources[name]
+            self._ready.drop(name)
+            self._mixables.drop(name)
+            self._read.drop(name)
+            self._loading.pop(name, None)
+
+    def names(self) -> list[str]:
+        """In the order in which they were added."""
+        with self._lock:
+            return list(self._sources)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._sources
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+    def source(self, name: str) -> Source:
+        """Where a delta comes from.
+
+        Raises:
+            KeyError: if there is none of that name.
+            RuntimeError: if this is closed.
+        """
+        with self._lock:
+            self._check_open()
+            return self._source(name)
+
+    def is_source(self, name: str, source: Source) -> bool:
+        """Whether a name still stands for what `source` gave."""
+        return self._sources.get(name) is source
+
+    def figures(self) -> dict[str, int]:
+        """What `PoolStatistics` says of names and memory."""
+        with self._lock:
+            return {
+                "deltas": len(self._sources),
+                "ready": len(self._ready),
+                "nbytes": self._ready.nbytes + self._mixables.nbytes,
+                "host_nbytes": self._read.nbytes,
+                **self._counts,
+            }
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    def close(self) -> None:
+        """Let everything go. Who waits for what a thread will prefetch is told that this is closed."""
+        with self._lock:
+            self._closed = True
+            self._sources.clear()
+            self._ready, self._mixables, self._read = Cache(0), Cache(0), Cache(0)
+        # What is queued is not cancelled but refused, as its futures may be waited for.
+        self._prefetcher.shutdown(wait=False)
+
+    # What is held
+
+    def ready(self, name: str) -> Placed:
+        """The delta, ready: from memory, from a loading that is under way, or from its source.
+
+        Raises:
+            KeyError: if there is none of that name.
+            DeltaError: if it cannot be read or placed.
+            RuntimeError: if this is closed.
+        """
+        with self._lock:
+            self._check_open()
+            self._source(name)
+            if (placed := self._ready.get(name)) is not None:
+                self._counts["hits"] += 1
+                return placed
+            future, mine = self._loading.get(name), False
+            if future is None:
+                future, mine = Future(), True
+                self._loading[name] = future
+        if mine:
+            self._load(name, future)
+        return future.result()
+
+    def mixable(self, name: str) -> Mixable:
+        """The delta for mixed batches: from memory, or made of what is ready.
+
+        Raises:
+            KeyError, DeltaError, RuntimeError: as `ready`.
+        """
+        placed = self.ready(name)
+        with self._lock:
+            if (found := self._mixables.get(name)) is not None and found.placed is placed:
+                return found
+        found = self._arrange(placed)
+        with self._lock:
+            if name in self._sources and not self._closed:
+                self._mixables.put(name, found)
+        return found
+
+    def prefetch(self, name: str) -> None:
+        """Have a delta made ready in the background.
+
+        Raises:
+            KeyError, RuntimeError: as `source`.
+        """
+        with self._lock:
+            self._check_open()
+            self._source(name)
+            if name not in self._ready and name not in self._loading:
+                future = self._loading[name] = Future()
+                self._prefetcher.submit(self._load, name, future)
+
+    def _load(self, name: str, future: Future[Placed]) -> None:
+        """Make a delta ready; whoever waits for the future gets it, or the error.
+
+        It may be removed meanwhile, and another one of its name be added, whose loading is none of ours.
+        """
+        try:
+            source = self.source(name)
+            delta = source if isinstance(source, SparseDelta) else self._from_disk(name, source)
+            placed = self._place(delta)
+        except BaseException as error:
+            with self._lock:
+                if self._loading.get(name) is future:
+                    del self._loading[name]
+            future.set_exception(error)
+            return
+        with self._lock:
+            if self._loading.get(name) is future:
+                del self._loading[name]
+            self._counts["loads"] += 1
+            if self.is_source(name, source):
+                self._counts["evictions"] += len(self._ready.put(name, placed, keep={self._in_use() or ""}))
+        future.set_result(placed)
+
+    def _from_disk(self, name: str, source: Path) -> SparseDelta:
+        with self._lock:
+            kept = self._read.get(name)
+        if kept is not None:
+            return kept.delta
+        delta = SparseDelta.load(source)
+        if self._read.budget:
+            kept = ReadDelta(delta, self._pinned)
+            delta = kept.delta
+            with self._lock:
+                if self.is_source(name, source):
+                    self._read.put(name, kept)
+        return delta
+
+    # With the lock held
+
+    def _source(self, name: str) -> Source:
+        if name not in self._sources:
+            raise KeyError(f"there is no delta {name!r}; add it first.")
+        return self._sources[name]
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("the pool is closed.")

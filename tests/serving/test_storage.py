@@ -1,0 +1,48 @@
+"""FlatStorage: parameters in one piece, and otherwise as they were."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from peft_dst.serving import FlatStorage, storage
+from tests.models import BUILDERS, logits
+from tests.serving.helpers import bits_of, same
+
+
+@pytest.mark.parametrize("name", sorted(BUILDERS))
+def test_storage_changes_nothing_but_where_parameters_are(name):
+    torch.manual_seed(0)
+    model = BUILDERS[name]()
+    before, want = bits_of(model), logits(model, name)
+    ties = {n: id(p) for n, p in model.named_parameters(remove_duplicate=False)}
+    flat = FlatStorage(model)
+    assert same(bits_of(model), before)
+    assert torch.equal(logits(model, name), want)
+    assert {n: id(p) for n, p in model.named_parameters(remove_duplicate=False)} == ties
+    assert len(flat.buffers) == 1
+    assert set(flat.places) == set(ties)
+    for n, p in model.named_parameters(remove_duplicate=False):
+        place = flat.places[n]
+        own = flat.buffers[place.buffer][place.start : place.start + p.numel()]
+        assert own.data_ptr() == p.data_ptr()
+        assert p.data_ptr() % storage.ALIGNMENT == flat.buffers[0].data_ptr() % storage.ALIGNMENT
+
+
+def test_storage_of_several_dtypes_and_layouts():
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Linear(2, 2).bfloat16(), nn.Embedding(3, 2).half(), nn.Linear(1, 1))
+    model[0].weight.data = model[0].weight.data.to(memory_format=torch.channels_last)
+    model.register_parameter("counts", nn.Parameter(torch.arange(3), requires_grad=False))
+    model.register_parameter("later", nn.Parameter(torch.empty(3, device="meta")))
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if not p.is_meta}
+    flat = FlatStorage(model)
+    assert [buffer.dtype for buffer in flat.buffers] == [torch.float32, torch.bfloat16, torch.float16]
+    assert all(torch.equal(model.get_parameter(name), tensor) for name, tensor in before.items())
+    assert "counts" not in flat
+    assert "later" not in flat
+    flat.check()
+    model[1].float()
+    with pytest.raises(RuntimeError, match=r"1\.weight was moved, cast or replaced since the pool was made"):
+        flat.check()
+    flat.check(["1.weight", "1.bias"])
