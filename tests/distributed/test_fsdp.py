@@ -158,9 +158,10 @@ def switch(rank, world):
     assert torch.equal(look(), tuned)
     model.add_adapter("other", DSTConfig(epsilon=0.01))
     model.set_adapter("other")
+    # Before FSDP gathers what parameters() would give it.
+    optimizer = optimizer_of(model, "hook")
     assert torch.equal(look(), seed)
     model.train()
-    optimizer = optimizer_of(model, "hook")
     for number in range(5, 8):
         # Not one: Adam's first step moves every component by as much, and distances tie.
         step(rank, world, model, optimizer, "bert", number)
