@@ -89,12 +89,15 @@ class Silo:
         for weight in self.weights:
             weight.stepped = True
 
-    def churn(self) -> float:
-        """Share of the current subset that was not in the one before the last step (0 for an empty subset)."""
-        if not self.free():
-            return 0.0
-        new = sum(
+    def arrived(self) -> list[int]:
+        """For each weight the number of components held here that the last step brought into the subset."""
+        if not self.previous:
+            return [0] * len(self.weights)
+        return [
             int(torch.isin(weight.indices, before.to(weight.indices.device), invert=True).sum())
-            for weight, before in zip(self.weights, self.previous, strict=False)
-        )
-        return new / self.free()
+            for weight, before in zip(self.weights, self.previous, strict=True)
+        ]
+
+    def churn(self) -> float:
+        """Share of the current subset, as far as it is held here, that the last step brought in (0 for an empty subset)."""
+        return sum(self.arrived()) / max(self.free(), 1)

@@ -11,12 +11,13 @@ import warnings
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import is_tensorboard_available
 
-from ..core import Constraint
+from ..core import Constraint, SparseWeight
+from ..core.shards import Together, together
 from ..tuner.exchange import settle
 from ..tuner.model import active_constraints, set_training_steps
 from .optimizer import DSTOptimizer
@@ -25,23 +26,39 @@ from .optimizer import DSTOptimizer
 def subset_metrics(constraint: Constraint) -> dict[str, float]:
     """Figures on a constraint's current subset, for logging.
 
+    They are of the whole model also where several processes hold it together, which then all have to ask.
+
     Returns:
         `dst/free_parameters` components that differ from the seed; `dst/churn` the share of them that the last step
         brought in; `dst/threshold` the median over silos of the smallest kept distance; `dst/share/<kind>` the share
         of the subset that lies in each kind of module.
     """
-    free = sum(silo.free() for silo in constraint.silos)
-    churned = sum(silo.churn() * silo.free() for silo in constraint.silos)
+    weights = list(constraint.weights)
+    arrived = [count for silo in constraint.silos for count in silo.arrived()]
+    counts = torch.tensor([[weight.indices.numel() for weight in weights], arrived], device="cpu")
+    _sum_over_processes(weights, counts)
+    free, churned = counts.sum(1).tolist()
     thresholds = [float(silo.threshold) for silo in constraint.silos if silo.budget]
     metrics = {
         "dst/free_parameters": float(free),
         "dst/churn": churned / max(free, 1),
         "dst/threshold": statistics.median(thresholds) if thresholds else 0.0,
     }
-    for weight in constraint.weights:
+    for weight, count in zip(weights, counts[0].tolist(), strict=True):
         key = f"dst/share/{constraint.modules[weight.name][1]}"
-        metrics[key] = metrics.get(key, 0.0) + weight.indices.numel() / max(free, 1)
+        metrics[key] = metrics.get(key, 0.0) + count / max(free, 1)
     return metrics
+
+
+def _sum_over_processes(weights: list[SparseWeight], counts: Tensor) -> None:
+    """Of counts of what is held here of some weights, int64 (n, weights), make those of the whole weights."""
+    divided: dict[Together, list[int]] = {}
+    for i, weight in enumerate(weights):
+        if (processes := together([weight.box])) is not None:
+            divided.setdefault(processes, []).append(i)
+    for processes, columns in divided.items():
+        here = counts[:, columns].to(weights[columns[0]].data.device)
+        counts[:, columns] = processes.reduce(here).to(counts.device)
 
 
 class DSTCallback(TrainerCallback):

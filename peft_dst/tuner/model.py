@@ -132,23 +132,26 @@ class DSTModel(BaseTuner):
 
         Everything under the constraint gets a gradient, but only the budget can end up different from the seed.
         """
-        constrained: set[int] = set()
+        weights = [weight for _, marker in markers(self.model) for weight in marker.weights.values()]
+        constrained: set[SparseWeight] = set()
         free = 0
         for constraint in exchange.constraints(self.model).values():
             active = constraint.adapter in self.active_adapters
             for silo in constraint.silos:
-                constrained.update(id(w.parameter) for w in silo.weights)
+                constrained.update(silo.weights)
                 if active and any(w.parameter.requires_grad for w in silo.weights):
                     chosen = [w.free.numel() for w in silo.weights if w.free is not None]
                     free += sum(chosen) if chosen else silo.budget
+        # FSDP may have put a gathered one in a parameter's place.
+        found = {id(getattr(weight.module, weight.attribute)): weight for weight in weights}
         records = {id(p) for _, marker in markers(self.model) for p in marker.parameters()}
-        # Quantised weights may be packed.
-        sizes = {id(w.parameter): w.data.numel() for _, marker in markers(self.model) for w in marker.weights.values()}
         everything = 0
         for parameter in self.model.parameters():
+            weight = found.get(id(parameter))
             if id(parameter) not in records:
-                everything += sizes.get(id(parameter), parameter.numel())
-                if parameter.requires_grad and id(parameter) not in constrained:
+                # Quantised weights may be packed, and of what is divided over processes there may be a part here.
+                everything += parameter.numel() if weight is None else weight.shape.numel()
+                if parameter.requires_grad and weight not in constrained:
                     free += parameter.numel()
         return free, everything
 

@@ -110,3 +110,14 @@ def together(_groups: dict[int, Processes]) -> Callable[..., list[Any]]:
         return _groups[world](function, *arguments)
 
     return call
+
+
+@pytest.fixture
+def afresh(_groups: dict[int, Processes]) -> Callable[..., list[Any]]:
+    """The same in processes that are started for it."""
+
+    def call(world: int, function: Callable[..., Any], *arguments: object) -> list[Any]:
+        _groups[world].stop()
+        return _groups[world](function, *arguments)
+
+    return call
