@@ -165,7 +165,8 @@ class Together:
         """Whether this process is the first of those that hold a box: what is summed over all has to be counted once."""
         coordinate = self.mesh.get_coordinate()
         assert coordinate is not None
-        return all(coordinate[dimension] == 0 for dimension in self.dimensions if dimension not in box.divided)
+        divided = _dimensions(box, self.mesh)
+        return all(coordinate[dimension] == 0 for dimension in self.dimensions if dimension not in divided)
 
     @contextmanager
     def all_or_none(self, what: str) -> Iterator[None]:
@@ -209,15 +210,30 @@ def together(boxes: Iterable[Box]) -> Together | None:
     """The processes that hold some boxes together; None if each of them is all of its tensor.
 
     Raises:
-        NotImplementedError: if they are divided over several meshes.
+        NotImplementedError: if they are divided over several meshes that are no parts of one.
     """
     found = [box for box in boxes if box.divided]
-    meshes = list(dict.fromkeys(box.mesh for box in found))
-    if len(meshes) > 1:
-        raise NotImplementedError(
-            f"weights that compete with one another are divided over different meshes ({meshes[0]} and {meshes[1]}). "
-            "Divide the model over one, or give it siloing='parameter'."
-        )
-    if not meshes or meshes[0] is None:
+    meshes = [mesh for mesh in dict.fromkeys(box.mesh for box in found) if mesh is not None]
+    if not meshes:
         return None
-    return Together(meshes[0], tuple(sorted({dimension for box in found for dimension in box.divided})))
+    mesh = meshes[0]
+    if len(meshes) > 1:
+        # Where tensor parallelism divides some weights and FSDP all, each lies along its own dimensions of one mesh.
+        mesh = mesh._get_root_mesh()
+        for other in meshes:
+            if other._get_root_mesh() != mesh or not set(other.mesh_dim_names or ("",)) <= set(
+                mesh.mesh_dim_names or ()
+            ):
+                raise NotImplementedError(
+                    f"weights that compete with one another are divided over different meshes ({meshes[0]} and "
+                    f"{meshes[1]}). Divide the model over one, or give it siloing='parameter'."
+                )
+    return Together(mesh, tuple(sorted({dimension for box in found for dimension in _dimensions(box, mesh)})))
+
+
+def _dimensions(box: Box, mesh: DeviceMesh) -> list[int]:
+    """Along which dimensions of a mesh a box is divided, of which its own mesh is a part."""
+    if box.mesh is None or box.mesh == mesh:
+        return list(box.divided)
+    names, own = mesh.mesh_dim_names or (), box.mesh.mesh_dim_names or ()
+    return [names.index(own[dimension]) for dimension in box.divided]

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
 
 from peft_dst import DSTConfig
 from peft_dst.training import subset_metrics
@@ -24,10 +23,10 @@ def base(tmp_path_factory):
     return folder
 
 
-def load(world, base):
-    options = {"tp_plan": "auto"} if world > 1 else {}
-    model = AutoModelForCausalLM.from_pretrained(base, **options)
-    return model
+def load(base, **layout):
+    """A base on this process's part of a mesh; alone without a layout."""
+    options = {"distributed_config": DistributedConfig(**layout)} if layout else {}
+    return AutoModelForCausalLM.from_pretrained(base, **options)
 
 
 def logits_of(model):
@@ -35,25 +34,27 @@ def logits_of(model):
         return model.eval()(**batch("llama", 9)).logits
 
 
-def train(rank, world, base, kind, folder):
+def train(rank, world, base, kind, folder, layout):
     with environment(rank, world):
-        model = get_peft_model(load(world, base), DSTConfig(epsilon=0.02))
+        model = get_peft_model(load(base, **layout), DSTConfig(epsilon=0.02))
     optimizer = optimizer_of(model, kind)
+    shares = layout.get("fsdp_size", 1)
     for number in range(4):
-        # All that divide a layer among them see the same samples.
-        model(**batch("llama", number)).loss.backward()
+        # All that divide a layer's computation among them see the same samples.
+        share = rank // layout.get("tp_size", 1)
+        rows = {k: v[share::shares].contiguous() for k, v in batch("llama", number).items()}
+        model(**rows).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    constraint = model.constraint()
-    divided = {len(weight.box.divided) for weight in constraint.weights}
-    assert divided == ({0, 1} if world > 1 else {0})
+    divided = {len(weight.box.divided) for weight in model.constraint().weights}
+    figures, counts = subset_metrics(model.constraint()), model.get_nb_trainable_parameters()
     model.save_pretrained(folder)
-    return subsets(model), subset_metrics(constraint), model.get_nb_trainable_parameters(), logits_of(model)
+    return subsets(model), figures, counts, logits_of(model), divided
 
 
-def serve(rank, world, base, folder):
+def serve(rank, world, base, folder, layout):
     with environment(rank, world):
-        model = load(world, base)
+        model = load(base, **layout)
     seed = logits_of(model)
     model = PeftModel.from_pretrained(model, folder)
     tuned = logits_of(model)
@@ -62,15 +63,26 @@ def serve(rank, world, base, folder):
     return tuned
 
 
-@pytest.mark.parametrize("kind", ["hook", "AdamW"])
-def test_agrees_with_one_process_and_is_loaded_by_any_number(together, tmp_path, base, kind):
-    ((alone, figures, counts, logits),) = together(1, train, base, kind, str(tmp_path / "1"))
-    for found, own, counted, mine in together(2, train, base, kind, str(tmp_path / "2")):
+# Sizes of the mesh, and over how many of its dimensions weights are divided.
+TENSOR = {"tp_size": 2}, {0, 1}
+FSDP = {"fsdp_size": 2}, {1}
+BOTH = {"fsdp_size": 2, "tp_size": 2}, {1, 2}
+
+
+@pytest.mark.parametrize(
+    ("kind", "world", "layout", "dimensions"),
+    [("hook", 2, *TENSOR), ("AdamW", 2, *TENSOR), ("AdamW", 2, *FSDP), ("hook", 4, *BOTH), ("AdamW", 4, *BOTH)],
+    ids=["hook-tensor", "AdamW-tensor", "AdamW-fsdp", "hook-both", "AdamW-both"],
+)
+def test_agrees_with_one_process_and_is_loaded_by_any_number(together, tmp_path, base, kind, world, layout, dimensions):
+    ((alone, figures, counts, logits, _),) = together(1, train, base, kind, str(tmp_path / "alone"), {})
+    for found, own, counted, mine, divided in together(world, train, base, kind, str(tmp_path / "divided"), layout):
+        assert divided == dimensions
         assert_agree(alone, found)
         assert own == pytest.approx(figures, rel=1e-3)
         assert counted == counts
         torch.testing.assert_close(mine, logits, rtol=1e-4, atol=1e-5)
-    # What one process has saved two can serve, and the other way round.
-    for world, saved in ((1, 2), (2, 1)):
-        for found in together(world, serve, base, str(tmp_path / str(saved))):
-            torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-5)
+    # What one process has saved several can serve, and the other way round.
+    (served,) = together(1, serve, base, str(tmp_path / "divided"), {})
+    for found in [served, *together(world, serve, base, str(tmp_path / "alone"), layout)]:
+        torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-5)
