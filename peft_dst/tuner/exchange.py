@@ -21,7 +21,6 @@ from torch.distributed.tensor import DTensor
 
 from ..config import COLLECTED
 from ..core import Constraint, SparseWeight, gather
-from ..core.free import watch
 from ..core.shards import Together, together
 from ..delta import (
     MARKER,
@@ -295,19 +294,6 @@ def settle_before_forward(model: nn.Module) -> None:
     look = functools.partial(_look, model)
     handles = [module.register_forward_pre_hook(look) for module in model.modules()]
     model.__dict__.setdefault(_HANDLES, []).extend(handles)
-
-
-def watch_before_forward(model: nn.Module) -> None:
-    """Gather the gradients of fixed subsets also in copies of the model, and where its parameters were replaced."""
-    if not any(hook is _watch for hook in model._forward_pre_hooks.values()):
-        model.register_forward_pre_hook(_watch)
-
-
-def _watch(model: nn.Module, *unused: Any) -> None:
-    for constraint in model.__dict__.get(CONSTRAINTS, {}).values():
-        for weight in constraint.weights if constraint.fixed else ():
-            if weight.free is not None:
-                watch(weight)
 
 
 def forget_to_settle(model: nn.Module) -> None:
