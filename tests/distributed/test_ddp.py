@@ -186,7 +186,7 @@ def disagree(rank, world, how, divided):
         options["target_modules"] = ["query", "value"][: rank + 1]
     if how == "seed":
         # Large enough for every tensor to have entries: DDP itself counts those that are trained.
-        options = {"epsilon": 0.3, "selection": "random", "selection_seed": rank}
+        options = {"epsilon": 0.3, "siloing": "parameter", "selection": "random", "selection_seed": rank}
     model = get_peft_model(base, DSTConfig(**options))
     if divided:
         from tests.distributed.test_fsdp import divide
