@@ -1,8 +1,8 @@
 """Wrappers of a model whose optimizers step copies of its weights, which the constraint does not reach: they are refused.
 
-DeepSpeed's ZeRO optimizers step flat float32 partitions, and those of its bfloat16 and float16 training float32 masters; what
-they make of them is copied over the model's weights. torch's FullyShardedDataParallel (FSDP1) steps slices of flat parameters.
-Under either, every parameter would be trained. Only DeepSpeed's stage 0 in float32 steps the model's own parameters.
+DeepSpeed's ZeRO optimizers step flat float32 partitions, and those of its training in half precision float32 masters; what
+they make of them is copied over the model's weights. torch's FullyShardedDataParallel (FSDP1) steps slices of flat
+parameters. Under either, every parameter would be trained. Of DeepSpeed only stage 0 in float32 steps the model's own.
 
 Both say nothing to anybody when they are made. So their constructors are looked at, once the modules that have them are
 imported; nothing is imported for it.
@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -25,8 +25,6 @@ from .constraint import Constraint
 from .weights import SparseWeight
 
 
-DEEPSPEED, FSDP1 = "deepspeed.runtime.engine", "torch.distributed.fsdp.fully_sharded_data_parallel"
-_CLASSES = {DEEPSPEED: "DeepSpeedEngine", FSDP1: "FullyShardedDataParallel"}
 _REMEDY = (
     "To divide the model over processes use FSDP2 (torch's fully_shard; `fsdp_version: 2` in Accelerate's and Trainer's "
     "configuration), to repeat it DDP."
@@ -39,7 +37,7 @@ _flattened: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionar
 
 def install() -> None:
     """Look at every such wrapper that is made from now on."""
-    for name in _CLASSES:
+    for name in _GUARDS:
         if name in sys.modules:
             _guard(sys.modules[name])
     sys.meta_path.insert(0, _Importing())
@@ -103,29 +101,45 @@ def _check_engine(engine: Any) -> None:
     )
 
 
-def _guard(module: ModuleType) -> None:
-    """Look at what the constructor of a module's wrapper is given, and at what it has made."""
-    wrapper = getattr(module, _CLASSES[module.__name__], None)
-    if wrapper is None:
-        return
-    construct = wrapper.__init__
+def _check_before_training(construct: Callable[..., None]) -> Callable[..., None]:
+    """DeepSpeed's engine, as it comes out of its constructor, checked."""
 
     @functools.wraps(construct)
-    def construct_and_check(self: nn.Module, *args: Any, **kwargs: Any) -> None:
-        flattened = None
-        if module.__name__ == FSDP1:
-            model = args[0] if args else kwargs["module"]
-            flattened = next((weight.name for weight in _trained_in(model)), None)
-            if flattened is not None and model.training:
-                raise _flat(flattened)
+    def construct_and_check(self: Any, *args: Any, **kwargs: Any) -> None:
         construct(self, *args, **kwargs)
-        if module.__name__ == DEEPSPEED:
-            _check_engine(self)
-            _engines.add(self)
-        elif flattened is not None:
-            _flattened[self] = flattened
+        _check_engine(self)
+        _engines.add(self)
 
-    wrapper.__init__ = construct_and_check
+    return construct_and_check
+
+
+def _check_before_flattening(construct: Callable[..., None]) -> Callable[..., None]:
+    """FSDP1's constructor, with what goes into it checked. A model that is not in training mode passes until it is."""
+
+    @functools.wraps(construct)
+    def check_and_construct(self: nn.Module, module: nn.Module, *args: Any, **kwargs: Any) -> None:
+        trained = _trained_in(module)
+        if trained and module.training:
+            raise _flat(trained[0].name)
+        construct(self, module, *args, **kwargs)
+        if trained:
+            _flattened[self] = trained[0].name
+
+    return check_and_construct
+
+
+#: Module → class of the wrapper there, and what its constructor is to become.
+_GUARDS: dict[str, tuple[str, Callable[..., Any]]] = {
+    "deepspeed.runtime.engine": ("DeepSpeedEngine", _check_before_training),
+    "torch.distributed.fsdp.fully_sharded_data_parallel": ("FullyShardedDataParallel", _check_before_flattening),
+}
+
+
+def _guard(module: ModuleType) -> None:
+    name, guarded = _GUARDS[module.__name__]
+    wrapper = getattr(module, name, None)
+    if wrapper is not None:
+        wrapper.__init__ = guarded(wrapper.__init__)
 
 
 class _Importing(MetaPathFinder):
@@ -134,9 +148,9 @@ class _Importing(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname not in _CLASSES:
+        if fullname not in _GUARDS:
             return None
-        others = (finder for finder in sys.meta_path if not isinstance(finder, _Importing))
+        others = sys.meta_path[sys.meta_path.index(self) + 1 :]
         spec = next((found for finder in others if (found := finder.find_spec(fullname, path, target))), None)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
