@@ -45,8 +45,11 @@ class Candidates:
 
     def at(self, keep: Sequence[Tensor]) -> Candidates:
         """Those that are marked, for each tensor bool (k_i,)."""
-        parts = (self.indices, self.values, self.distances)
-        return Candidates(*([own[mask] for own, mask in zip(part, keep, strict=True)] for part in parts))
+        indices, values, distances = (
+            [own[mask] for own, mask in zip(part, keep, strict=True)]
+            for part in (self.indices, self.values, self.distances)
+        )
+        return Candidates(indices, values, distances)
 
 
 def find_candidates(
@@ -109,7 +112,7 @@ def choose_across(
         for at, delta, box in zip(silo.indices, silo.distances, own, strict=True):
             keys.append(bits(delta.to(dtype)).long())
             owners.append(torch.full_like(at, number))
-            counted.append(torch.full_like(at, box.counts_along(processes.dimensions), dtype=torch.bool))
+            counted.append(torch.full_like(at, processes.counts(box), dtype=torch.bool))
             positions.append(box.outwards(at) + before)
             before += box.whole.numel()
     key, owner, counts, position = (torch.cat(parts) for parts in (keys, owners, counted, positions))

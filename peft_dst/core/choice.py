@@ -197,7 +197,7 @@ class Choice:
 def _total(weights: Sequence[SparseWeight]) -> float:
     """Sum of the absolute values of some weights, wherever they are held."""
     processes = together(weight.box for weight in weights)
-    along = () if processes is None else processes.dimensions
-    sums = [weight.data.abs().sum(dtype=torch.float64) for weight in weights if weight.box.counts_along(along)]
+    counted = [weight for weight in weights if processes is None or processes.counts(weight.box)]
+    sums = [weight.data.abs().sum(dtype=torch.float64) for weight in counted]
     total = torch.stack(sums).sum() if sums else torch.zeros((), dtype=torch.float64, device=weights[0].data.device)
     return float(total if processes is None else processes.reduce(total))

@@ -63,16 +63,6 @@ class Box:
             inside &= (part >= 0) & (part < length)
         return inside, _ravel([part[inside] for part in at], self.shape)
 
-    def counts_along(self, dimensions: Iterable[int]) -> bool:
-        """Whether this process is the first of those that hold the box, among its neighbours along some dimensions of the
-        mesh: what is summed over them has to be counted once.
-        """
-        if self.mesh is None:
-            return True
-        coordinate = self.mesh.get_coordinate()
-        assert coordinate is not None
-        return all(coordinate[dimension] == 0 for dimension in dimensions if dimension not in self.divided)
-
 
 def _ravel(at: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
     flat = torch.zeros_like(at[0])
@@ -170,6 +160,12 @@ class Together:
         """Whether this process is the first of them, and of all others that hold the same."""
         coordinate = self.mesh.get_coordinate()
         return coordinate is not None and not any(coordinate)
+
+    def counts(self, box: Box) -> bool:
+        """Whether this process is the first of those that hold a box: what is summed over all has to be counted once."""
+        coordinate = self.mesh.get_coordinate()
+        assert coordinate is not None
+        return all(coordinate[dimension] == 0 for dimension in self.dimensions if dimension not in box.divided)
 
     @contextmanager
     def all_or_none(self, what: str) -> Iterator[None]:

@@ -10,7 +10,7 @@ first use.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Mapping, Set
 from typing import Any
 
 import torch
@@ -21,7 +21,6 @@ from torch.distributed.tensor import DTensor
 
 from ..config import COLLECTED
 from ..core import Constraint, SparseWeight, gather
-from ..core.free import watch
 from ..core.shards import Together, together
 from ..delta import (
     MARKER,
@@ -65,7 +64,10 @@ def collect(
     summaries: dict[str, Summary] = {}
     _check_complete(model, adapter_name)
     _check_seen(model, state_dict)
-    state_dict = {**state_dict, **{k: t for name, _ in markers(model) for k, t in expanded(state_dict, f"{name}.").items()}}
+    state_dict = {
+        **state_dict,
+        **{k: t for name, _ in markers(model) for k, t in expanded(state_dict, f"{name}.").items()},
+    }
     for name, marker in markers(model):
         name = name.removeprefix("_fsdp_wrapped_module.")
         for parameter in marker.tuned.get(adapter_name, ()):
@@ -212,9 +214,9 @@ def _check_seen(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     if changed is not None:
         raise RuntimeError(
             f"{list(weights.values())[changed].name!r} differs from the seed outside the subset: its weights were changed "
-            "without the constraint being enforced, so they cannot be saved as a delta. Train with a torch.optim optimizer, "
-            "whose step the constraint hooks (DeepSpeed and optimizers that are no torch.optim.Optimizer are not reached), "
-            "and do not edit the weights otherwise."
+            "without the constraint being enforced, so they cannot be saved as a delta. Train with a torch.optim "
+            "optimizer, whose step the constraint hooks (DeepSpeed and optimizers that are no torch.optim.Optimizer are "
+            "not reached), and do not edit the weights otherwise."
         )
 
 
@@ -234,7 +236,9 @@ def _seeds(weight: SparseWeight, marker: str, record: Record, state_dict: Mappin
         return weight.whole_seeds_at(positions)
     positions = positions.to(whole.device)
     seeds = gather(whole, positions)
-    indices, values = (state_dict.get(f"{marker}.{part}.{weight.attribute}") for part in ("seed_indices", "seed_values"))
+    indices, values = (
+        state_dict.get(f"{marker}.{part}.{weight.attribute}") for part in ("seed_indices", "seed_values")
+    )
     if indices is not None and values is not None:
         slot = torch.searchsorted(indices, positions).clamp_max_(indices.numel() - 1)
         seeds = torch.where(indices[slot] == positions, values[slot], seeds)
@@ -251,7 +255,9 @@ def constraints(model: nn.Module) -> dict[str, Constraint]:
 
 def processes_of(model: nn.Module) -> Together | None:
     """The processes that hold a model's tuned weights together; None if this one does alone."""
-    return together(weight.box for _, marker in markers(model) for weight in marker.weights.values() if weight.is_divided)
+    return together(
+        weight.box for _, marker in markers(model) for weight in marker.weights.values() if weight.is_divided
+    )
 
 
 def settle(model: nn.Module) -> bool:
@@ -288,19 +294,6 @@ def settle_before_forward(model: nn.Module) -> None:
     look = functools.partial(_look, model)
     handles = [module.register_forward_pre_hook(look) for module in model.modules()]
     model.__dict__.setdefault(_HANDLES, []).extend(handles)
-
-
-def watch_before_forward(model: nn.Module) -> None:
-    """Gather the gradients of fixed subsets also in copies of the model, and where its parameters were replaced."""
-    if not any(hook is _watch for hook in model._forward_pre_hooks.values()):
-        model.register_forward_pre_hook(_watch)
-
-
-def _watch(model: nn.Module, *unused: Any) -> None:
-    for constraint in model.__dict__.get(CONSTRAINTS, {}).values():
-        for weight in constraint.weights if constraint.fixed else ():
-            if weight.free is not None:
-                watch(weight)
 
 
 def forget_to_settle(model: nn.Module) -> None:

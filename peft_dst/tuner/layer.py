@@ -605,7 +605,9 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         for weight in overwritten:
             seeds = state_dict.get(f"{prefix}seed_values.{weight.attribute}")
             if seeds is not None:
-                inside, own = weight.box.inwards(state_dict[f"{prefix}seed_indices.{weight.attribute}"].to(seeds.device))
+                inside, own = weight.box.inwards(
+                    state_dict[f"{prefix}seed_indices.{weight.attribute}"].to(seeds.device)
+                )
                 weight.place(own, seeds[inside])
         self._overwritten.clear()
         self.sync()
