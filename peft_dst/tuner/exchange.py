@@ -215,8 +215,8 @@ def _check_seen(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
         raise RuntimeError(
             f"{list(weights.values())[changed].name!r} differs from the seed outside the subset: its weights were changed "
             "without the constraint being enforced, so they cannot be saved as a delta. Train with a torch.optim "
-            "optimizer, whose step the constraint hooks (DeepSpeed and optimizers that are no torch.optim.Optimizer are "
-            "not reached), and do not edit the weights otherwise."
+            "optimizer, whose step the constraint hooks (what steps copies of the weights, or is no torch.optim.Optimizer, "
+            "is not reached), and do not edit the weights otherwise."
         )
 
 
