@@ -40,6 +40,7 @@ IN_TUNER = [
     "layer",
     "targets",
     "exchange",
+    "parallel",
     "mixed",
     "static",
     "weighted",

@@ -18,6 +18,7 @@ kernel is wanted.
 * `correction` what changed entries change in a layer's output
 * `stacking`   the same for several groups of samples in one call (on a GPU by `correction_triton`)
 * `hook`       the global optimizer hook that calls it, for any `torch.optim` optimizer
+* `wrappers`   wrappers that step copies of the weights, which are refused
 * `reference`  the same step, dense and plain, to test the fast one against
 * `kernels`    AdamW's step and the choice in one on a GPU (with `kernels_triton`, and its plain `kernels_reference`)
 """

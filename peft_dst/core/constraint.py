@@ -46,6 +46,7 @@ class Constraint:
     Attributes:
         begun: whether the subset was given before training. The first step that moves anything keeps it.
         total_steps: number of steps of the whole training, where it is known.
+        agreed: whether all processes that train together were found to train the same.
     """
 
     #: Every constraint that somebody holds, copies and unpickled ones included: the optimizer hook looks them up here.
@@ -74,6 +75,7 @@ class Constraint:
         self.begun = False
         self._moved = False
         self.total_steps: int | None = None
+        self.agreed = False
         self.live.add(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -46,26 +46,36 @@ def watch(weight: SparseWeight) -> None:
 
 def _after_accumulation(found: weakref.ref[SparseWeight], parameter: Tensor) -> None:
     weight = found()
-    if weight is not None and weight.parameter is parameter:
-        collect(weight)
+    if weight is None or weight.parameter is not parameter:
+        return
+    if weight.averaged_by is not None and weight.averaged_by() is not None:
+        if weight.averaged:
+            _queue(functools.partial(_queue, functools.partial(collect, weight)))
+        return
+    if (
+        torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+        and torch.distributed.get_world_size() > 1
+    ):
+        raise NotImplementedError(
+            f"{weight.name!r} has a fixed subset, whose gradients are gathered before anything averages them over "
+            "processes. Train static selections under DistributedDataParallel or in one process, or use "
+            "selection='dynamic'."
+        )
+    collect(weight)
+
+
+def _queue(callback: Callable[[], None]) -> None:
+    """Call something at the end of the backward pass; from there on, after what is queued already: DDP's averaging."""
+    torch.autograd.Variable._execution_engine.queue_callback(callback)
 
 
 @torch.no_grad()
 def collect(weight: SparseWeight) -> None:
-    """Move the gradient of a weight with a fixed subset to the subset's values, adding to what they have.
-
-    Raises:
-        NotImplementedError: in data parallelism, where gradients of single processes would be gathered.
-    """
+    """Move the gradient of a weight with a fixed subset to the subset's values, adding to what they have."""
     gradient = weight.parameter.grad
     if weight.free is None or weight.free_at is None or gradient is None:
         return
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if distributed and torch.distributed.get_world_size() > 1:
-        raise NotImplementedError(
-            f"{weight.name!r} has a fixed subset, whose gradients are gathered before data parallelism averages them. "
-            "Train static selections in one process, or use selection='dynamic'."
-        )
     if gradient.layout != torch.strided:
         gradient = gradient.to_dense()
     gathered = gather(gradient, weight.free_at.to(gradient.device)).to(weight.free.dtype)

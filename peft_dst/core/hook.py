@@ -17,6 +17,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from .constraint import Constraint, concerned
 from .free import FixedStep
 from .step import StepInProgress
+from .wrappers import check_wrappers
+from .wrappers import install as watch_wrappers
 
 
 # Steps under way, by optimizer. An optimizer that calls another one's step (Lookahead) has the constraint enforced after
@@ -39,6 +41,7 @@ def install() -> None:
     if not _installed:
         register_optimizer_step_pre_hook(_before_step)
         register_optimizer_step_post_hook(_after_step)
+        watch_wrappers()
         _installed = True
 
 
@@ -46,6 +49,7 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
     _undo(_under_way.pop(optimizer, []))
     if (unfinished := _fixed.pop(optimizer, None)) is not None:
         unfinished.restore()
+    check_wrappers()
     if optimizer in _exempt or _is_skipped(optimizer):
         return
     fixed = _fixed[optimizer] = FixedStep(optimizer)

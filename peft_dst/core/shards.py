@@ -186,13 +186,16 @@ class Together:
             raise RuntimeError(f"{what} failed in another process, which says why.")
 
     def reduce(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
-        """Reduce a tensor in place over the processes; it is returned."""
+        """A tensor reduced over the processes; in place, where it is on the mesh's device."""
+        # Weights that are offloaded to the host are not.
+        message = tensor.to(self.mesh.device_type)
         for dimension in self.dimensions:
-            dist.all_reduce(tensor, operation, group=self.mesh.get_group(dimension))
-        return tensor
+            dist.all_reduce(message, operation, group=self.mesh.get_group(dimension))
+        return message.to(tensor.device)
 
     def join(self, tensor: Tensor) -> Tensor:
         """The first dimensions of all processes' tensors, one behind the other; they may differ in length."""
+        device, tensor = tensor.device, tensor.to(self.mesh.device_type)
         for dimension in self.dimensions:
             group, size = self.mesh.get_group(dimension), self.mesh.size(dimension)
             lengths = [torch.zeros(1, dtype=torch.int64, device=tensor.device) for _ in range(size)]
@@ -203,7 +206,7 @@ class Together:
             parts = [torch.empty_like(padded) for _ in range(size)]
             dist.all_gather(parts, padded, group=group)
             tensor = torch.cat([part[: int(length)] for part, length in zip(parts, lengths, strict=True)])
-        return tensor
+        return tensor.to(device)
 
 
 def together(boxes: Iterable[Box]) -> Together | None:

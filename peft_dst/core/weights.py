@@ -69,6 +69,8 @@ class SparseWeight:
             `free_at` is where they stand, int64 (k,). Both stay while the adapter is disabled.
         frees: the same of every adapter with a fixed subset here.
         superseded: parameters that stood there before, with another subset.
+        averaged_by: the DistributedDataParallel module that averages gradients before they are gathered for `free`, as far
+            as the last forward pass told; `averaged` is whether it does so after that pass.
         stepped: whether an optimizer step has changed the weight since this was last set to False.
     """
 
@@ -83,6 +85,8 @@ class SparseWeight:
         self.free_at: Tensor | None = None
         self.frees: dict[str, nn.Parameter] = {}
         self.superseded: list[weakref.ref[nn.Parameter]] = []
+        self.averaged_by: weakref.ref[nn.Module] | None = None
+        self.averaged = True
         #: The parameter whose gradients are gathered for `free`, and its hook.
         self.watched: tuple[nn.Parameter, RemovableHandle] | None = None
         #: The outermost step over `free` that is under way.
@@ -96,6 +100,8 @@ class SparseWeight:
         self.requires_grad_before = self.parameter.requires_grad
         self._watched = False
         self._checksum: tuple[torch.dtype, torch.Size, int] | None = None
+        #: Of the whole seed, where that was noted before it was divided.
+        self.whole_checksum: int | None = None
         #: The outermost optimizer step that has begun over this weight and has not come to its end.
         self.under_way: Undoable | None = None
         self._live: Tensor | None = None
@@ -104,7 +110,7 @@ class SparseWeight:
     def __getstate__(self) -> dict[str, object]:
         self.recover()
         # Copies of a parameter come without its hooks.
-        return {**self.__dict__, "watched": None, "stepping": None, "superseded": []}
+        return {**self.__dict__, "watched": None, "stepping": None, "superseded": [], "averaged_by": None}
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -177,15 +183,19 @@ class SparseWeight:
         if self._is_in_place():
             return
         divide_again(self.module)
-        if not self._is_in_place():
+        if self._divided is not None and not self._is_in_place():
             raise RuntimeError(
                 f"{self.name!r} is gathered from all processes now, as FSDP leaves it after a forward pass without "
-                "gradients, so writing into this process's part of it would not be seen. Call reshard() on the FSDP "
-                "modules."
+                "gradients, so writing into this process's part of it would not be seen. Call reshard() on the model's "
+                "FSDP modules."
             )
 
     def _is_in_place(self) -> bool:
-        return self._divided is None or getattr(self.module, self.attribute) is self._divided
+        found = getattr(self.module, self.attribute)
+        if self._divided is None:
+            # FSDP marks the modules whose parameters it divides, some of which it may have been told to ignore.
+            return isinstance(found, DTensor) or not getattr(self.module, "_is_fsdp_managed_module", False)
+        return found is self._divided
 
     def lend(self) -> Tensor:
         """Put a working copy in the live weight's place, for an optimizer to write into, and return it."""
@@ -217,7 +227,7 @@ class SparseWeight:
         # Whatever the default device is.
         self.indices, self.seeds = torch.empty(0, dtype=torch.int64, device="cpu"), torch.empty(0, device="cpu")
         self._noted_in = None
-        self._checksum = None
+        self._checksum = self.whole_checksum = None
 
     def place(self, indices: Tensor, seeds: Tensor) -> None:
         """Take note of a subset that has already been written."""
@@ -260,8 +270,8 @@ class SparseWeight:
 
     def revert(self) -> None:
         """Write the seed back everywhere. Exact."""
-        data = self._follow()
         self.prepare_to_write()
+        data = self._follow()
         if not self.indices.numel():
             return
         scatter(data, self.indices, self.seeds)
@@ -337,6 +347,8 @@ class SparseWeight:
         if not self.data.is_meta:
             data = self._follow()
             self._checksum = data.dtype, self.shape, self._sum(data, self.seeds, self.values())
+            if not self.is_divided:
+                self.whole_checksum = self._checksum[2]
 
     def watch(self) -> None:
         """Note the seed's checksum if that was not done yet: the weight may be trained from now on."""
@@ -355,6 +367,7 @@ class SparseWeight:
             if cast(data.new_empty(0)).dtype != data.dtype:
                 new = cast(data)
                 self._checksum = new.dtype, self.shape, self._sum(new, cast(self.seeds), cast(self.values()))
+                self.whole_checksum = None if self.is_divided else self._checksum[2]
 
     def check_shape(self) -> None:
         """Check that the weight has the shape it had when its seed was noted.

@@ -16,11 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from ..core import exempt
+from ..core import Constraint, exempt, scatter
 from ..core.distances import wide_dtype
 from ..core.free import VALUES
+from ..core.shards import like
+from ..core.weights import widened
 from .release import Release
 from .silo_by_silo import HALF, SiloBySilo
 
@@ -126,6 +129,22 @@ class DSTOptimizer(Optimizer):
                     self.state[parameter].update(engine.state[stand_in])
         finally:
             engine.param_groups, engine.state = [], defaultdict(dict)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's. Where several processes hold a half-precision weight together, the float32 values of its subset are
+        in it as a float32 copy of the whole weight, divided as that is, so that any number of processes can take it up.
+        """
+        found = super().state_dict()
+        divided = {id(w.parameter): w for c in Constraint.live for w in c.weights if w.is_divided and w.adapters}
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for number, parameter in enumerate(parameters):
+            own = found["state"].get(number, {})
+            if id(parameter) in divided and VALUES in own and not isinstance(own[VALUES], DTensor):
+                weight = divided[id(parameter)]
+                copy = weight.data.float()
+                scatter(copy, weight.noted()[0], widened(weight.values(), own[VALUES]))
+                found["state"][number] = {**own, VALUES: like(copy, parameter)}
+        return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from ..core import Constraint, FixedStep, Silo, SparseWeight, Subset, concerned, scatter
+from ..core import Constraint, FixedStep, Silo, SparseWeight, Subset, concerned, gather, scatter
 from ..core.choice import Choice
 from ..core.distances import wide_dtype
 from ..core.free import VALUES
-from ..core.shards import like
+from ..core.shards import like, local
 from ..core.weights import widened
 from . import fused
 from .released import gradient
@@ -121,7 +122,11 @@ class SiloBySilo:
 
     def _subset_values(self, weight: SparseWeight) -> Tensor:
         """Float32 values (k,) of a weight's current subset."""
-        return widened(weight.values(), self._values(weight.parameter))
+        values = self._values(weight.parameter)
+        if isinstance(values, DTensor):
+            # Loaded, with the whole weight (`DSTOptimizer.state_dict`).
+            values = gather(local(values), weight.noted()[0])
+        return widened(weight.values(), values)
 
     def _step_rest(self) -> None:
         """Step the parameters under no constraint."""

@@ -21,7 +21,6 @@ from torch.distributed.tensor import DTensor
 
 from ..config import COLLECTED
 from ..core import Constraint, SparseWeight, gather
-from ..core.free import watch
 from ..core.shards import Together, together
 from ..delta import (
     MARKER,
@@ -216,8 +215,8 @@ def _check_seen(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
         raise RuntimeError(
             f"{list(weights.values())[changed].name!r} differs from the seed outside the subset: its weights were changed "
             "without the constraint being enforced, so they cannot be saved as a delta. Train with a torch.optim "
-            "optimizer, whose step the constraint hooks (DeepSpeed and optimizers that are no torch.optim.Optimizer are "
-            "not reached), and do not edit the weights otherwise."
+            "optimizer, whose step the constraint hooks (what steps copies of the weights, or is no torch.optim.Optimizer, "
+            "is not reached), and do not edit the weights otherwise."
         )
 
 
@@ -295,19 +294,6 @@ def settle_before_forward(model: nn.Module) -> None:
     look = functools.partial(_look, model)
     handles = [module.register_forward_pre_hook(look) for module in model.modules()]
     model.__dict__.setdefault(_HANDLES, []).extend(handles)
-
-
-def watch_before_forward(model: nn.Module) -> None:
-    """Gather the gradients of fixed subsets also in copies of the model, and where its parameters were replaced."""
-    if not any(hook is _watch for hook in model._forward_pre_hooks.values()):
-        model.register_forward_pre_hook(_watch)
-
-
-def _watch(model: nn.Module, *unused: Any) -> None:
-    for constraint in model.__dict__.get(CONSTRAINTS, {}).values():
-        for weight in constraint.weights if constraint.fixed else ():
-            if weight.free is not None:
-                watch(weight)
 
 
 def forget_to_settle(model: nn.Module) -> None:

@@ -29,6 +29,7 @@ from . import exchange, static, weighted
 from .layer import SparseLayer, markers
 from .mixed import mixed_batch
 from .overlay import OverlayWeight
+from .parallel import watch_forward
 from .targets import Target, find_targets, is_excluded, is_saved_densely, is_targeted
 
 
@@ -286,8 +287,8 @@ class DSTModel(BaseTuner):
             _warn_of_unchecked(adapter_name, plan.targets, plan.summaries)
             for marker in found:
                 marker.served |= {adapter_name} & marker.tuned.keys()
+        watch_forward(model)
         if plan.config.fixed:
-            exchange.watch_before_forward(model)
             for marker in found:
                 marker.static |= {adapter_name} & marker.tuned.keys()
         return constraint
@@ -336,8 +337,6 @@ class DSTModel(BaseTuner):
         found[name].retire()
         found[name], self.peft_config[name] = constraint, config
         Constraint.live.add(constraint)
-        if config.fixed:
-            exchange.watch_before_forward(self.model)
         for _, marker in markers(self.model):
             marker.static.discard(name)
             marker.static |= {name} & (marker.tuned.keys() if config.fixed else set())
@@ -611,9 +610,16 @@ def _keep_from_ddp(model: nn.Module) -> None:
     names = {
         f"{name}.{part}.{adapter}.{parameter}"
         for name, marker in markers(model)
-        for part in ("dst_indices", "dst_values")
+        for part in ("dst_indices", "dst_values", "dst_free")
         for adapter, parameters in marker.tuned.items()
         for parameter in parameters
+    }
+    # DDP would wait for gradients of what is trained of fixed subsets, which autograd knows nothing of.
+    names |= {
+        f"{name}.{note}"
+        for name, marker in markers(model)
+        for note, buffer in marker.named_buffers()
+        if not buffer.dim()
     }
     already = getattr(model, attribute, ())
     setattr(model, attribute, {*already, *names, *(f"base_model.model.{name}" for name in names)})

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ..config import DSTConfig
+from ..core.wrappers import check_whole
 from ..delta import MARKER
 from .overlay import can_edit, can_overlay, original_shape
 
@@ -105,6 +106,7 @@ def find_targets(model: nn.Module, config: DSTConfig) -> list[Target]:
         ValueError: if one of them cannot be edited in place (quantised, integer or offloaded weights), or belongs to a
             module that another adapter replaces with a dense copy. A saved adapter that is loaded for inference need
             not edit the weights of linear layers.
+        NotImplementedError: if DeepSpeed or FSDP1 has put something else in the place of one.
     """
     modules = {name: module for name, module in model.named_modules() if MARKER not in name.split(".")}
     copied = [name for name, module in modules.items() if isinstance(module, AuxiliaryTrainingWrapper)]
@@ -131,6 +133,7 @@ def find_targets(model: nn.Module, config: DSTConfig) -> list[Target]:
                 "its exclude_modules."
             )
         tensor, host = tensors[key], modules[target.host]
+        check_whole(target.name, tensor)
         _check_real(target.name, tensor)
         target = replace(target, aliases=tuple(aliases[1:]), shape=tuple(tensor.shape))
         if not can_edit(tensor):

@@ -6,8 +6,10 @@ import math
 
 import pytest
 import torch
+import torch.distributed.checkpoint
 from peft import PeftModel, get_peft_model
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 
 from peft_dst import DSTConfig, DSTOptimizer
@@ -283,3 +285,42 @@ def touch(rank, world, folder):
 
 def test_a_change_in_one_process_is_told_by_all(together, tmp_path):
     together(2, touch, str(tmp_path))
+
+
+def resume(rank, world, folder, options, kind, dtype, phase):
+    """Straight on, or from a checkpoint of torch.distributed's in a fresh model."""
+    model = make(world, "bert", options, dtype)
+    optimizer = optimizer_of(model, kind)
+    if phase == "train":
+        for number in range(2):
+            step(rank, world, model, optimizer, "bert", number)
+        state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+        torch.distributed.checkpoint.save(state, checkpoint_id=folder)
+    else:
+        state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+        torch.distributed.checkpoint.load(state, checkpoint_id=folder)
+        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    found = subsets(model)
+    for number in range(2, 4):
+        step(rank, world, model, optimizer, "bert", number)
+    return found, subsets(model)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "dtype"),
+    [
+        ({}, "hook", torch.float32),
+        ({"selection": "first_step"}, "AdamW", torch.float32),
+        ({"churn_interval": 3}, "hook", torch.float32),
+        ({}, "AdamW", torch.bfloat16),
+    ],
+)
+def test_training_is_resumed(together, tmp_path, options, kind, dtype):
+    arguments = str(tmp_path), {"epsilon": 0.02, **options}, kind, dtype
+    straight = together(2, resume, *arguments, "train")
+    resumed = together(2, resume, *arguments, "resume")
+    for one, other in zip(straight, resumed, strict=True):
+        for mine, theirs in zip(one, other, strict=True):
+            assert_agree(mine, theirs, rtol=0, atol=0)
+    ((taken_up, _), *_) = together(4, resume, *arguments, "resume")
+    assert_agree(straight[0][0], taken_up, rtol=0, atol=0)

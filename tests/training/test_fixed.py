@@ -268,7 +268,7 @@ def test_data_parallelism_is_refused(build, monkeypatch):
     model = fixed(build)
     for name, answer in (("is_available", True), ("is_initialized", True), ("get_world_size", 2)):
         monkeypatch.setattr(torch.distributed, name, lambda answer=answer: answer)
-    with pytest.raises(NotImplementedError, match="data parallelism"):
+    with pytest.raises(NotImplementedError, match="under DistributedDataParallel"):
         loss(model, "bert").backward()
 
 
