@@ -188,7 +188,7 @@ def concerned(param_groups: Iterable[Mapping[str, Any]]) -> list[tuple[Constrain
 
     Raises:
         RuntimeError: if a weight is in no state to be stepped: its adapter is disabled, or not the only active one.
-        NotImplementedError: if a weight is sharded, or a silo spans several devices.
+        NotImplementedError: if a weight with tracked thresholds is divided over processes, or a silo spans several devices.
     """
     parameters = {id(parameter) for group in param_groups for parameter in group["params"]}
     found = [(c, _to_step(c, parameters)) for c in list(Constraint.live) if not c.fixed]
@@ -203,6 +203,11 @@ def _to_step(constraint: Constraint, parameters: set[int]) -> list[Silo]:
             if constraint.adapter not in weight.adapters and not weight.disabled:
                 return []
             check_steppable(weight, weight.parameter.grad)
+            if constraint.tracking and weight.is_divided:
+                raise NotImplementedError(
+                    f"threshold='iterative' is for weights that one process holds whole, and {weight.name!r} is divided. "
+                    "Train with threshold='exact', which costs no more."
+                )
             # Where it had no memory when the adapter was added.
             weight.watch()
         if len(devices) > 1:

@@ -57,8 +57,7 @@ def _sum_over_processes(weights: list[SparseWeight], counts: Tensor) -> None:
         if (processes := together([weight.box])) is not None:
             divided.setdefault(processes, []).append(i)
     for processes, columns in divided.items():
-        here = counts[:, columns].to(weights[columns[0]].data.device)
-        counts[:, columns] = processes.reduce(here).to(counts.device)
+        counts[:, columns] = processes.reduce(counts[:, columns])
 
 
 class DSTCallback(TrainerCallback):

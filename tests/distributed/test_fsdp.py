@@ -324,3 +324,17 @@ def test_training_is_resumed(together, tmp_path, options, kind, dtype):
             assert_agree(mine, theirs, rtol=0, atol=0)
     ((taken_up, _), *_) = together(4, resume, *arguments, "resume")
     assert_agree(straight[0][0], taken_up, rtol=0, atol=0)
+
+
+def track(rank, world):
+    model = make(world, "bert", {"epsilon": 0.02, "threshold": "iterative"})
+    before = subsets(model)
+    for kind in ("hook", "AdamW"):
+        optimizer = optimizer_of(model, kind)
+        with pytest.raises(NotImplementedError, match=r"threshold='iterative'.*threshold='exact'"):
+            step(rank, world, model, optimizer, "bert", 0)
+    assert all(torch.equal(indices, before[name][0]) for name, (indices, _) in subsets(model).items())
+
+
+def test_tracked_thresholds_are_refused(together):
+    together(2, track)
