@@ -12,6 +12,7 @@ from torch import nn
 from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
 from peft_dst import DSTConfig
+from peft_dst.core import choice as choice_module
 from peft_dst.core import constraint as constraint_module
 from tests.models import assert_same, bert, logits, loss, train, tuned_model, weights
 
@@ -253,7 +254,7 @@ def test_an_error_while_projecting_undoes_the_step(error, where, build, monkeypa
     loss(model, "bert").backward()
     optimizer.step()
     tuned = weights(base)
-    owner = constraint_module if where == "select" else constraint_module.Silo
+    owner = choice_module if where == "select" else constraint_module.Silo
     original, calls = getattr(owner, where), []
 
     def failing(*args):

@@ -287,7 +287,8 @@ class DSTModel(BaseTuner):
             _warn_of_unchecked(adapter_name, plan.targets, plan.summaries)
             for marker in found:
                 marker.served |= {adapter_name} & marker.tuned.keys()
-        watch_forward(model)
+        if plan.config.fixed or not plan.config.inference_mode:
+            watch_forward(model)
         if plan.config.fixed:
             for marker in found:
                 marker.static |= {adapter_name} & marker.tuned.keys()
@@ -337,6 +338,8 @@ class DSTModel(BaseTuner):
         found[name].retire()
         found[name], self.peft_config[name] = constraint, config
         Constraint.live.add(constraint)
+        if config.fixed:
+            watch_forward(self.model)
         for _, marker in markers(self.model):
             marker.static.discard(name)
             marker.static |= {name} & (marker.tuned.keys() if config.fixed else set())

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from peft_dst import DSTConfig, DSTOptimizer, parameter_groups
-from peft_dst.core import constraint as constraint_module
+from peft_dst.core import choice as choice_module
 from peft_dst.core import kernels
 from peft_dst.core.reference import reference_step
 from tests.models import Outer, assert_same, batch, loss, weights
@@ -255,7 +255,7 @@ def test_interrupted_in_a_later_silo_undoes_the_earlier_ones(build, monkeypatch)
         loss(model, "bert").backward()
         optimizer.step()
         before, values = weights(model.base_model.model), [optimizer.state[p]["dst_values"] for p in parameters]
-        original, calls = constraint_module.select, []
+        original, calls = choice_module.select, []
 
         def failing(*args, original=original, calls=calls, error=error):
             calls.append(args)
@@ -263,10 +263,10 @@ def test_interrupted_in_a_later_silo_undoes_the_earlier_ones(build, monkeypatch)
                 raise error
             return original(*args)
 
-        monkeypatch.setattr(constraint_module, "select", failing)
+        monkeypatch.setattr(choice_module, "select", failing)
         with pytest.raises(error):
             optimizer.step()
-        monkeypatch.setattr(constraint_module, "select", original)
+        monkeypatch.setattr(choice_module, "select", original)
         assert_same(weights(model.base_model.model), before)
         assert all(optimizer.state[p]["dst_values"] is v for p, v in zip(parameters, values, strict=True))
         with model.disable_adapter():
