@@ -180,7 +180,8 @@ class SparseWeight:
         if not self._is_in_place():
             raise RuntimeError(
                 f"{self.name!r} is gathered from all processes now, as FSDP leaves it after a forward pass without "
-                "gradients, so writing into this process's part of it would not be seen. Call reshard() on the FSDP modules."
+                "gradients, so writing into this process's part of it would not be seen. Call reshard() on the FSDP "
+                "modules."
             )
 
     def _is_in_place(self) -> bool:
