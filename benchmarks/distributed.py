@@ -190,7 +190,8 @@ class Trainer:
             epsilon=case.epsilon, siloing=case.siloing, distance="absolute", task_type="CAUSAL_LM"
         )
         self.model = base if case.through == "plain" else get_peft_model(base, config)
-        mesh = init_device_mesh("cpu", case.mesh or (dist.get_world_size(),))
+        sizes = case.mesh or (dist.get_world_size(),)
+        mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("replicas", "data")[-len(sizes) :])
         for layer in base.model.layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(self.model, mesh=mesh)

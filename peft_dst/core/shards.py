@@ -182,7 +182,8 @@ class Together:
         """Whether this process is the first of those that hold a box: what is summed over all has to be counted once."""
         coordinate = self.mesh.get_coordinate()
         assert coordinate is not None
-        return all(coordinate[dimension] == 0 for dimension in self.dimensions if dimension not in box.divided)
+        divided = _dimensions(box, self.mesh)
+        return all(coordinate[dimension] == 0 for dimension in self.dimensions if dimension not in divided)
 
     @contextmanager
     def all_or_none(self, what: str) -> Iterator[None]:
@@ -229,12 +230,32 @@ def together(boxes: Iterable[Box]) -> Together | None:
         NotImplementedError: if they are divided over several meshes.
     """
     found = [box for box in boxes if box.divided]
-    meshes = list(dict.fromkeys(box.mesh for box in found))
-    if len(meshes) > 1:
-        raise NotImplementedError(
-            f"weights that compete with one another are divided over different meshes ({meshes[0]} and {meshes[1]}). "
-            "Divide the model over one, or give it siloing='parameter'."
-        )
-    if not meshes or meshes[0] is None:
+    meshes = list(dict.fromkeys(box.mesh for box in found if box.mesh is not None))
+    if not meshes:
         return None
-    return Together(meshes[0], tuple(sorted({dimension for box in found for dimension in box.divided})))
+    mesh = max(meshes, key=lambda mesh: mesh.ndim)
+    for other in meshes:
+        if other != mesh and not _is_part(other, mesh):
+            raise NotImplementedError(
+                f"weights that compete with one another are divided over different meshes ({mesh} and {other}). Divide the "
+                "model over one mesh and parts of it, or give it siloing='parameter'."
+            )
+    return Together(mesh, tuple(sorted({dimension for box in found for dimension in _dimensions(box, mesh)})))
+
+
+def _is_part(part: DeviceMesh, mesh: DeviceMesh) -> bool:
+    """Whether one mesh is some named dimensions of another, as mesh["data"] is."""
+    names, all_names = part.mesh_dim_names, mesh.mesh_dim_names
+    return bool(
+        names and all_names and {*names} < {*all_names} and part._get_root_mesh() == mesh._get_root_mesh()
+    )  # fmt: skip
+
+
+def _dimensions(box: Box, mesh: DeviceMesh) -> list[int]:
+    """Along which dimensions of a mesh a box is divided, which knows them as those of this mesh or of a part of it."""
+    if box.mesh is None or box.mesh == mesh:
+        return list(box.divided)
+    own, names = box.mesh.mesh_dim_names, mesh.mesh_dim_names
+    assert own is not None
+    assert names is not None
+    return [names.index(own[dimension]) for dimension in box.divided]
