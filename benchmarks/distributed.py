@@ -198,7 +198,8 @@ class Trainer:
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         kind: Any = torch.optim.SGD if case.ties else torch.optim.AdamW
         wrap = functools.partial(peft_dst.DSTOptimizer, optimizer_cls=kind) if case.through == "DSTOptimizer" else kind
-        self.optimizer = wrap(parameters, lr=LEARNING_RATE, fused=True)
+        # torch's fused SGD cannot step DTensors.
+        self.optimizer = wrap(parameters, lr=LEARNING_RATE, fused=not case.ties)
         self.ours: list[Traffic] = []
         self.theirs: list[Traffic] = []
         self.times: list[float] = []
