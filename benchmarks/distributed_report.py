@@ -68,7 +68,13 @@ def time_table(results: Results) -> str:
                 f"{found['communication_ms']:.0f} ({percent(found['communication_ms'] / found['ms'])})",
             ]
         )
-    head = ["through", "step, ms", "/ plain (quartiles)", "`optimizer.step()`, ms", "of it in all-reduces, waiting included"]
+    head = [
+        "through",
+        "step, ms",
+        "/ plain (quartiles)",
+        "`optimizer.step()`, ms",
+        "of it in all-reduces, waiting included",
+    ]
     return table(head, rows)
 
 
@@ -116,8 +122,8 @@ def render(results: Results) -> str:
             "### Counted",
             count_table(results),
             "### Time of two processes",
-            f"A random Llama of {timing['n']:,} parameters, {timing['silos']} silos, ε = {timing['epsilon']:g}, float32, fused "
-            f"AdamW, 4 × {results['options']['length']} tokens a process; {timing['world']} processes of one thread share "
+            f"A random Llama of {timing['n']:,} parameters, {timing['silos']} silos, ε = {timing['epsilon']:g}, float32, "
+            f"fused AdamW, 4 × {results['options']['length']} tokens a process; {timing['world']} processes of one thread share "
             f"{results['machine']['cores']} cores, on which other work ran, and talk through gloo. Medians of "
             f"{results['options']['rounds']} rounds.",
             time_table(results),

@@ -137,7 +137,7 @@ def test_distributed(tmp_path):
     assert len(found["rows"]) == len(distributed.cases(toy=True))
     for row in found["rows"]:
         assert ("formula" in row) == (row["through"] != "plain")
-        assert row["counted"] == (row["formula"] if "formula" in row else {"messages": 0, "payload": 0, "sent": 0})
+        assert row["counted"] == row.get("formula", {"messages": 0, "payload": 0, "sent": 0})
     for name in ("plain", "hook", "DSTOptimizer"):
         assert found["timing"][name].keys() == TIMES | {"optimizer_ms", "communication_ms"}
     assert found["timing"]["plain"]["communication_ms"] == 0 < found["timing"]["hook"]["communication_ms"]
