@@ -34,10 +34,11 @@ test-pythons:
 	done
 
 bench: $(VENV)/.bench
-	for name in selection step memory scaling; do \
+	for name in selection step memory scaling distributed; do \
 		$(BIN)/python -m benchmarks.$$name --json benchmarks/results/$$name.json || exit 1; \
 	done
 	$(BIN)/python -m benchmarks.report
+	$(BIN)/python -m benchmarks.distributed_report
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

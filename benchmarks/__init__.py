@@ -11,7 +11,9 @@
 * `mixing`    batches of several subsets, beside one subset and switching (not part of `make bench`)
 * `load`      a server with many clients and subsets: latencies, throughput, wrong answers (not part of `make bench`)
 * `quantised` adapters served over quantised weights: accuracy and time (needs a data set, bitsandbytes and torchao)
+* `distributed` what the choice sends between processes, counted and by formula, its time, and projections
 * `serving_report` writes what was measured into docs/serving.md, with a plot
+* `distributed_report` writes what was counted into docs/distributed.md
 * `report`    writes docs/performance.md and its plot from their JSON
 
 `make bench` runs them, one process each. `common` holds what they share.

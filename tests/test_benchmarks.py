@@ -13,6 +13,8 @@ from benchmarks import (
     RESULTS,
     codec,
     common,
+    distributed,
+    distributed_report,
     formulas,
     load,
     memory,
@@ -129,6 +131,19 @@ def test_codec(tmp_path):
         assert row["ratio"] == pytest.approx(row["bits"] / row["entropy"], rel=1e-3)
 
 
+def test_distributed(tmp_path):
+    arguments = ("--toy", "--worlds", 2, "--rounds", 1, "--length", 8)
+    found = run(distributed, tmp_path / "distributed.json", *arguments)
+    assert len(found["rows"]) == len(distributed.cases(toy=True))
+    for row in found["rows"]:
+        assert ("formula" in row) == (row["through"] != "plain")
+        assert row["counted"] == row.get("formula", {"messages": 0, "payload": 0, "sent": 0})
+    for name in ("plain", "hook", "DSTOptimizer"):
+        assert found["timing"][name].keys() == TIMES | {"optimizer_ms", "communication_ms"}
+    assert found["timing"]["plain"]["communication_ms"] == 0 < found["timing"]["hook"]["communication_ms"]
+    assert {row["model"] for row in found["projections"]} == distributed.SHAPES.keys()
+
+
 @pytest.mark.parametrize("row", memory.rows())
 def test_every_row_of_the_memory_benchmark_trains(row, recwarn):
     model, peaks = memory.train(row, torch.float32, {"batch": 1, "length": 8, "toy": 1}, 2, 0)
@@ -199,6 +214,12 @@ def test_the_measured_part_of_serving_is_up_to_date():
     measured = serving_report.render(serving_report.load())
     assert f"{serving_report.BEGIN}{measured}\n{serving_report.END}" in page, "run: python -m benchmarks.serving_report"
     assert serving_report.PLOT.is_file()
+
+
+def test_the_counted_part_of_distributed_training_is_up_to_date():
+    page, counted = distributed_report.PAGE.read_text(), distributed_report.render(distributed_report.load())
+    expected = f"{distributed_report.BEGIN}{counted}\n{distributed_report.END}"
+    assert expected in page, "run: python -m benchmarks.distributed_report"
 
 
 def test_every_letter_of_the_formulas_is_explained():

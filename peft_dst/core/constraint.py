@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .choice import Choice
 from .schedule import EVERY_STEP, Schedule
+from .shards import check_held_alone
 from .step import StepInProgress
 from .subset import Silo
 from .weights import SparseWeight
@@ -188,7 +189,7 @@ def concerned(param_groups: Iterable[Mapping[str, Any]]) -> list[tuple[Constrain
 
     Raises:
         RuntimeError: if a weight is in no state to be stepped: its adapter is disabled, or not the only active one.
-        NotImplementedError: if a weight with tracked thresholds is divided over processes, or a silo spans several devices.
+        NotImplementedError: if a silo spans several devices, or its threshold is tracked and processes hold it together.
     """
     parameters = {id(parameter) for group in param_groups for parameter in group["params"]}
     found = [(c, _to_step(c, parameters)) for c in list(Constraint.live) if not c.fixed]
@@ -203,13 +204,12 @@ def _to_step(constraint: Constraint, parameters: set[int]) -> list[Silo]:
             if constraint.adapter not in weight.adapters and not weight.disabled:
                 return []
             check_steppable(weight, weight.parameter.grad)
-            if constraint.tracking and weight.is_divided:
-                raise NotImplementedError(
-                    f"threshold='iterative' is for weights that one process holds whole, and {weight.name!r} is divided. "
-                    "Train with threshold='exact', which costs no more."
-                )
             # Where it had no memory when the adapter was added.
             weight.watch()
+        if constraint.tracking:
+            check_held_alone(
+                (weight.parameter for weight in silo.weights), "threshold='iterative'", "Use threshold='exact'."
+            )
         if len(devices) > 1:
             raise NotImplementedError(
                 f"the silo {silo.name!r} spans the devices {', '.join(sorted(devices))}; what competes must be on one. "
@@ -223,7 +223,6 @@ def check_steppable(weight: SparseWeight, gradient: Tensor | None) -> None:
 
     Raises:
         RuntimeError: if its adapter is disabled, or not the only active one, or it was resized or has no memory.
-        NotImplementedError: if it is sharded.
     """
     weight.check_memory()
     weight.check_shape()

@@ -102,6 +102,23 @@ def box_of(parameter: Tensor) -> Box:
     return Box(parameter.shape, tuple(start), torch.Size(shape), mesh, tuple(sorted(divided)))
 
 
+def check_held_alone(parameters: Iterable[Tensor], what: str, remedy: str) -> None:
+    """Check that this process holds all of some parameters.
+
+    Args:
+        parameters: the parameters.
+        what: what needs that, for the message.
+        remedy: what to do instead, a sentence.
+
+    Raises:
+        NotImplementedError: if several processes hold one together.
+    """
+    if any(isinstance(parameter, DTensor) for parameter in parameters):
+        raise NotImplementedError(
+            f"{what} does not work on weights that are divided over processes (FSDP2, tensor parallelism). {remedy}"
+        )
+
+
 def local(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor; the tensor itself if that is all of it."""
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor

@@ -186,8 +186,8 @@ class SparseWeight:
         if self._divided is not None and not self._is_in_place():
             raise RuntimeError(
                 f"{self.name!r} is gathered from all processes now, as FSDP leaves it after a forward pass without "
-                "gradients, so writing into this process's part of it would not be seen. Call reshard() on the model's "
-                "FSDP modules."
+                "gradients, so writing into this process's part of it would not be seen. Call reshard() on the FSDP "
+                "modules."
             )
 
     def _is_in_place(self) -> bool:

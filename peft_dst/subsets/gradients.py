@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..core.shards import check_held_alone
 from .batches import portions
 from .cache import Cache, Progress
 from .scores import check_scores
@@ -79,9 +80,11 @@ def score_parameters(
     Raises:
         ValueError: for options and batches that cannot be used, a loss that is not finite (naming the example), and a
             cache that belongs to something else.
+        NotImplementedError: if several processes hold a parameter together.
     """
     _check_options(definition, save_every, max_examples)
     parameters = _named(model, names)
+    check_held_alone(parameters.values(), "scoring", "Score the model before it is divided, in one process.")
     shapes = {name: parameter.shape for name, parameter in parameters.items()}
     file = None if cache is None else Cache(cache, model, shapes, definition, max_examples)
     start = file.read() if file else None

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from ..config import BY_SEED, DSTConfig
 from ..core import Constraint, Silo, SparseWeight, partition
+from ..core.shards import check_held_alone
 from ..core.silos import compile_silo_patterns, read_names
 from ..delta import MARKER, DeltaError, Summary, check_shape, parse_summaries
 from ..mixing import check_length, check_placeholders
@@ -187,7 +188,13 @@ class DSTModel(BaseTuner):
         Raises:
             ValueError: for bad arguments, if the adapters have different dense copies of a module (modules_to_save), or if
                 no entry is left; nothing has been changed by then.
+            NotImplementedError: if several processes hold the model together; likewise.
         """
+        check_held_alone(
+            (weight.parameter for _, marker in markers(self.model) for weight in marker.weights.values()),
+            "add_weighted_adapter",
+            "Combine the saved adapters on a model that one process holds, and save the result.",
+        )
         weighted.check(self.model, adapters, weights, adapter_name, combination_type, density, majority_sign_method)
         exchange.check_loaded(self.model, set(adapters))
         records = weighted.combined_records(
@@ -251,6 +258,9 @@ class DSTModel(BaseTuner):
         _check_no_copies(model, config, adapter_name)
         if config.selection in BY_SEED and config.records is None:
             static.check_memory(model.get_parameter(target.name) for target in targets)
+        refers = adapter_name == REFERENCE and config is self.peft_config.get(REFERRED_TO)
+        if config.records is None and (config.fixed or not config.init_weights or refers):
+            static.check_whole(model.get_parameter(target.name) for target in targets)
         summaries = parse_summaries(config.records)
         _check_summaries(summaries, targets)
         return _Plan(config, targets, silos, budgets, summaries)
@@ -405,6 +415,11 @@ class DSTModel(BaseTuner):
         names = kwargs.get("adapter_names")
         if names is None:
             return contextlib.nullcontext()
+        check_held_alone(
+            (weight.parameter for _, marker in markers(self.model) for weight in marker.weights.values()),
+            "a batch of several adapters (adapter_names)",
+            "Activate one adapter after the other, with set_adapter(name).",
+        )
         check_length(names, (args, kwargs))
         check_placeholders(self.model, names, args, kwargs)
         return mixed_batch(self.model, names, _copies(kwargs))

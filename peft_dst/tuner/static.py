@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..config import BY_SEED, GIVEN, DSTConfig
 from ..core import Constraint, SparseWeight, allocate_budgets, scatter
+from ..core.shards import check_held_alone
 from ..delta import SparseDelta, check_seed
 from ..subsets import choose, is_bias, load_scores, magnitude_scores, random_scores
 from . import exchange
@@ -75,6 +76,19 @@ def check_memory(parameters: Iterable[nn.Parameter]) -> None:
             "a static selection, or a subset to start from, takes the values of the base model, which has none yet (device "
             "'meta'). Load the base model first."
         )
+
+
+def check_whole(parameters: Iterable[nn.Parameter]) -> None:
+    """Check that a subset can be chosen in these parameters, or given to them.
+
+    Raises:
+        NotImplementedError: if several processes hold one together.
+    """
+    check_held_alone(
+        parameters,
+        "choosing or giving a subset (static selections, start_from, init_weights=False)",
+        "Give a dynamic run its start before the model is divided; train static selections in one process.",
+    )
 
 
 def choose_at_random(config: DSTConfig, constraint: Constraint) -> dict[str, Tensor]:
@@ -181,6 +195,7 @@ def fix_subset(
     Raises:
         ValueError: if the adapter's selection takes no source, or has trained values already, or the source does not fit
             the model; nothing has been changed by then.
+        NotImplementedError: if several processes hold the model together.
     """
     constraint, config = _adapter(model, adapter_name)
     if config.selection not in GIVEN:
@@ -234,6 +249,7 @@ def start_from(
     Raises:
         ValueError: if the adapter is not dynamic, has trained values already, or the subset does not fit the model or
             exceeds a budget; nothing has been changed by then.
+        NotImplementedError: if several processes hold the model together.
     """
     constraint, config = _adapter(model, adapter_name)
     if config.fixed:
@@ -278,6 +294,7 @@ def _adapter(model: nn.Module, adapter_name: str) -> tuple[Constraint, DSTConfig
             f"the model has no DST adapter {adapter_name!r}; there are {', '.join(found) or 'none'}. Add one with "
             "get_peft_model(model, DSTConfig(...))."
         )
+    check_whole(weight.parameter for weight in found[adapter_name].weights)
     configs = getattr(model, "peft_config", {})
     return found[adapter_name], configs[adapter_name]
 
