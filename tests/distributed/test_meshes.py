@@ -70,11 +70,14 @@ def test_every_division_agrees_with_one_process(together, names, sizes, kind, si
 
 
 def refuse(rank, world):
-    """Meshes of which neither is a part of the other."""
-    whole = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
-    boxes = [box_of(distribute_tensor(torch.ones(8), whole[name], [Shard(0)])) for name in ("a", "b")]
+    """Meshes that are no parts of one."""
+    whole, other = (init_device_mesh("cpu", (2, 2), mesh_dim_names=names) for names in (("a", "b"), ("c", "d")))
+    boxes = [
+        box_of(distribute_tensor(torch.ones(8), mesh, [Shard(0)])) for mesh in (whole["a"], whole["b"], other["c"])
+    ]
     with pytest.raises(NotImplementedError, match=r"different meshes.*siloing='parameter'"):
         those_of(boxes)
+    assert those_of(boxes[:2]).dimensions == (0, 1)
     both = box_of(distribute_tensor(torch.ones(8), whole, [Replicate(), Shard(0)]))
     found = those_of([boxes[0], both])
     assert found.mesh == whole
