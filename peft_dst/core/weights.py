@@ -95,6 +95,7 @@ class SparseWeight:
         self.generation = 0
         #: The parameter where it is divided over processes: FSDP2 puts whole ones in its place for a forward pass.
         self._divided: DTensor | None = None
+        self._box: tuple[object, Box] | None = None
         #: What of the whole tensor the noted positions are positions in.
         self._noted_in: Box | None = None
         self.requires_grad_before = self.parameter.requires_grad
@@ -110,7 +111,7 @@ class SparseWeight:
     def __getstate__(self) -> dict[str, object]:
         self.recover()
         # Copies of a parameter come without its hooks.
-        return {**self.__dict__, "watched": None, "stepping": None, "superseded": [], "averaged_by": None}
+        return {**self.__dict__, "watched": None, "stepping": None, "superseded": [], "averaged_by": None, "_box": None}
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -147,7 +148,13 @@ class SparseWeight:
     @property
     def box(self) -> Box:
         """What of the whole tensor the live weight is."""
-        return box_of(self.parameter)
+        parameter = self.parameter
+        if not isinstance(parameter, DTensor):
+            return box_of(parameter)
+        # It is asked for several times a step.
+        if self._box is None or self._box[0] is not parameter._spec:
+            self._box = parameter._spec, box_of(parameter)
+        return self._box[1]
 
     @property
     def is_divided(self) -> bool:

@@ -620,7 +620,8 @@ def _remove_adapter(model: nn.Module, adapter_name: str) -> None:
 
 
 def _keep_from_ddp(model: nn.Module) -> None:
-    """Keep DistributedDataParallel from broadcasting records: their sizes change where a rank has looked at them.
+    """Keep DistributedDataParallel from broadcasting records: their sizes change where a rank has looked at them. Nor may
+    it wait for gradients of what is trained of fixed subsets, of which autograd knows nothing.
 
     Every rank has the same ones by itself. DDP looks for this attribute on the module it wraps; PeftModel finds it here.
     """
@@ -632,7 +633,6 @@ def _keep_from_ddp(model: nn.Module) -> None:
         for adapter, parameters in marker.tuned.items()
         for parameter in parameters
     }
-    # DDP would wait for gradients of what is trained of fixed subsets, which autograd knows nothing of.
     names |= {
         f"{name}.{note}"
         for name, marker in markers(model)
