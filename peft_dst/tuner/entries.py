@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 
@@ -59,22 +58,14 @@ class Entries(nn.Module):
 
 
 class Notes(nn.Module):
-    """Stands for what a marker writes into state dicts and reads from them by itself.
-
-    PEFT takes keys that no child of the marker is named by for the base model's, and torch.distributed.checkpoint knows no
-    others than those of buffers and parameters: so each has a buffer here, of no dimensions and no meaning.
+    """Stands for what a marker writes into state dicts and reads from them by itself: PEFT takes keys that no child of the
+    marker is named by for the base model's, and torch.distributed.checkpoint looks for an attribute of every key.
     """
 
     def name(self, key: str) -> None:
         """Announce a key."""
         if not hasattr(self, key):
-            self.register_buffer(key, torch.zeros((), device="cpu"))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Notes:
-        return self
-
-    def _save_to_state_dict(self, *unused: Any) -> None:
-        return
+            self.__dict__[key] = None
 
     def _load_from_state_dict(self, *unused: Any) -> None:
         return

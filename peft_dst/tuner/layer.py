@@ -619,7 +619,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         found = expanded(state_dict, prefix)
         # Where torch.distributed.checkpoint has nothing to load it leaves what it found in the model.
         for key in [key for key in state_dict if key.startswith(prefix)]:
-            if found or not isinstance(state_dict[key], Tensor) or not state_dict[key].dim():
+            if found or not isinstance(state_dict[key], Tensor):
                 del state_dict[key]
         state_dict |= found
         for adapter in self.tuned:

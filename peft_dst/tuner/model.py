@@ -633,12 +633,6 @@ def _keep_from_ddp(model: nn.Module) -> None:
         for adapter, parameters in marker.tuned.items()
         for parameter in parameters
     }
-    names |= {
-        f"{name}.{note}"
-        for name, marker in markers(model)
-        for note, buffer in marker.named_buffers()
-        if not buffer.dim()
-    }
     already = getattr(model, attribute, ())
     setattr(model, attribute, {*already, *names, *(f"base_model.model.{name}" for name in names)})
 

@@ -201,10 +201,8 @@ def disagree(rank, world, how, divided):
 @pytest.mark.parametrize(
     ("how", "divided", "what"),
     [
-        ("epsilon", False, "the budget of the silo"),
         ("epsilon", True, "the budget of the silo"),
         ("base", False, "the checksum of the base's"),
-        ("base", True, "the checksum of the base's"),
         ("target_modules", True, "the (budget|shape) of"),
         ("seed", False, "the (number of entries|sum of positions) in"),
     ],

@@ -85,7 +85,7 @@ def check(together, worlds, architecture, options, kind="hook", dtype=torch.floa
 @pytest.mark.parametrize("kind", ["hook", "AdamW"])
 @pytest.mark.parametrize("architecture", ["bert", "t5", "llama", "mixtral", "vit"])
 def test_processes_agree_with_one(together, architecture, kind):
-    check(together, [2, 4], architecture, {"epsilon": 0.02}, kind)
+    check(together, [2, 4] if architecture == "bert" else [2], architecture, {"epsilon": 0.02}, kind)
 
 
 @pytest.mark.parametrize(
