@@ -112,6 +112,9 @@ class Choice:
             if one.silo in masks:
                 keep, threshold = masks[one.silo]
                 found = found.at(keep)
+            elif one.chooses is None:
+                # Other processes hold the subset, which is kept; nothing of it is here.
+                found = found.at([torch.zeros_like(at, dtype=torch.bool) for at in found.indices])
             one.silo.write(Selection(found.indices, threshold), found.values, one.before)
             if self._written is not None:
                 for weight, values in zip(one.silo.weights, found.values, strict=True):
@@ -124,15 +127,18 @@ class Choice:
             For each silo whether its subset before the step was not empty.
         """
         most = max(len(one.silo.weights) for one in pending)
-        # The first failing tensor is the greatest number.
-        failures = [0 if one.found.failed is None else most - one.found.failed for one in pending]
+        # The first failing tensor is the greatest number; what fails only if the subset is empty everywhere is less.
+        failures = [
+            0 if one.found.failed is None else most - one.found.failed + most * (one.chooses is not None)
+            for one in pending
+        ]
         occupied = [any(subset.indices.numel() for subset in one.before) for one in pending]
         device = pending[0].found.distances[0].device
         message = torch.tensor([*failures, *occupied, self._moved], dtype=torch.int32, device=device)
         answer = processes.reduce(message, torch.distributed.ReduceOp.MAX).tolist()
-        for one, failure in zip(pending, answer, strict=False):
-            if failure:
-                raise self.constraint.non_finite(one.silo, most - failure)
+        for one, failure, before in zip(pending, answer, answer[len(pending) :], strict=False):
+            if failure > most or (failure and not before):
+                raise self.constraint.non_finite(one.silo, (2 * most - failure) % most)
         self._moved = bool(answer[-1])
         return [bool(occupied) for occupied in answer[len(pending) : -1]]
 
@@ -140,9 +146,11 @@ class Choice:
         constraint = self.constraint
         competes = silo.budget < silo.size
         occupied = any(subset.indices.numel() for subset in before)
+        # All processes ask for these, whatever is here.
+        divisors = self._divisors(silo) if competes else None
         if competes and (constraint.chooses(False) or not occupied):
             seeds, flat = [weight.flat() for weight in silo.weights], [updated.reshape(-1) for updated in updates]
-            found = find_candidates(seeds, flat, silo.budget, constraint.distance, self._divisors(silo))
+            found = find_candidates(seeds, flat, silo.budget, constraint.distance, divisors)
             return _Pending(silo, before, found, True if constraint.chooses(False) else None)
         failed = None
         try:
@@ -188,8 +196,11 @@ class Choice:
             found = {}
             for module, weights in members.items():
                 size = sum(weight.shape.numel() for weight in weights)
-                mean = _total(weights) / size
-                found[module] = float(size) if normalization == "size" else mean if mean > RELATIVE_FLOOR else 1.0
+                if normalization == "size":
+                    found[module] = float(size)
+                else:
+                    mean = _total(weights) / size
+                    found[module] = mean if mean > RELATIVE_FLOOR else 1.0
             silo.divisors = [found[modules[weight.name]] for weight in silo.weights]
         return silo.divisors
 

@@ -7,6 +7,7 @@ sorted.
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -239,16 +240,21 @@ def together(boxes: Iterable[Box]) -> Together | None:
     mesh = meshes[0]
     if len(meshes) > 1:
         # Where tensor parallelism divides some weights and FSDP all, each lies along its own dimensions of one mesh.
-        mesh = mesh._get_root_mesh()
+        mesh = _root(mesh)
         for other in meshes:
-            if other._get_root_mesh() != mesh or not set(other.mesh_dim_names or ("",)) <= set(
-                mesh.mesh_dim_names or ()
-            ):
+            if _root(other) != mesh or not set(other.mesh_dim_names or ("",)) <= set(mesh.mesh_dim_names or ()):
                 raise NotImplementedError(
                     f"weights that compete with one another are divided over different meshes ({meshes[0]} and "
                     f"{meshes[1]}). Divide the model over one, or give it siloing='parameter'."
                 )
     return Together(mesh, tuple(sorted({dimension for box in found for dimension in _dimensions(box, mesh)})))
+
+
+def _root(mesh: DeviceMesh) -> DeviceMesh:
+    """The mesh that a mesh is a part of."""
+    if hasattr(mesh, "_get_root_mesh"):
+        return mesh._get_root_mesh()
+    return importlib.import_module("torch.distributed.device_mesh")._mesh_resources.get_root_mesh(mesh)
 
 
 def _dimensions(box: Box, mesh: DeviceMesh) -> list[int]:

@@ -45,7 +45,12 @@ class StepInProgress:
         updates = {}
         for weight in self.before:
             updates[weight] = weight.working
-            if weight in self.seeds:
+            if weight in self.seeds and weight.is_divided:
+                updates[weight] = weight.working.clone()
+                weight.working.copy_(self.seeds.pop(weight))
+                weight.place(weight.indices[:0], weight.seeds[:0])
+                weight.under_way = self
+            elif weight in self.seeds:
                 put_local(weight.parameter, self.seeds.pop(weight))
                 weight.place(weight.indices[:0], weight.seeds[:0])
                 weight.under_way = self

@@ -221,8 +221,14 @@ class SparseWeight:
 
     def give_up(self) -> Tensor:
         """Make the working copy the live weight, with the same values; the one from before is returned as the seed."""
-        seed = self.data
-        self.working.copy_(seed)
+        live = self.data
+        if self.is_divided:
+            # FSDP reads the memory that the live weight has, and no other.
+            seed = live.clone()
+            put_local(self.parameter, live)
+        else:
+            seed = live
+            self.working.copy_(seed)
         scatter(seed, self.indices, self.seeds)
         self._live = None
         return seed

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from ..core import Constraint, FixedStep, Silo, SparseWeight, Subset, concerned, gather, scatter
 from ..core.choice import Choice
@@ -123,7 +122,7 @@ class SiloBySilo:
     def _subset_values(self, weight: SparseWeight) -> Tensor:
         """Float32 values (k,) of a weight's current subset."""
         values = self._values(weight.parameter)
-        if isinstance(values, DTensor):
+        if values is not None and values.dim() and values.shape == weight.shape != weight.noted()[0].shape:
             # Loaded, with the whole weight (`DSTOptimizer.state_dict`).
             values = gather(local(values), weight.noted()[0])
         return widened(weight.values(), values)

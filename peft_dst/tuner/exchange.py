@@ -240,6 +240,7 @@ def _seeds(weight: SparseWeight, marker: str, record: Record, state_dict: Mappin
         state_dict.get(f"{marker}.{part}.{weight.attribute}") for part in ("seed_indices", "seed_values")
     )
     if indices is not None and values is not None:
+        indices, values = indices.to(whole.device), values.to(whole.device)
         slot = torch.searchsorted(indices, positions).clamp_max_(indices.numel() - 1)
         seeds = torch.where(indices[slot] == positions, values[slot], seeds)
     return seeds

@@ -33,13 +33,16 @@ def _before_forward(model: nn.Module, *unused: Any) -> None:
 
 @torch.compiler.disable  # it has nothing to do with what the model computes
 def _look_around(model: nn.Module) -> None:
+    if not torch.is_grad_enabled():
+        # A reference pass between a forward pass and its backward pass says nothing about that one.
+        return
     wrapper = DistributedDataParallel._get_active_ddp_module()
     for constraint in constraints(model).values():
         for weight in constraint.weights if constraint.fixed else ():
             weight.averaged_by = None if wrapper is None else weakref.ref(wrapper)
             weight.averaged = wrapper is None or wrapper.require_backward_grad_sync
         trained = any(weight.parameter.requires_grad for weight in constraint.weights)
-        if trained and not constraint.agreed and torch.is_grad_enabled():
+        if trained and not constraint.agreed:
             _agree(model, constraint, wrapper)
 
 
@@ -50,26 +53,27 @@ def _agree(model: nn.Module, constraint: Constraint, wrapper: DistributedDataPar
     Raises:
         ValueError: if they do not.
     """
-    if wrapper is not None:
-        groups = [wrapper.process_group]
-    elif (processes := processes_of(model)) is not None:
-        groups = [processes.mesh.get_group(dimension) for dimension in processes.dimensions]
-    else:
-        # Whoever averages gradients by hand is on his own.
-        return
-    constraint.agreed = True
-    own = _description(constraint)
+    processes = processes_of(model)
+    mesh = None if processes is None else processes.mesh
+    # Along all dimensions of a mesh: replicas are to agree, too.
+    groups = [] if mesh is None else [mesh.get_group(dimension) for dimension in range(mesh.ndim)]
+    groups += [] if wrapper is None else [wrapper.process_group]
+    # Whoever averages gradients by hand is on his own.
+    answers = [_description(constraint)] if groups else []
     for group in groups:
-        answers: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(answers, own, group=group)
-        for rank, other in enumerate(answers):
-            if different := [what for what in {**answers[0], **other} if answers[0].get(what) != other.get(what)]:
-                what = different[0]
-                raise ValueError(
-                    f"process {rank} of {len(answers)} does not train what process 0 does: {what} is {other.get(what)} "
-                    f"there and {answers[0].get(what)} in process 0 ({len(different)} such differences). Give all "
-                    "processes the same config and base model (one checkpoint; one seed where it is made at random)."
-                )
+        parts: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(parts, answers, group=group)
+        answers = [answer for part in parts for answer in part]
+    for rank, other in enumerate(answers):
+        first = answers[0]
+        if different := [what for what in {**first, **other} if first.get(what) != other.get(what)]:
+            what = different[0]
+            raise ValueError(
+                f"process {rank} of {len(answers)} does not train what process 0 does: {what} is {other.get(what)} there "
+                f"and {first.get(what)} in process 0 ({len(different)} such differences). Give all processes the same "
+                "config and base model (one checkpoint; one seed where it is made at random)."
+            )
+    constraint.agreed = bool(groups)
 
 
 def _description(constraint: Constraint) -> dict[str, object]:

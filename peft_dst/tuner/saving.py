@@ -41,6 +41,12 @@ def save_pretrained(
     call = inspect.signature(original).bind(model, save_directory, *args, **kwargs)
     processes = processes_of(model)
     if processes is not None and call.arguments.setdefault("kwargs", {}).get("state_dict") is None:
+        with processes.all_or_none("save_pretrained"):
+            if call.arguments.get("is_main_process", True) and processes.is_first:
+                # What would fail before the others are asked for their parts.
+                Path(save_directory).mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryDirectory(dir=save_directory, prefix=".saving-"):
+                    pass
         # Without the dense weights, which nobody needs.
         embeddings = call.arguments.get("save_embedding_layers", "auto") is True
         call.arguments["kwargs"]["state_dict"] = _gathered(model, embeddings)

@@ -220,3 +220,24 @@ def train_without_ddp(rank, world):
 
 def test_fixed_subsets_want_to_know_who_averages(together):
     together(2, train_without_ddp)
+
+
+def refer(rank, world):
+    """A pass without gradients, past DDP, between a forward pass and its backward pass, as DPO makes one."""
+    found = []
+    for referring in (False, True):
+        model, wrapped = make(world, {"epsilon": 0.02, **RANDOM})
+        optimizer = optimizer_of(model, False)
+        loss = wrapped(**share(rank, world, 0)).loss
+        if referring:
+            with torch.no_grad(), model.disable_adapter():
+                model(**share(rank, world, 1))
+        loss.backward()
+        optimizer.step()
+        found.append(weights(model.get_base_model()))
+    return found
+
+
+def test_a_reference_pass_changes_nothing(together):
+    for plain, referring in together(2, refer):
+        assert_same(plain, referring)

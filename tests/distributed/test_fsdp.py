@@ -97,6 +97,9 @@ def test_processes_agree_with_one(together, architecture, kind):
         {"siloing": "none", "distance_normalization": "mean"},
         {"selection": "first_step"},
         {"churn_interval": 2},
+        # Silos of one entry, which one process holds.
+        {"epsilon": None, "num_free_parameters": 6, "churn_interval": 3},
+        {"siloing": "module", "distance_normalization": "mean", "selection": "first_step"},
         # Gradients of keys' biases are nothing but rounding.
         {"epsilon": 1.0, "exclude_modules": ["key"]},
         {"epsilon": None, "num_free_parameters": 3},
@@ -338,3 +341,49 @@ def track(rank, world):
 
 def test_tracked_thresholds_are_refused(together):
     together(2, track)
+
+
+class HalfWay(torch.optim.AdamW):
+    """AdamW that can be made to stop half-way."""
+
+    stops = False
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        if not self.stops:
+            return super().step(closure)
+        for parameter in self.param_groups[0]["params"][::2]:
+            parameter.add_(1)
+        raise MemoryError
+
+
+def interrupt(rank, world):
+    """An optimizer stops half-way, and somebody looks before the next step."""
+    model = make(world, "bert", {"epsilon": 0.02})
+    optimizer = HalfWay([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for number in range(2):
+        step(rank, world, model, optimizer, "bert", number)
+    before = subsets(model)
+    rows = batch("bert", 0)
+    with torch.no_grad():
+        tuned = model(**rows).logits
+    model.reshard()
+    model(**{k: v[rank::world].contiguous() for k, v in batch("bert", 2).items()}).loss.backward()
+    optimizer.stops = True
+    with pytest.raises(MemoryError):
+        optimizer.step()
+    optimizer.stops = False
+    model.state_dict()
+    after = subsets(model)
+    with torch.no_grad():
+        again = model(**rows).logits
+    model.reshard()
+    optimizer.zero_grad()
+    step(rank, world, model, optimizer, "bert", 3)
+    return before, after, tuned, again
+
+
+def test_a_step_that_stops_half_way_changes_nothing(together):
+    for before, after, tuned, again in together(2, interrupt):
+        assert_agree(before, after, rtol=0, atol=0)
+        assert torch.equal(tuned, again)
