@@ -16,6 +16,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
+from ..core.shards import check_held_alone
 from ..core.silos import compile_silo_patterns, read_names
 from ..delta import SparseDelta
 from ..tables import text_table
@@ -172,6 +173,11 @@ def _positions(source: Subset, which: str) -> dict[str, Tensor]:
         raise ValueError(
             f"{which}: adapter {adapter!r} was added from a saved config, but its tensors were not loaded."
         )
+    check_held_alone(
+        (weight.parameter for marker in owners for weight in marker.weights.values()),
+        "overlap of a model's adapter",
+        "Compare saved adapters: overlap takes their folders.",
+    )
     return {
         marker.weights[parameter].name: record.indices.long().cpu()
         for marker in owners
