@@ -44,6 +44,7 @@ IN_TUNER = [
     "mixed",
     "static",
     "weighted",
+    "plan",
     "model",
     "hotswap",
     "rescale",

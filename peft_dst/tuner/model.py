@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
-import warnings
-from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from peft import PeftModel
 from peft.config import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
-from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ..config import BY_SEED, DSTConfig
-from ..core import Constraint, Silo, SparseWeight, partition
+from ..config import DSTConfig
+from ..core import Constraint, SparseWeight
 from ..core.shards import check_held_alone
-from ..core.silos import compile_silo_patterns, read_names
-from ..delta import MARKER, DeltaError, Summary, check_shape, parse_summaries
+from ..delta import MARKER, DeltaError
 from ..mixing import check_length, check_placeholders
 from ..tables import text_table
 from . import exchange, static, weighted
@@ -31,7 +26,12 @@ from .layer import SparseLayer, markers
 from .mixed import mixed_batch
 from .overlay import OverlayWeight
 from .parallel import watch_forward
-from .targets import Target, find_targets, is_excluded, is_saved_densely, is_targeted
+from .plan import Plan, make_plan, plan_of, warn_of_unchecked
+from .targets import find_targets, is_excluded, is_targeted
+
+
+# What TRL calls the frozen copy of an adapter that it trains further, and that adapter.
+REFERENCE, REFERRED_TO = "ref", "default"
 
 
 def active_constraints(model: nn.Module) -> list[Constraint]:
@@ -53,44 +53,6 @@ def set_training_steps(model: nn.Module, steps: int) -> None:
         raise ValueError(f"steps must be a positive integer, got {steps!r}.")
     for constraint in exchange.constraints(model).values():
         constraint.total_steps = steps
-
-
-# What TRL calls the frozen copy of the adapter `default` that it refers to while it trains that one further (DPO, GRPO).
-REFERENCE, REFERRED_TO = "ref", "default"
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """An adapter that is about to be added, all of it checked.
-
-    Attributes:
-        config: its config.
-        targets: what it tunes.
-        silos: silo → parameter's name → number of components.
-        budgets: number of free parameters of each silo.
-        summaries: what a saved adapter's config says of its records.
-    """
-
-    config: DSTConfig
-    targets: list[Target]
-    silos: dict[str, dict[str, int]]
-    budgets: list[int]
-    summaries: dict[str, Summary]
-
-    @functools.cached_property
-    def hosts(self) -> dict[str, list[str]]:
-        """Host's name → its own names of the parameters that are tuned there."""
-        found: dict[str, list[str]] = {}
-        for target in self.targets:
-            found.setdefault(target.host, []).append(target.parameter)
-        return found
-
-    def entries(self, host: str) -> dict[str, int] | None:
-        """Number of entries of each parameter of a host that a saved adapter has any in; None for a new adapter."""
-        if self.config.records is None:
-            return None
-        names = {parameter: Target(host, parameter).name for parameter in self.hosts[host]}
-        return {parameter: self.summaries[name].entries for parameter, name in names.items() if name in self.summaries}
 
 
 class DSTModel(BaseTuner):
@@ -226,7 +188,11 @@ class DSTModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        plan = self._plan(model, adapter_name)
+        config = self.peft_config[adapter_name]
+        if config.records is not None:
+            # They are used up by loading; the caller's config may be loaded with again.
+            self.peft_config[adapter_name] = config = copy.copy(config)
+        plan = make_plan(model, config, adapter_name, self._refers(adapter_name))
         if adapter_name in exchange.constraints(model):
             # The model was wrapped before (a notebook's cell run again), of which PEFT has warned: start anew.
             _remove_adapter(model, adapter_name)
@@ -244,26 +210,6 @@ class DSTModel(BaseTuner):
         self._mark_the_rest(model, adapter_name, required)
         constraint = self._constrain(model, adapter_name, plan)
         self._start(model, constraint, plan, low_cpu_mem_usage)
-
-    def _plan(self, model: nn.Module, adapter_name: str) -> _Plan:
-        """Find everything that can be wrong with an adapter's config and the base, before the model is touched."""
-        config = self.peft_config[adapter_name]
-        if config.records is not None:
-            # They are used up by loading; the caller's config may be loaded with again.
-            self.peft_config[adapter_name] = config = copy.copy(config)
-        config = _maybe_include_all_linear_layers(config, model)
-        targets = find_targets(model, config)
-        silos = _silo_sizes(model, config, targets)
-        budgets = static.budgets(config, silos)
-        _check_no_copies(model, config, adapter_name)
-        if config.selection in BY_SEED and config.records is None:
-            static.check_memory(model.get_parameter(target.name) for target in targets)
-        refers = adapter_name == REFERENCE and config is self.peft_config.get(REFERRED_TO)
-        if config.records is None and (config.fixed or not config.init_weights or refers):
-            static.check_whole(model.get_parameter(target.name) for target in targets)
-        summaries = parse_summaries(config.records)
-        _check_summaries(summaries, targets)
-        return _Plan(config, targets, silos, budgets, summaries)
 
     def _mark_the_rest(self, model: nn.Module, adapter_name: str, required: dict[str, bool]) -> None:
         """PEFT does not visit the model itself, nor the first owner of a parameter that was targeted by another name."""
@@ -286,15 +232,22 @@ class DSTModel(BaseTuner):
                 marker.share(target.parameter, model.get_submodule(alias.host), alias.parameter)
         self.targeted_module_names = [marker.name for _, marker in markers(model) if marker.name]
 
-    def _constrain(self, model: nn.Module, adapter_name: str, plan: _Plan) -> Constraint:
+    def _refers(self, adapter_name: str) -> bool:
+        """Whether an adapter is the frozen copy that TRL refers to while it trains `default` further (DPO, GRPO).
+
+        It is added with the other's own config object.
+        """
+        return adapter_name == REFERENCE and self.peft_config[REFERENCE] is self.peft_config.get(REFERRED_TO)
+
+    def _constrain(self, model: nn.Module, adapter_name: str, plan: Plan) -> Constraint:
         """Put the adapter's weights under its constraint, and say of the markers what it is."""
         found = [marker for _, marker in markers(model)]
         weights = {weight.name: weight for marker in found for weight in marker.weights.values()}
-        constraint = _constraint(adapter_name, plan.config, plan.silos, plan.budgets, weights)
+        constraint = plan.constraint(adapter_name, weights)
         model.__dict__.setdefault(exchange.CONSTRAINTS, {})[adapter_name] = constraint
         _keep_from_ddp(model)
         if any(target.quantised for target in plan.targets):
-            _warn_of_unchecked(adapter_name, plan.targets, plan.summaries)
+            warn_of_unchecked(plan, adapter_name)
             for marker in found:
                 marker.served |= {adapter_name} & marker.tuned.keys()
         if plan.config.fixed or not plan.config.inference_mode:
@@ -304,13 +257,13 @@ class DSTModel(BaseTuner):
                 marker.static |= {adapter_name} & marker.tuned.keys()
         return constraint
 
-    def _start(self, model: nn.Module, constraint: Constraint, plan: _Plan, low_cpu_mem_usage: bool) -> None:
+    def _start(self, model: nn.Module, constraint: Constraint, plan: Plan, low_cpu_mem_usage: bool) -> None:
         """Choose what a subset by seed is, place a start that is wanted, or wait for what is to be loaded."""
         config = plan.config
         if config.records is not None:
             exchange.settle_before_forward(model)
-        elif constraint.adapter == REFERENCE and config is self.peft_config.get(REFERRED_TO):
-            # TRL adds it with the other's own config object, and copies values, but no positions.
+        elif self._refers(constraint.adapter):
+            # TRL copies values, but no positions.
             static.make_room(model, constraint, REFERRED_TO, config.fixed)
         elif low_cpu_mem_usage:
             # Its tensors are on no device: they are to be loaded, a fixed subset with them.
@@ -338,9 +291,7 @@ class DSTModel(BaseTuner):
                 f"{different[0]!r} ({len(different)} such tensors). Load it under a name of its own: "
                 "model.load_adapter(path, name)."
             )
-        silos = _silo_sizes(self.model, config, targets)
-        _check_summaries(parse_summaries(config.records), targets)
-        return _constraint(adapter_name, config, silos, static.budgets(config, silos), found), config
+        return plan_of(self.model, config, targets).constraint(adapter_name, found), config
 
     def put_constraint(self, constraint: Constraint, config: DSTConfig) -> None:
         """Replace an adapter's constraint and config, before the records that belong to them are loaded."""
@@ -534,77 +485,6 @@ def _copies(kwargs: dict[str, Any]) -> int:
     """How many times `generate` repeats each sample: for beams, or for samples drawn from it."""
     asked = (kwargs, getattr(kwargs.get("generation_config"), "__dict__", {}))
     return max([1, *(a.get(n) or 1 for a in asked for n in ("num_beams", "num_return_sequences"))])
-
-
-def _constraint(
-    adapter_name: str,
-    config: DSTConfig,
-    silos: dict[str, dict[str, int]],
-    budgets: list[int],
-    weights: dict[str, SparseWeight],
-) -> Constraint:
-    return Constraint(
-        adapter_name,
-        [Silo(s, [weights[n] for n in sizes], k) for (s, sizes), k in zip(silos.items(), budgets, strict=True)],
-        config.distance,
-        read_names([*weights], compile_silo_patterns(config.silo_pattern)),
-        config.tracking,
-        config.schedule,
-        config.distance_normalization,
-        config.fixed,
-    )
-
-
-def _silo_sizes(model: nn.Module, config: DSTConfig, targets: list[Target]) -> dict[str, dict[str, int]]:
-    """Silo → its parameters' names → their sizes."""
-    if not targets:
-        if config.target_modules is None and not config.target_parameters:
-            raise NoMatchingPeftModuleError(
-                "No parameter of the base model is left to tune. Check exclude_modules, layers_to_transform and "
-                "modules_to_save."
-            )
-        raise NoMatchingPeftModuleError(
-            f"Target modules {config.target_modules} not found in the base model, or excluded, and likewise "
-            f"target_parameters {config.target_parameters}. Check their names, exclude_modules and layers_to_transform."
-        )
-    sizes = {target.name: target.size for target in targets}
-    silos = partition([*sizes], config.siloing, compile_silo_patterns(config.silo_pattern))
-    return {silo: {name: sizes[name] for name in members} for silo, members in silos.items()}
-
-
-def _check_summaries(summaries: dict[str, Summary], targets: list[Target]) -> None:
-    """A saved adapter's record sizes come from a file: refuse them before any memory is taken for them."""
-    shapes = {target.name: target.shape for target in targets}
-    for name, summary in summaries.items():
-        if name not in shapes:
-            raise DeltaError(
-                f"the adapter has entries for {name!r}, which the model does not have or the adapter's config does not "
-                "tune. Load it onto the base named in adapter_config.json."
-            )
-        check_shape(name, summary, shapes[name])
-
-
-def _warn_of_unchecked(adapter_name: str, targets: list[Target], summaries: dict[str, Summary]) -> None:
-    """Say what loading onto a quantised base leaves open."""
-    quantised = sum(target.quantised and target.name in summaries for target in targets)
-    if quantised:
-        warnings.warn(
-            f"{quantised} of the {len(summaries)} tensors that adapter {adapter_name!r} changes are quantised here. Their "
-            "layers' outputs are corrected instead, for inference only; and whether they come from the base that the "
-            "adapter was trained on cannot be checked, as it is for the others.",
-            stacklevel=3,
-        )
-
-
-def _check_no_copies(model: nn.Module, config: DSTConfig, adapter_name: str) -> None:
-    """Refuse to keep a dense copy of a module that another adapter tunes in place."""
-    for _, marker in markers(model):
-        others = [name for name in marker.tuned if name != adapter_name]
-        if others and is_saved_densely(config, marker.name):
-            raise ValueError(
-                f"this adapter keeps a dense copy of {marker.name!r} (modules_to_save), but adapter {others[0]!r} "
-                "tunes it in place. Give both adapters the same modules_to_save, or load them onto two models."
-            )
 
 
 def _remove_adapter(model: nn.Module, adapter_name: str) -> None:

@@ -78,7 +78,7 @@ def check_memory(parameters: Iterable[nn.Parameter]) -> None:
         )
 
 
-def check_whole(parameters: Iterable[nn.Parameter]) -> None:
+def check_undivided(parameters: Iterable[nn.Parameter]) -> None:
     """Check that a subset can be chosen in these parameters, or given to them.
 
     Raises:
@@ -294,7 +294,7 @@ def _adapter(model: nn.Module, adapter_name: str) -> tuple[Constraint, DSTConfig
             f"the model has no DST adapter {adapter_name!r}; there are {', '.join(found) or 'none'}. Add one with "
             "get_peft_model(model, DSTConfig(...))."
         )
-    check_whole(weight.parameter for weight in found[adapter_name].weights)
+    check_undivided(weight.parameter for weight in found[adapter_name].weights)
     configs = getattr(model, "peft_config", {})
     return found[adapter_name], configs[adapter_name]
 
