@@ -198,13 +198,12 @@ class Together:
             yield
             failed.zero_()
         finally:
-            own = bool(failed)
-            self.reduce(failed, dist.ReduceOp.MAX)
-        if failed and not own:
+            anywhere = self.reduce(failed.clone(), dist.ReduceOp.MAX)
+        if anywhere:
             raise RuntimeError(f"{what} failed in another process, which says why.")
 
     def reduce(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
-        """A tensor reduced over the processes; in place, where it is on the mesh's device."""
+        """A tensor reduced over the processes. It may be done in place, so the argument is used up."""
         # Weights that are offloaded to the host are not.
         message = tensor.to(self.mesh.device_type)
         for dimension in self.dimensions:
