@@ -193,14 +193,19 @@ class Together:
         Raises:
             RuntimeError: if it raised in another one.
         """
-        failed = torch.ones((), dtype=torch.int32, device=self.mesh.device_type)
+        failed = True
         try:
             yield
-            failed.zero_()
+            failed = False
         finally:
-            anywhere = self.reduce(failed.clone(), dist.ReduceOp.MAX)
-        if anywhere:
+            failed = self.any(failed)
+        if failed:
             raise RuntimeError(f"{what} failed in another process, which says why.")
+
+    def any(self, flag: bool) -> bool:
+        """Whether something is so in any of them."""
+        answer = self.reduce(torch.tensor(flag, dtype=torch.int32, device=self.mesh.device_type), dist.ReduceOp.MAX)
+        return bool(answer)
 
     def reduce(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
         """A tensor reduced over the processes. It may be done in place, so the argument is used up."""

@@ -10,7 +10,7 @@ that, but for shapes and for what is said to be of the whole tensor.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol, cast
 
 import torch
@@ -101,7 +101,7 @@ class SparseWeight:
         self.requires_grad_before = self.parameter.requires_grad
         self._watched = False
         self._checksum: tuple[torch.dtype, torch.Size, int] | None = None
-        #: Of the whole seed, where that was noted before it was divided.
+        #: Of the whole seed, where that was noted before it was divided, or by all processes (`join_checksums`).
         self.whole_checksum: int | None = None
         #: The outermost optimizer step that has begun over this weight and has not come to its end.
         self.under_way: Undoable | None = None
@@ -123,7 +123,11 @@ class SparseWeight:
     def _is_gathered(self, found: Tensor) -> bool:
         """Whether what stands in the parameter's place is more than this process's part of it."""
         known = self._divided
-        return known is not None and found is not known and local(found).numel() > local(known).numel()
+        if known is None or found is known:
+            return False
+        # What stays divided along other dimensions may be no larger, where FSDP's dimension is of size 1.
+        fewer = isinstance(found, DTensor) and found.device_mesh.ndim < known.device_mesh.ndim
+        return fewer or local(found).numel() > local(known).numel()
 
     @property
     def data(self) -> Tensor:
@@ -363,6 +367,11 @@ class SparseWeight:
             if not self.is_divided:
                 self.whole_checksum = self._checksum[2]
 
+    @property
+    def own_checksum(self) -> int:
+        """Of the seed of what this process holds; 0 if it was not noted."""
+        return 0 if self._checksum is None else self._checksum[2]
+
     def watch(self) -> None:
         """Note the seed's checksum if that was not done yet: the weight may be trained from now on."""
         if self._checksum is None:
@@ -406,8 +415,34 @@ class SparseWeight:
         data = self._follow()
         return self._checksum == (data.dtype, self.shape, self._sum(data, self.seeds, self.values()))
 
+    def whole_is_intact(self, whole: Tensor, positions: Tensor, seeds: Tensor) -> bool:
+        """The same of the whole weight, gathered from all processes that hold it together.
+
+        Args:
+            whole: the weight.
+            positions: flat positions of the subset in it, int64 (k,).
+            seeds: the seed's values there, (k,).
+
+        Returns:
+            True also if the whole seed was never noted, or in another dtype.
+        """
+        if self.whole_checksum is None or whole.dtype != self.data.dtype:
+            return True
+        return self.whole_checksum == self._sum(whole, seeds, gather(whole, positions))
+
     @staticmethod
     def _sum(live: Tensor, seeds: Tensor, values: Tensor) -> int:
         # A sum of bit patterns can be corrected at the subset, so the seed need not be rebuilt to be summed.
         total = bits(live).sum(dtype=torch.int64)
         return int(total + bits(seeds).sum(dtype=torch.int64) - bits(values).sum(dtype=torch.int64))
+
+
+def join_checksums(weights: Iterable[SparseWeight]) -> None:
+    """Note the checksums of whole seeds that were divided before they were noted. To be called by all that hold them."""
+    found = [weight for weight in weights if weight.is_divided and weight.whole_checksum is None]
+    processes = together(weight.box for weight in found)
+    if processes is not None:
+        own = [weight.own_checksum if processes.counts(weight.box) else 0 for weight in found]
+        sums = processes.reduce(torch.tensor(own, dtype=torch.int64, device=found[0].data.device)).tolist()
+        for weight, total in zip(found, sums, strict=True):
+            weight.whole_checksum = total

@@ -437,8 +437,9 @@ class DSTModel(BaseTuner):
             if name not in self.peft_config:
                 raise ValueError(f"adapter {name!r} does not exist; there are {', '.join(self.peft_config)}.")
         if safe_merge:
-            for _, marker in markers(self.model):
-                marker.check_finite(names)
+            with exchange.in_all_processes(self.model, "merging"):
+                for _, marker in markers(self.model):
+                    marker.check_finite(names)
         return names
 
     def _check_editable(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from unittest import mock
 
@@ -10,8 +11,14 @@ import torch
 import torch.distributed.checkpoint
 from peft import PeftModel, get_peft_model
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
 from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM
 
 from peft_dst import DSTConfig, DSTOptimizer
 from peft_dst.core import choice
@@ -250,6 +257,47 @@ def test_what_is_saved_is_what_was_trained(together, tmp_path, options, packed):
     assert not list(tmp_path.glob("adapter/.saving-*"))
 
 
+def save_resized(rank, world, base, folder):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(70, mean_resizing=False)
+    seed = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    model = get_peft_model(model, DSTConfig(epsilon=0.02))
+    if world > 1:
+        divide(model)
+    step(rank, world, model, optimizer_of(model, "hook"), "llama", 0)
+    with pytest.warns(UserWarning, match="resized") if rank == 0 else contextlib.nullcontext():
+        model.save_pretrained(folder)
+    with torch.no_grad():
+        return model.eval()(**batch("llama", 0)).logits, seed
+
+
+def load_resized(rank, world, base, folder):
+    """With the embeddings whole in the file, onto embeddings that are divided and other ones."""
+    torch.manual_seed(world)
+    fresh = AutoModelForCausalLM.from_pretrained(base)
+    fresh.resize_token_embeddings(70, mean_resizing=False)
+    if world > 1:
+        divide(fresh)
+    loaded = PeftModel.from_pretrained(fresh, folder).eval()
+    with torch.no_grad():
+        tuned = loaded(**batch("llama", 0)).logits
+        with loaded.disable_adapter():
+            parameters = loaded.get_base_model().named_parameters()
+            return tuned, {n: getattr(p, "full_tensor", lambda p=p: p)().clone() for n, p in parameters}
+
+
+def test_a_vocabulary_resized_before(together, tmp_path):
+    base, folder = str(tmp_path / "base"), str(tmp_path / "adapter")
+    BUILDERS["llama"]().save_pretrained(base)
+    (saved, seed), (other, _) = together(2, save_resized, base, folder)
+    assert torch.equal(saved, other)
+    for world in (1, 2):
+        for found, again in together(world, load_resized, base, folder):
+            torch.testing.assert_close(found, saved, rtol=1e-5, atol=1e-6)
+            assert all(torch.equal(again[name], parameter) for name, parameter in seed.items())
+
+
 def load(rank, world, folder):
     """Onto a base that is divided already."""
     torch.manual_seed(0)
@@ -265,8 +313,9 @@ def load(rank, world, folder):
     return logits, subsets(model)
 
 
-def test_an_adapter_is_loaded_onto_a_divided_base(together, tmp_path):
-    (saved,) = together(1, save, str(tmp_path), {})
+@pytest.mark.parametrize("options", [{}, {"modules_to_save": ["classifier"]}])
+def test_an_adapter_is_loaded_onto_a_divided_base(together, tmp_path, options):
+    (saved,) = together(1, save, str(tmp_path), options)
     for logits, found in together(2, load, str(tmp_path)):
         torch.testing.assert_close(logits, saved, rtol=1e-5, atol=1e-6)
         assert sum(indices.numel() for indices, _ in found.values()) > 0
@@ -283,6 +332,23 @@ def load_onto_another(rank, world, folder):
 def test_another_base_is_refused_by_all(together, tmp_path):
     together(1, save, str(tmp_path), {})
     together(2, load_onto_another, str(tmp_path))
+
+
+def merge_nan(rank, world):
+    model = make(world, "bert", {"epsilon": 0.02})
+    step(rank, world, model, optimizer_of(model, "hook"), "bert", 0)
+    weight = next(weight for weight in model.constraint().weights if weight.indices.numel())
+    if rank == 1:
+        weight.flat()[weight.indices[0]] = math.nan
+        weight.stepped = True
+    with pytest.raises((ValueError, RuntimeError)) as caught:
+        model.merge_adapter(safe_merge=True)
+    assert ("NaNs detected" if rank == 1 else "another process") in str(caught.value)
+    model.merge_adapter()
+
+
+def test_a_nan_in_one_process_is_merged_in_none(together):
+    together(2, merge_nan)
 
 
 def blow_up(rank, world):
@@ -304,19 +370,33 @@ def test_a_nan_in_one_process_is_told_by_all(together):
     together(2, blow_up)
 
 
-def touch(rank, world, folder):
-    model = make(world, "bert", {"epsilon": 0.02})
+def touch(rank, world, folder, gathered, early):
+    torch.manual_seed(0)
+    base = BUILDERS["bert"]()
+    if early:
+        divide(base)
+    model = get_peft_model(base, DSTConfig(epsilon=0.02))
+    if not early:
+        divide(model)
     step(rank, world, model, optimizer_of(model, "hook"), "bert", 0)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = {"state_dict": get_model_state_dict(model, options=options)} if gathered else {}
+    if not gathered or rank == 0:
+        model.save_pretrained(folder, **state)
     weight = model.base_model.model.bert.pooler.dense.weight
     if rank == 1:
         with torch.no_grad():
             weight._local_tensor[0, 0] += 1
-    with pytest.raises(RuntimeError, match=r"bert.pooler.dense.weight.*without the constraint"):
-        model.save_pretrained(folder)
+    state = {"state_dict": get_model_state_dict(model, options=options)} if gathered else {}
+    if not gathered or rank == 0:
+        with pytest.raises(RuntimeError, match=r"bert.pooler.dense.weight.*without the constraint"):
+            model.save_pretrained(folder, **state)
 
 
-def test_a_change_in_one_process_is_told_by_all(together, tmp_path):
-    together(2, touch, str(tmp_path))
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("gathered", [False, True])
+def test_a_change_in_one_process_is_told(together, tmp_path, gathered, early):
+    together(2, touch, str(tmp_path), gathered, early)
 
 
 def resume(rank, world, folder, options, kind, dtype, phase):

@@ -59,6 +59,8 @@ def train(rank, world, names, sizes, kind, siloing):
         (("tensor",), (2,), "hook", "module_and_layer", 1),
         (("data", "tensor"), (2, 2), "hook", "module_and_layer", 2),
         (("data", "tensor"), (2, 2), "AdamW", "none", 2),
+        # What FSDP gathers is then no larger than what it divides.
+        (("data", "tensor"), (1, 2), "hook", "module_and_layer", 2),
         (("replicas", "data"), (2, 2), "hook", "module_and_layer", 1),
     ],
 )
