@@ -98,7 +98,7 @@ class StatefulRecords(HostRecords):
         tensors = self._notes()
         for adapter in [adapter for adapter in self.tuned if adapter not in self.awaited]:
             for parameter, record in self._records(adapter).items():
-                tensors |= zip((f"{part}.{adapter}.{parameter}" for part in PARTS), record, strict=True)
+                tensors |= zip(_keys("", adapter, parameter), record, strict=True)
         return save({key: tensor.cpu().contiguous() for key, tensor in tensors.items()})
 
     def set_extra_state(self, state: object) -> None:
@@ -109,49 +109,14 @@ class StatefulRecords(HostRecords):
     def _load_from_state_dict(
         self, state_dict: dict[str, Tensor], prefix: str, local_metadata: Any, strict: bool, *lists: list[str]
     ) -> None:
-        # Records change their length from step to step, so they are replaced rather than copied into.
         self.refresh()
         self._complete(state_dict, prefix)
         for adapter, parameters in self.tuned.items():
-            sizes = state_dict.get(f"{prefix}sizes.{adapter}")
-            for i, parameter in enumerate(parameters):
-                keys = [f"{prefix}{part}.{adapter}.{parameter}" for part in ("dst_indices", "dst_values")]
-                weight, device = self.weights[parameter], self.weights[parameter].device
-                dtype = weight.data.dtype
-                if sizes is not None and i < len(sizes) and sizes[i] == 0:
-                    # Complete what a saver left out, for the children that load next and are strict.
-                    state_dict[keys[0]] = torch.empty(0, dtype=index_dtype(weight.shape.numel()), device="cpu")
-                    state_dict[keys[1]] = torch.empty(0, dtype=dtype, device="cpu")
+            for parameter in parameters:
+                keys = _keys(prefix, adapter, parameter)
                 if all(key in state_dict for key in keys):
-                    # No aliases: the caller keeps the tensors of a state dict and may change them.
-                    indices, values = (state_dict[key] for key in keys)
-                    try:
-                        check_record(weight.name, weight.stand_in(), Record(indices, values))
-                    except DeltaError as error:
-                        lists[-1].append(str(error))
-                        continue
-                    copied = indices.to(device, copy=True), values.to(device, dtype, copy=True)
-                    self._store(adapter, parameter, *copied)
-                    if not self.has_memory(adapter):
-                        if indices.numel() and adapter not in self.awaited:
-                            lists[-1].append(
-                                f"{self.weights[parameter].name!r} has no memory yet (device 'meta'). Load the base model "
-                                "before the adapter, or load the adapter with PeftModel.from_pretrained."
-                            )
-                    else:
-                        self._take_in(adapter)
-        overwritten = [self.weights[parameter] for parameter in self._overwritten]
-        for weight in overwritten:
-            seeds = state_dict.get(f"{prefix}seed_values.{weight.attribute}")
-            if seeds is not None:
-                inside, own = weight.box.inwards(
-                    state_dict[f"{prefix}seed_indices.{weight.attribute}"].to(seeds.device)
-                )
-                weight.place(own, seeds[inside])
-        self._overwritten.clear()
-        self.sync()
-        for weight in overwritten:
-            weight.remember_seed_again()
+                    self._load_record(adapter, parameter, Record(*(state_dict[key] for key in keys)), lists[-1])
+        self._load_seeds(state_dict, prefix)
 
     def _complete(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Have a state dict hold everything that the children, which load next and are strict, look for."""
@@ -163,9 +128,51 @@ class StatefulRecords(HostRecords):
         state_dict |= found
         for adapter in self.tuned:
             for parameter, record in self._records(adapter).items():
-                keys = [f"{prefix}{part}.{adapter}.{parameter}" for part in PARTS]
+                keys = _keys(prefix, adapter, parameter)
                 if self.weights[parameter].is_divided and not any(key in state_dict for key in keys):
                     state_dict |= zip(keys, record, strict=True)
+        for adapter, parameters in self.tuned.items():
+            sizes = state_dict.get(f"{prefix}sizes.{adapter}", ())
+            for parameter, size in zip(parameters, sizes, strict=False):
+                if size == 0:
+                    # A saver may have left it out.
+                    weight = self.weights[parameter]
+                    dtypes = index_dtype(weight.shape.numel()), weight.data.dtype
+                    empty = [torch.empty(0, dtype=dtype, device="cpu") for dtype in dtypes]
+                    state_dict |= zip(_keys(prefix, adapter, parameter), empty, strict=True)
+
+    def _load_record(self, adapter: str, parameter: str, record: Record, errors: list[str]) -> None:
+        """Replace a record, rather than copy into it: records change their length from step to step."""
+        weight = self.weights[parameter]
+        try:
+            check_record(weight.name, weight.stand_in(), record)
+        except DeltaError as error:
+            errors.append(str(error))
+            return
+        # No aliases: the caller keeps the tensors of a state dict and may change them.
+        indices = record.indices.to(weight.device, copy=True)
+        self._store(adapter, parameter, indices, record.values.to(weight.device, weight.data.dtype, copy=True))
+        if self.has_memory(adapter):
+            self._take_in(adapter)
+        elif indices.numel() and adapter not in self.awaited:
+            errors.append(
+                f"{weight.name!r} has no memory yet (device 'meta'). Load the base model before the adapter, or load the "
+                "adapter with PeftModel.from_pretrained."
+            )
+
+    def _load_seeds(self, state_dict: Mapping[str, Tensor], prefix: str) -> None:
+        """Take dense weights that were loaded for the seed, but for the seed's values where an adapter stood in them."""
+        overwritten = [self.weights[parameter] for parameter in self._overwritten]
+        for weight in overwritten:
+            seeds = state_dict.get(f"{prefix}seed_values.{weight.attribute}")
+            if seeds is not None:
+                positions = state_dict[f"{prefix}seed_indices.{weight.attribute}"]
+                inside, own = weight.box.inwards(positions.to(seeds.device))
+                weight.place(own, seeds[inside])
+        self._overwritten.clear()
+        self.sync()
+        for weight in overwritten:
+            weight.remember_seed_again()
 
     # New dense weights
 
@@ -208,6 +215,11 @@ def expanded(state_dict: Mapping[str, Any], prefix: str) -> dict[str, Tensor]:
     """
     extra = state_dict.get(f"{prefix}{EXTRA_STATE}")
     return {f"{prefix}{key}": tensor for key, tensor in load(extra).items()} if isinstance(extra, bytes) else {}
+
+
+def _keys(prefix: str, adapter: str, parameter: str) -> list[str]:
+    """What the two tensors of a record are called in a state dict."""
+    return [f"{prefix}{part}.{adapter}.{parameter}" for part in PARTS]
 
 
 def _before_host_loads(host: nn.Module, state_dict: Mapping[str, Any], prefix: str, *unused: Any) -> None:
