@@ -114,8 +114,14 @@ class SparseWeight:
         return {**self.__dict__, "watched": None, "stepping": None, "superseded": [], "averaged_by": None, "_box": None}
 
     @property
+    def registered(self) -> nn.Parameter:
+        """What the module has under its name now: the parameter, or the gathered one that FSDP2 has put in its place."""
+        return getattr(self.module, self.attribute)
+
+    @property
     def parameter(self) -> nn.Parameter:
-        found = getattr(self.module, self.attribute)
+        """The parameter itself, also while a gathered one stands in its place."""
+        found = self.registered
         if isinstance(found, DTensor) and not self._is_gathered(found):
             self._divided = found
         return found if self._divided is None else cast(nn.Parameter, self._divided)
@@ -202,7 +208,7 @@ class SparseWeight:
             )
 
     def _is_in_place(self) -> bool:
-        found = getattr(self.module, self.attribute)
+        found = self.registered
         if self._divided is None:
             # FSDP marks the modules whose parameters it divides, some of which it may have been told to ignore.
             return isinstance(found, DTensor) or not getattr(self.module, "_is_fsdp_managed_module", False)

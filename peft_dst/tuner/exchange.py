@@ -42,8 +42,9 @@ from ..delta import (
     parse_summaries,
     summarize,
 )
-from .layer import EXTRA_STATE, expanded, markers
+from .layer import markers
 from .overlay import OverlayWeight
+from .states import EXTRA_STATE, expanded
 
 
 # Where a base model keeps its adapters' constraints: on the model itself, because transformers' own `load_adapter` and
