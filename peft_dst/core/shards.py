@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -147,14 +147,14 @@ def like(tensor: Tensor, parameter: Tensor) -> Tensor:
     )
 
 
-def divide_again(host: nn.Module) -> None:
-    """Have FSDP2 divide the weights of a module again, which it may have left gathered after a forward pass."""
+def divide_again(hosts: Collection[nn.Module]) -> None:
+    """Have FSDP2 divide the weights of some modules again, which it may have left gathered after a forward pass."""
     from torch.distributed import _composable_state
     from torch.distributed.fsdp import FSDPModule
 
-    # All modules that it was applied to: those that hold the host need not be in the model that we were given.
-    for module in list(getattr(_composable_state, "_module_state_mapping", ())):
-        if isinstance(module, FSDPModule) and any(part is host for part in module.modules()):
+    # All modules that it was applied to: those that hold the hosts need not be in the model that we were given.
+    for module in list(getattr(_composable_state, "_module_state_mapping", ())) if hosts else ():
+        if isinstance(module, FSDPModule) and any(part in hosts for part in module.modules()):
             module.reshard()
 
 

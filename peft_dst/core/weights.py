@@ -172,6 +172,11 @@ class SparseWeight:
         return isinstance(self.parameter, DTensor)
 
     @property
+    def is_managed(self) -> bool:
+        """Whether FSDP2 divides the parameters of its module; it may have been told to ignore some."""
+        return getattr(self.module, "_is_fsdp_managed_module", False)
+
+    @property
     def device(self) -> torch.device:
         """Where notes on the weight are kept: where it is, or on the CPU while it has no memory ("meta")."""
         device = self.data.device
@@ -199,7 +204,7 @@ class SparseWeight:
         """
         if self._is_in_place():
             return
-        divide_again(self.module)
+        divide_again({self.module})
         if self._divided is not None and not self._is_in_place():
             raise RuntimeError(
                 f"{self.name!r} is gathered from all processes now, as FSDP leaves it after a forward pass without "
@@ -210,8 +215,7 @@ class SparseWeight:
     def _is_in_place(self) -> bool:
         found = self.registered
         if self._divided is None:
-            # FSDP marks the modules whose parameters it divides, some of which it may have been told to ignore.
-            return isinstance(found, DTensor) or not getattr(self.module, "_is_fsdp_managed_module", False)
+            return isinstance(found, DTensor) or not self.is_managed
         return found is self._divided
 
     def lend(self) -> Tensor:
@@ -376,6 +380,7 @@ class SparseWeight:
     @property
     def own_checksum(self) -> int:
         """Of the seed of what this process holds; 0 if it was not noted."""
+        self._follow()
         return 0 if self._checksum is None else self._checksum[2]
 
     def watch(self) -> None:

@@ -8,9 +8,11 @@
 * `states`    how those records get into state dicts and out of them
 * `layer`     the marker child: PEFT's layer contract over records
 * `exchange`  between the markers and adapter state dicts; what is checked before anything is loaded
+* `parallel`  what processes tell each other before they train
 * `mixed`     several adapters in one batch, by `mixing`
 * `static`    subsets that are given: by a static selection, or by another adapter
 * `weighted`  an adapter from several: weighted sums, TIES, DARE
+* `plan`      an adapter that is about to be added, checked
 * `model`     DSTModel: places the markers, owns the constraints
 * `hotswap`   another adapter in the place of one that is loaded
 * `rescale`   adapters at a part of their strength

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from ..delta import CONFIG_NAME, MARKER, WEIGHTS_NAME
 from .exchange import processes_of
-from .layer import EXTRA_STATE, expanded
+from .states import EXTRA_STATE, expanded
 
 
 _CARD = "README.md"
