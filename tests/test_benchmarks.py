@@ -131,7 +131,7 @@ def test_codec(tmp_path):
         assert row["ratio"] == pytest.approx(row["bits"] / row["entropy"], rel=1e-3)
 
 
-def test_distributed(tmp_path):
+def test_distributed(forkserver, tmp_path):
     arguments = ("--toy", "--worlds", 2, "--rounds", 1, "--length", 8)
     found = run(distributed, tmp_path / "distributed.json", *arguments)
     assert len(found["rows"]) == len(distributed.cases(toy=True))
