@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint
 from peft import PeftModel, get_peft_model
 from torch import nn
@@ -55,8 +56,24 @@ def step(
 
 
 def subsets(model: nn.Module) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Name → positions in the whole tensor, and the values there."""
-    return {w.name: w.joined(w.noted()[0], w.values()) for w in model.constraint().weights}
+    """Name → positions in the whole tensor, and the values there. To be called by all processes."""
+    own = {w.name: (w.noted()[0], w.values(), w.box) for w in model.constraint().weights}
+    own = {name: (box.outwards(positions), values) for name, (positions, values, box) in own.items()}
+    if dist.get_world_size() == 1:
+        return own
+    # At once: one by one they would send some hundred messages.
+    parts: list[dict] = [{}] * dist.get_world_size()
+    dist.all_gather_object(parts, own)
+    return {name: _merge([part[name] for part in parts]) for name in own}
+
+
+def _merge(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Entries of one tensor, each once: what is repeated is the same in all processes."""
+    positions, values = (torch.cat(part) for part in zip(*parts, strict=True))
+    merged, at = positions.unique(return_inverse=True)
+    found = torch.empty(merged.shape, dtype=values.dtype).index_put_((at,), values)
+    assert torch.equal(found[at], values)
+    return merged, found
 
 
 def train(rank, world, architecture, options, kind, dtype=torch.float32):
@@ -67,7 +84,8 @@ def train(rank, world, architecture, options, kind, dtype=torch.float32):
     return subsets(model), [float(silo.threshold) for silo in model.constraint().silos]
 
 
-def assert_agree(alone, divided, rtol=1e-4, atol=1e-6):
+# A thousandth of a step: Adam's steps are as long where a gradient is little more than rounding.
+def assert_agree(alone, divided, rtol=1e-4, atol=1e-5):
     assert sum(indices.numel() for indices, _ in alone.values()) > 0
     for name, (indices, values) in alone.items():
         assert torch.equal(indices, divided[name][0]), name
