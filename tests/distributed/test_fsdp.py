@@ -84,8 +84,7 @@ def train(rank, world, architecture, options, kind, dtype=torch.float32):
     return subsets(model), [float(silo.threshold) for silo in model.constraint().silos]
 
 
-# A thousandth of a step: Adam's steps are as long where a gradient is little more than rounding.
-def assert_agree(alone, divided, rtol=1e-4, atol=1e-5):
+def assert_agree(alone, divided, rtol=1e-4, atol=1e-6):
     assert sum(indices.numel() for indices, _ in alone.values()) > 0
     for name, (indices, values) in alone.items():
         assert torch.equal(indices, divided[name][0]), name
@@ -111,7 +110,7 @@ def test_processes_agree_with_one(together, architecture, kind):
     [
         {"siloing": "none"},
         {"siloing": "parameter", "distance": "relative", "exclude_modules": ["key"]},
-        {"siloing": "module", "distance": "absolute", "distance_normalization": "size"},
+        {"siloing": "module", "distance": "absolute", "distance_normalization": "size", "exclude_modules": ["key"]},
         {"siloing": "none", "distance_normalization": "mean"},
         {"selection": "first_step"},
         {"churn_interval": 2},
@@ -309,7 +308,7 @@ def test_a_change_in_one_process_is_told_by_all(together, tmp_path):
 
 
 def resume(rank, world, folder, options, kind, dtype, phase):
-    """Straight on, or from a checkpoint of torch.distributed's in a fresh model."""
+    """Straight on, or from a checkpoint of torch.distributed's in a fresh model; there what was loaded, or also the end."""
     model = make(world, "bert", options, dtype)
     optimizer = optimizer_of(model, kind)
     if phase == "train":
@@ -322,6 +321,8 @@ def resume(rank, world, folder, options, kind, dtype, phase):
         torch.distributed.checkpoint.load(state, checkpoint_id=folder)
         set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     found = subsets(model)
+    if phase == "look":
+        return found
     for number in range(2, 4):
         step(rank, world, model, optimizer, "bert", number)
     return found, subsets(model)
@@ -330,7 +331,6 @@ def resume(rank, world, folder, options, kind, dtype, phase):
 @pytest.mark.parametrize(
     ("options", "kind", "dtype"),
     [
-        ({}, "hook", torch.float32),
         ({"selection": "first_step"}, "AdamW", torch.float32),
         ({"churn_interval": 3}, "hook", torch.float32),
         ({}, "AdamW", torch.bfloat16),
@@ -343,8 +343,8 @@ def test_training_is_resumed(together, tmp_path, options, kind, dtype):
     for one, other in zip(straight, resumed, strict=True):
         for mine, theirs in zip(one, other, strict=True):
             assert_agree(mine, theirs, rtol=0, atol=0)
-    ((taken_up, _), *_) = together(4, resume, *arguments, "resume")
-    assert_agree(straight[0][0], taken_up, rtol=0, atol=0)
+    for taken_up in together(4, resume, *arguments, "look"):
+        assert_agree(straight[0][0], taken_up, rtol=0, atol=0)
 
 
 def track(rank, world):
