@@ -20,6 +20,8 @@ def run(file: Path, *arguments: object, folder: Path | None = None) -> str:
         folder: where it runs, if not here.
     """
     os.chdir(folder or ".")
+    # Examples would read those data, and not their own.
+    os.environ.pop("PEFT_DST_DATA", None)
     output = io.StringIO()
     with (
         mock.patch("sys.argv", [str(file), *map(str, arguments)]),
