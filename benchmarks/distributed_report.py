@@ -9,13 +9,12 @@ import argparse
 import json
 
 from . import RESULTS, ROOT
-from .report import Results, environments, table
+from .report import Results, environments, table, with_part
 from .serving_report import percent
 
 
 PAGE = ROOT / "docs" / "distributed.md"
 BEGIN = "<!-- measured: python -m benchmarks.distributed_report -->\n"
-END = "<!-- end of what was measured -->\n"
 NAME = "distributed"
 # What the choice's communication may take of a step, by the projection.
 SHARE_LIMIT = 0.01
@@ -141,8 +140,7 @@ def main(arguments: list[str] | None = None) -> None:
     argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args(arguments)  # fmt: skip
-    before, _, rest = PAGE.read_text().partition(BEGIN)
-    PAGE.write_text(before + BEGIN + render(load()) + "\n" + END + rest.partition(END)[2])
+    PAGE.write_text(with_part(PAGE.read_text(), BEGIN, render(load())))
 
 
 if __name__ == "__main__":

@@ -30,6 +30,8 @@ LIMITS = {
 # What a step may take, as a ratio to full fine-tuning's, up to ε = 1e-3.
 STEP_LIMITS = {"hook": 1.05, "DSTOptimizer": 1.10, "static": 1.05}
 COMPARED = ("float32, hook", "bfloat16, DSTOptimizer")
+# Where the part of a page that other modules write ends; each begins its own with a mark that names it.
+END = "<!-- end of what was measured -->\n"
 
 Results = dict[str, Any]
 
@@ -251,6 +253,19 @@ def render(results: dict[str, Results]) -> str:
     for name, part in parts.items():
         page = page.replace("{{" + name + "}}", part)
     return page
+
+
+def with_part(page: str, begin: str, part: str) -> str:
+    """A page with this between the mark that begins a part of it and the end of that part.
+
+    Raises:
+        ValueError: one of the marks is missing.
+    """
+    before, found, rest = page.partition(begin)
+    _, ended, after = rest.partition(END)
+    if not (found and ended):
+        raise ValueError(f"the page has no part from {begin.strip()!r} to {END.strip()!r}")
+    return f"{before}{begin}{part}\n{END}{after}"
 
 
 @contextlib.contextmanager

@@ -10,12 +10,12 @@ import json
 from pathlib import Path
 
 from . import RESULTS, ROOT
-from .report import Results, environments, panels, table
+from .report import Results, environments, panels, table, with_part
 
 
 PAGE = ROOT / "docs" / "serving.md"
 PLOT = ROOT / "docs" / "serving.svg"
-BEGIN, END = "<!-- measured: python -m benchmarks.serving_report -->\n", "<!-- end of what was measured -->\n"
+BEGIN = "<!-- measured: python -m benchmarks.serving_report -->\n"
 NAMES = ("switching", "mixing", "load")
 # What a switch may take of a forward pass, and of the bare writes of its entries.
 SWITCH_LIMITS = {1e-7: 0.01, 1e-6: 0.01, 1e-5: 0.01, 1e-4: 0.01, 1e-3: 0.02}
@@ -191,8 +191,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--no-plot", action="store_true", help="leave the plot as it is (it needs matplotlib)")
     args = parser.parse_args(arguments)
     results = load()
-    before, _, rest = PAGE.read_text().partition(BEGIN)
-    PAGE.write_text(before + BEGIN + render(results) + "\n" + END + rest.partition(END)[2])
+    PAGE.write_text(with_part(PAGE.read_text(), BEGIN, render(results)))
     if not args.no_plot:
         plot(results["switching"], PLOT)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import multiprocessing.forkserver
 import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -23,10 +24,6 @@ import pytest
 # and runs none of them, and the import takes longer than most.
 if TYPE_CHECKING:
     from torch import nn
-
-
-# A process that imports this once, and is forked where a test starts others with the method "forkserver".
-multiprocessing.set_forkserver_preload(["peft_dst", "tests.models"])
 
 
 @pytest.fixture(autouse=True)
@@ -68,8 +65,18 @@ def build() -> Callable[[str], nn.Module]:
     return make
 
 
+@pytest.fixture(scope="session")
+def forkserver() -> None:
+    """For tests that start processes with that method: they are forked from one that has imported what they need.
+
+    It is started before `peft_dst.recipes` can say what else it is to import.
+    """
+    multiprocessing.set_forkserver_preload(["tests.preloaded"])
+    multiprocessing.forkserver.ensure_running()
+
+
 @pytest.fixture
-def apart() -> Callable[..., Any]:
+def apart(forkserver: None) -> Callable[..., Any]:
     """Call a function of a module in a process of its own; its result, or what it raises."""
 
     def call(function: Callable[..., Any], *arguments: object) -> Any:

@@ -131,7 +131,7 @@ def test_codec(tmp_path):
         assert row["ratio"] == pytest.approx(row["bits"] / row["entropy"], rel=1e-3)
 
 
-def test_distributed(tmp_path):
+def test_distributed(forkserver, tmp_path):
     arguments = ("--toy", "--worlds", 2, "--rounds", 1, "--length", 8)
     found = run(distributed, tmp_path / "distributed.json", *arguments)
     assert len(found["rows"]) == len(distributed.cases(toy=True))
@@ -212,14 +212,23 @@ def test_the_performance_page_is_up_to_date():
 def test_the_measured_part_of_serving_is_up_to_date():
     page = serving_report.PAGE.read_text()
     measured = serving_report.render(serving_report.load())
-    assert f"{serving_report.BEGIN}{measured}\n{serving_report.END}" in page, "run: python -m benchmarks.serving_report"
+    expected = report.with_part(page, serving_report.BEGIN, measured)
+    assert page == expected, "run: python -m benchmarks.serving_report"
     assert serving_report.PLOT.is_file()
 
 
 def test_the_counted_part_of_distributed_training_is_up_to_date():
     page, counted = distributed_report.PAGE.read_text(), distributed_report.render(distributed_report.load())
-    expected = f"{distributed_report.BEGIN}{counted}\n{distributed_report.END}"
-    assert expected in page, "run: python -m benchmarks.distributed_report"
+    expected = report.with_part(page, distributed_report.BEGIN, counted)
+    assert page == expected, "run: python -m benchmarks.distributed_report"
+
+
+def test_a_part_of_a_page_is_replaced():
+    begin, end = "<!-- measured: here -->\n", report.END
+    assert report.with_part(f"a\n{begin}old\n{end}b\n{end}", begin, "new") == f"a\n{begin}new\n{end}b\n{end}"
+    for page in ("", begin, end, end + begin):
+        with pytest.raises(ValueError, match="the page has no part from '<!-- measured: here -->' to"):
+            report.with_part(page, begin, "new")
 
 
 def test_every_letter_of_the_formulas_is_explained():

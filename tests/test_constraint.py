@@ -55,17 +55,17 @@ class Twin:
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_equals_the_dense_reference_after_every_step(name, optimizer, build):
-    """Every combination of architecture, distance, siloing and budget, and of any three of them and an optimizer."""
+    """Every combination of any three of architecture, optimizer, distance, siloing and budget."""
     size = sum(p.numel() for p in build(name).parameters())
     for config in configs(size, ARCHITECTURES.index(name) - list(OPTIMIZERS).index(optimizer)):
         check(name, config, OPTIMIZERS[optimizer], build)
 
 
 def configs(size: int, turn: int) -> Iterator[DSTConfig]:
-    """Those whose turn it is: one of four, and in four turns each of them."""
+    """Those whose turn it is: one of six, which is as few as hold every combination of three."""
     values = (enumerate(DISTANCES), enumerate(SILOINGS), enumerate(EPSILONS))
     for (d, distance), (s, siloing), (e, epsilon) in itertools.product(*values):
-        if (d + s + e + turn) % len(OPTIMIZERS) == 0:
+        if (d + s + e + turn) % 6 == 0:
             # The tiny models have fewer than 1 / ε parameters; one free parameter is as small as it gets.
             budget = {"epsilon": epsilon} if round(epsilon * size) else {"num_free_parameters": 1}
             yield DSTConfig(**budget, siloing=siloing, distance=distance)
@@ -119,10 +119,12 @@ def test_exactly_the_budget_differs(distance, architecture, build):
             assert sum(int((now[w.name] != seed[w.name]).sum()) for w in silo.weights) == silo.budget
 
 
-@pytest.mark.parametrize("make_optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
-@pytest.mark.parametrize("distance", DISTANCES)
-def test_epsilon_one_is_plain_fine_tuning(architecture, make_optimizer, distance, build):
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_epsilon_one_is_plain_fine_tuning(architecture, optimizer, build):
     plain, base = build(architecture), build(architecture)
+    make_optimizer = OPTIMIZERS[optimizer]
+    # Each distance with every architecture and every optimizer.
+    distance = [*DISTANCES][(sorted(BUILDERS).index(architecture) + [*OPTIMIZERS].index(optimizer)) % len(DISTANCES)]
     model = get_peft_model(base, DSTConfig(epsilon=1.0, distance=distance))
     optimizers = [make_optimizer([p for p in m.parameters() if p.requires_grad]) for m in (plain, model)]
     for step in range(4):

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import re
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
 
+from tests.programs import run
+
 
 ROOT = Path(__file__).parent.parent
 
 
-def quickstart(*arguments: str) -> str:
-    environment = {k: v for k, v in os.environ.items() if k != "PEFT_DST_DATA"}
-    command = [sys.executable, "-W", "ignore", str(ROOT / "examples" / "quickstart.py"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+QUICKSTART = ROOT / "examples" / "quickstart.py"
 
 
 def accuracies(output: str) -> dict[str, float]:
@@ -30,8 +25,8 @@ def accuracies(output: str) -> dict[str, float]:
     return {row[0].strip(): float(row[5]) for row in rows if len(row) == 7}
 
 
-def test_quickstart_on_its_own_data(minilm, tmp_path):
-    output = quickstart("--epochs", "0.1", "--output", str(tmp_path))
+def test_quickstart_on_its_own_data(minilm, tmp_path, apart):
+    output = apart(run, QUICKSTART, "--epochs", "0.1", "--output", tmp_path)
     assert accuracies(output).keys() == {"question_types", "sentiment", "support_intents"}
     assert "base restored bit-exactly: yes" in output
     for task in accuracies(output):
@@ -41,14 +36,13 @@ def test_quickstart_on_its_own_data(minilm, tmp_path):
 # Of the temporary folder, which goes when the program ends.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_quickstart_says_what_is_wrong_with_a_folder(minilm, tmp_path, monkeypatch):
-    script = str(ROOT / "examples" / "quickstart.py")
-    monkeypatch.setattr(sys, "argv", [script, "--data", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", [str(QUICKSTART), "--data", str(tmp_path)])
     with pytest.raises(SystemExit, match="no data set with a text and a label found"):
-        runpy.run_path(script, run_name="__main__")
+        runpy.run_path(str(QUICKSTART), run_name="__main__")
 
 
-def test_quickstart_reaches_its_accuracy_on_trec(minilm, data_folder):
-    output = quickstart("--data", str(data_folder), "--tasks", "trec")
+def test_quickstart_reaches_its_accuracy_on_trec(minilm, data_folder, apart):
+    output = apart(run, QUICKSTART, "--data", data_folder, "--tasks", "trec")
     assert accuracies(output)["trec"] >= 0.93
     assert "base restored bit-exactly: yes" in output
 

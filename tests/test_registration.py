@@ -21,6 +21,7 @@ from peft.utils import PeftType
 import peft_dst
 from peft_dst import DSTConfig, DSTModel, registration
 from tests.models import bert
+from tests.programs import run
 
 
 ROOT = Path(__file__).parent.parent
@@ -75,9 +76,10 @@ def test_registering_again_and_reloading_change_nothing():
     assert lora.get_nb_trainable_parameters()[0] == 2 * 2 * (16 + 16)
 
 
-def test_a_second_import_serves_old_and_new_models(tmp_path):
+def test_a_second_import_serves_old_and_new_models(tmp_path, apart):
     """As test runners and notebooks do it that clear sys.modules."""
-    python(
+    script = tmp_path / "script.py"
+    script.write_text(
         """
 import sys
 import torch, peft_dst
@@ -108,12 +110,13 @@ for config in (peft_dst.DSTConfig(epsilon=0.02), old_config(epsilon=0.02)):
         assert sum(len(t) for t in load_file(sys.argv[1] + "/adapter_model.safetensors").values()) == 2 * moved
         assert PeftModel.from_pretrained(base(), sys.argv[1]).get_nb_trainable_parameters()[0] == 0
         assert model.get_nb_trainable_parameters()[0] == model.base_model.constraint().budget
-""",
-        tmp_path,
+print("all were served")
+"""
     )
+    assert "all were served" in apart(run, script, tmp_path)
 
 
-def test_processes_know_the_member_that_another_one_sends(tmp_path):
+def test_processes_know_the_member_that_another_one_sends(tmp_path, apart):
     """A pickle is read where only peft was imported; workers are forked and spawned."""
     (tmp_path / "member").write_bytes(pickle.dumps({"type": PeftType.DST, "config": DSTConfig(epsilon=0.25)}))
     python(
@@ -167,8 +170,9 @@ if __name__ == "__main__":
     from peft import PeftType
     from peft_dst import DSTConfig
     config = DSTConfig(epsilon=0.25)
-    for context in ("fork", "spawn"):
-        loader = DataLoader(Rows(config), num_workers=2, collate_fn=keep, batch_size=2, multiprocessing_context=context)
+    for context, workers in (("fork", 2), ("spawn", 1)):
+        options = {"num_workers": workers, "multiprocessing_context": context}
+        loader = DataLoader(Rows(config), collate_fn=keep, batch_size=2, **options)
         found = [row for rows in loader for row in rows]
         assert [i for i, *_ in found] == [0, 1, 2, 3]
         assert all(c == config and c.peft_type is t is PeftType.DST for _, c, t in found)
@@ -177,7 +181,7 @@ if __name__ == "__main__":
     print("all came back")
 """
     )
-    assert "all came back" in python(f"import runpy; runpy.run_path({str(script)!r}, run_name='__main__')")
+    assert "all came back" in apart(run, script)
 
 
 @pytest.fixture

@@ -354,10 +354,10 @@ class SparseWeight:
         processes = together([self.box])
         if processes is None:
             return positions, values
-        wide = torch.int64 if values.element_size() == 8 else torch.int32
-        everywhere, order = processes.join(self.box.outwards(positions)).sort()
-        joined = processes.join(bits(values).to(wide))[order]
-        return everywhere, joined.to(bits(values).dtype).view(values.dtype)
+        # In one message: saving sends some for every weight.
+        entries = processes.join(torch.stack((self.box.outwards(positions), bits(values).long()), 1))
+        everywhere, order = entries[:, 0].sort()
+        return everywhere, entries[order, 1].to(bits(values).dtype).view(values.dtype)
 
     def flat(self) -> Tensor:
         """The live weight, flat, shape (n,); a view wherever its layout allows."""

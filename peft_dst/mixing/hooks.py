@@ -54,6 +54,16 @@ def _watch(
     stack.callback(after.remove)
 
 
+def check_not_compiled() -> None:
+    """To be called first: before the compiler gives up it follows everything that precedes a refusal, for minutes.
+
+    Raises:
+        RuntimeError: within what torch.compile made of a model.
+    """
+    with _eager():
+        pass
+
+
 def _eager() -> contextlib.AbstractContextManager[Any]:
     refusal = RuntimeError(
         "adapter_names were given to what torch.compile made of a PeftModel. Give them to the PeftModel itself; its base "

@@ -19,7 +19,7 @@ from ..config import DSTConfig
 from ..core import Constraint, SparseWeight
 from ..core.shards import check_held_alone
 from ..delta import MARKER, DeltaError
-from ..mixing import check_length, check_placeholders
+from ..mixing import check_length, check_not_compiled, check_placeholders
 from ..tables import text_table
 from . import exchange, static, weighted
 from .layer import SparseLayer, markers
@@ -366,6 +366,7 @@ class DSTModel(BaseTuner):
         names = kwargs.get("adapter_names")
         if names is None:
             return contextlib.nullcontext()
+        check_not_compiled()
         check_held_alone(
             (weight.parameter for _, marker in markers(self.model) for weight in marker.weights.values()),
             "a batch of several adapters (adapter_names)",

@@ -14,7 +14,7 @@ from tests.delta import fuzzing
 from tests.models import assert_same, weights
 
 
-@pytest.mark.parametrize(("arguments", "outcomes"), [(["--count", "2500"], 11), (["--count", "150", "--peft"], 8)])
+@pytest.mark.parametrize(("arguments", "outcomes"), [(["--count", "1000"], 11), (["--count", "150", "--peft"], 8)])
 def test_damaged_adapters(arguments, outcomes, tmp_path, apart):
     """A small part of what was run by hand (docs/LOG.md)."""
     # In a process of its own, for its limits of memory and time.

@@ -94,8 +94,8 @@ def _serve(rank: int, world: int, store: str, pipe: Connection) -> None:
                 pipe.send_bytes(pickle.dumps((None, (RuntimeError(f"{answer}: {error}"), traceback.format_exc()))))
 
 
-@pytest.fixture(scope="session")
-def _groups() -> Iterator[dict[int, Processes]]:
+@pytest.fixture(scope="package")
+def _groups(forkserver: None) -> Iterator[dict[int, Processes]]:
     groups = {world: Processes(world) for world in (1, 2, 4)}
     yield groups
     for group in groups.values():

@@ -178,7 +178,7 @@ def test_training_is_resumed(together, tmp_path, options, own):
         assert_same(straight, resumed)
 
 
-def disagree(rank, world, how, divided):
+def disagree(rank, world, how, divided, what):
     torch.manual_seed(rank if how == "base" else 0)
     base = BUILDERS["bert"]()
     options = {"epsilon": 0.02 + 0.01 * rank} if how == "epsilon" else {"epsilon": 0.02}
@@ -195,7 +195,9 @@ def disagree(rank, world, how, divided):
         wrapped = model
     else:
         wrapped = DistributedDataParallel(model, find_unused_parameters=True)
-    wrapped(**share(rank, world, 0)).loss.backward()
+    # All are told, and none has sent anything that another waits for.
+    with pytest.raises(ValueError, match=f"process 1 of 2 does not train what process 0 does: {what}"):
+        wrapped(**share(rank, world, 0))
 
 
 @pytest.mark.parametrize(
@@ -208,8 +210,7 @@ def disagree(rank, world, how, divided):
     ],
 )
 def test_processes_that_disagree_are_told_so(together, how, divided, what):
-    with pytest.raises(ValueError, match=f"process 1 of 2 does not train what process 0 does: {what}"):
-        together(2, disagree, how, divided)
+    together(2, disagree, how, divided, what)
 
 
 def train_without_ddp(rank, world):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from torch.utils.data import Subset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from peft_dst import DSTCallback, DSTConfig, DSTOptimizer, create_dst_optimizer
@@ -15,8 +16,8 @@ from tests.models import BUILDERS, batch
 from tests.training.test_trainer import Rows
 
 
-# Of twelve.
-STEPS_AN_EPOCH = 6
+# Of four samples.
+STEPS_AN_EPOCH = 3
 
 
 class TwoRates(Trainer):
@@ -65,12 +66,12 @@ def make(world, kind, state_dict_type, folder, **options):
     cls, given = (
         (TwoRates, {}) if kind == "hook" else (Trainer, {"optimizer_cls_and_kwargs": (DSTOptimizer, {"lr": 1e-2})})
     )
-    last = AtTheEnd()
+    last, rows = AtTheEnd(), Subset(Rows("bert"), range(4 * STEPS_AN_EPOCH))
     trainer = cls(
         model,
         arguments,
-        train_dataset=Rows("bert"),
-        eval_dataset=Rows("bert"),
+        train_dataset=rows,
+        eval_dataset=rows,
         callbacks=[DSTCallback(), last],
         **given,
     )

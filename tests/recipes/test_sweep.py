@@ -209,7 +209,7 @@ def test_points_are_tested_against_one_of_them(options, tmp_path, monkeypatch):
 # Real runs, in processes
 
 
-def test_runs_side_by_side(options, tmp_path):
+def test_runs_side_by_side(options, forkserver, tmp_path):
     """The same figures as one by one, scores made once for all; subsets compared; files that can be read again."""
     options["method"] |= {"score_examples": 6}
     options["sweep"] = {"method.name": ["dynamic", "fisher"], "seed": [0, 1]}

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from peft_dst import DSTConfig, DSTOptimizer, create_dst_optimizer
 from tests.models import assert_same, bert, weights
+from tests.programs import run
 from tests.training.test_trainer import Rows
 from tests.training.twins import Dense, differing
 
@@ -145,15 +143,11 @@ def test_precisions(precision, tmp_path):
     assert_same(now, {name: tensor.to(dtype) for name, tensor in module.seed.items()})
 
 
-def test_the_example(minilm):
-    root = Path(__file__).parents[2]
-    environment = {k: v for k, v in os.environ.items() if k != "PEFT_DST_DATA"}
-    command = [sys.executable, str(root / "examples" / "lightning_module.py")]
-    command += ["--epochs", "1", "--train-size", "160"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "22,565 free parameters" in done.stdout
-    after, loaded = re.findall(r"^(?:accuracy|saved, and put onto a fresh base): (0\.\d+)$", done.stdout, re.MULTILINE)
+def test_the_example(minilm, apart):
+    script = Path(__file__).parents[2] / "examples" / "lightning_module.py"
+    output = apart(run, script, "--epochs", "1", "--train-size", "160")
+    assert "22,565 free parameters" in output
+    after, loaded = re.findall(r"^(?:accuracy|saved, and put onto a fresh base): (0\.\d+)$", output, re.MULTILINE)
     # Eight intents, equally frequent.
     assert float(after) > 0.2
     assert after == loaded
