@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_state_dict,
 )
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from transformers import AutoModelForCausalLM
 
 from peft_dst import DSTConfig, DSTOptimizer
@@ -194,6 +194,34 @@ def test_gradients_accumulate_and_are_clipped(together):
     (alone,) = together(1, accumulate)
     for found in together(2, accumulate):
         assert_agree(alone, found)
+
+
+def train_under(rank, world, kind, policies):
+    torch.manual_seed(0)
+    model = get_peft_model(BUILDERS["llama"](), DSTConfig(epsilon=0.02))
+    before = {weight.name: weight.parameter.detach().clone() for weight in model.constraint().weights}
+    divide(model, **policies)
+    optimizer = optimizer_of(model, kind)
+    for number in range(2):
+        step(rank, world, model, optimizer, "llama", number)
+    now = {weight.name: weight.parameter.full_tensor() for weight in model.constraint().weights}
+    assert all(parameter.dtype == torch.float32 for parameter in now.values())
+    assert sum(int((now[name] != before[name]).sum()) for name in now) == model.constraint().budget
+    return subsets(model)
+
+
+@pytest.mark.parametrize(
+    ("kind", "policies"),
+    [
+        # Computed in bfloat16 from float32 shards.
+        ("hook", {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)}),
+        ("AdamW", {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)}),
+        ("hook", {"offload_policy": CPUOffloadPolicy(pin_memory=False)}),
+    ],
+)
+def test_policies_of_fsdp(together, kind, policies):
+    one, other = together(2, train_under, kind, policies)
+    assert_agree(one, other, rtol=0, atol=0)
 
 
 def switch(rank, world):
