@@ -37,6 +37,9 @@ ORDER = [
 IN_TUNER = [
     "entries",
     "overlay",
+    "sums",
+    "records",
+    "states",
     "layer",
     "targets",
     "exchange",

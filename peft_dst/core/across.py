@@ -10,7 +10,7 @@ is sent is 2,048 counts a silo and round, of all silos in one message; no distan
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,9 @@ from .weights import gather
 #: Bits of a key that one round tells apart.
 _DIGIT = 11
 _BINS = 1 << _DIGIT
+
+# Keys that are looked at at once, at most.
+_PIECE = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,8 @@ class Candidates:
     distances: list[Tensor]
     failed: int | None = None
 
-    def at(self, keep: Sequence[Tensor]) -> Candidates:
-        """Those that are marked, for each tensor bool (k_i,)."""
+    def at(self, keep: Sequence[Tensor | slice]) -> Candidates:
+        """Some of each tensor's: those that are marked, bool (k_i,), or a range of them."""
         indices, values, distances = (
             [own[mask] for own, mask in zip(part, keep, strict=True)]
             for part in (self.indices, self.values, self.distances)
@@ -106,35 +109,50 @@ def choose_across(
     device = silos[0].distances[0].device
     wide = any(delta.dtype == torch.float64 for silo in silos for delta in silo.distances)
     dtype = torch.float64 if wide else torch.float32
-    keys, owners, counted, positions = [], [], [], []
-    for number, (silo, own) in enumerate(zip(silos, boxes, strict=True)):
-        before = 0
-        for at, delta, box in zip(silo.indices, silo.distances, own, strict=True):
-            keys.append(bits(delta.to(dtype)).long())
-            owners.append(torch.full_like(at, number))
-            counted.append(torch.full_like(at, processes.counts(box), dtype=torch.bool))
-            positions.append(box.outwards(at) + before)
-            before += box.whole.numel()
-    key, owner, counts, position = (torch.cat(parts) for parts in (keys, owners, counted, positions))
+    search = _Search(processes, budgets)
+    keys = [[bits(delta.to(dtype)) for delta in silo.distances] for silo in silos]
+    counted = [[processes.counts(box) for box in own] for own in boxes]
     wanted = torch.tensor(budgets, device=device)
-    search = _Search(processes, owner[counts], len(silos), sum(budgets))
-    threshold, rest, ties = search.kth_largest(key[counts], wanted, 63 if wide else 31)
-    keep = key > threshold[owner]
-    tied = (key == threshold[owner]) & (key > 0)
-    if bool((ties > rest).any()):
-        # In some silos more tie than may be kept. The lowest positions are the largest of their complements.
-        sizes = [sum(box.whole.numel() for box in own) for own in boxes]
-        crowded = (ties > rest)[owner] & tied
-        complement = max(sizes) - position
-        among = _Search(processes, owner[crowded & counts], len(silos), sum(budgets))
-        last, _, _ = among.kth_largest(complement[crowded & counts], rest, max(sizes).bit_length())
-        keep |= torch.where(crowded, complement >= last[owner], tied)
-    else:
-        keep |= tied
+    threshold, rest, ties = search.kth_largest(_chosen(keys, counted), wanted, 63 if wide else 31)
+    keep = [[key > limit for key in own] for own, limit in zip(keys, threshold, strict=True)]
+    tied = [[(key == limit) & (key > 0) for key in own] for own, limit in zip(keys, threshold, strict=True)]
+    crowded = (ties > rest).tolist()
+    if any(crowded):
+        # More tie than may be kept. The lowest positions are the largest of their complements.
+        most = max(sum(box.whole.numel() for box in own) for own in boxes)
+        complements = [
+            [most - at for at in _positions(silo, own, ties)] if among else [at.new_empty(0) for at in silo.indices]
+            for silo, own, ties, among in zip(silos, boxes, tied, crowded, strict=True)
+        ]
+        last, _, _ = search.kth_largest(_chosen(complements, counted), rest, most.bit_length())
+        for own, complement, limit, among in zip(tied, complements, last, crowded, strict=True):
+            for tie, at in zip(own, complement, strict=True) if among else ():
+                tie[tie.clone()] = at >= limit
     threshold = torch.where(wanted > 0, threshold, 0)
     limits = threshold.view(torch.float64) if wide else threshold.int().view(torch.float32)
-    masks = iter(keep.split([at.numel() for silo in silos for at in silo.indices]))
-    return [([next(masks) for _ in silo.indices], limit) for silo, limit in zip(silos, limits, strict=True)]
+    return [
+        ([above | tie for above, tie in zip(*masks, strict=True)], limit)
+        for *masks, limit in zip(keep, tied, limits, strict=True)
+    ]
+
+
+def _chosen(keys: Sequence[Sequence[Tensor]], chosen: Sequence[Sequence[bool]]) -> list[tuple[int, Tensor]]:
+    """Of the keys of each silo's tensors those that are marked, each with its silo's number."""
+    return [
+        (silo, key)
+        for silo, (own, marks) in enumerate(zip(keys, chosen, strict=True))
+        for key, mark in zip(own, marks, strict=True)
+        if mark
+    ]
+
+
+def _positions(silo: Candidates, boxes: Sequence[Box], masks: Sequence[Tensor]) -> list[Tensor]:
+    """Of the candidates that are marked, the flat positions in the silo's whole tensors, one behind the other."""
+    found, before = [], 0
+    for at, box, mask in zip(silo.indices, boxes, masks, strict=True):
+        found.append(box.outwards(at[mask]) + before)
+        before += box.whole.numel()
+    return found
 
 
 class _Search:
@@ -142,22 +160,21 @@ class _Search:
 
     Args:
         processes: which hold the keys together.
-        owner: silo of each key that this process holds, int64 (m,).
-        silos: number of silos.
-        most: how many keys a process may hold at most.
+        budgets: how many keys of each silo a process may hold at most.
     """
 
-    def __init__(self, processes: Together, owner: Tensor, silos: int, most: int):
+    def __init__(self, processes: Together, budgets: Sequence[int]):
         self.processes = processes
-        self.owner = owner
-        self.silos = silos
-        self.counts_in = torch.int32 if most * processes.size < 2**31 else torch.int64
+        self.silos = len(budgets)
+        self.counts_in = torch.int32 if sum(budgets) * processes.size < 2**31 else torch.int64
 
-    def kth_largest(self, keys: Tensor, wanted: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    def kth_largest(
+        self, keys: Sequence[tuple[int, Tensor]], wanted: Tensor, width: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Search.
 
         Args:
-            keys: non-negative, of fewer bits than `width` says, int64 (m,).
+            keys: that this process holds, with the number of their silo; non-negative, of at most `width` bits, (m_i,).
             wanted: k of each silo, int64 (silos,).
             width: bits of a key.
 
@@ -165,13 +182,14 @@ class _Search:
             For each silo its k-th largest key, 0 if it has fewer keys, or none is wanted the largest that there can be;
             how many of the keys that equal it are among the k largest; and how many there are.
         """
-        device = keys.device
-        prefix, rest = torch.zeros(self.silos, dtype=torch.int64, device=device), wanted.clone()
+        groups = [_with_owners(group) for group in _grouped(keys)]
+        prefix, rest = torch.zeros_like(wanted), wanted.clone()
         ties, known = torch.zeros_like(prefix), width
         for shift in itertools.chain(range(width - _DIGIT, 0, -_DIGIT), [0]):
-            inside = keys >> known == prefix[self.owner]
-            digit = keys[inside] >> shift & (1 << known - shift) - 1
-            counts = torch.bincount(self.owner[inside] * _BINS + digit, minlength=self.silos * _BINS)
+            counts = wanted.new_zeros(self.silos * _BINS)
+            digits = (1 << known - shift) - 1
+            for owner, key in groups:
+                counts += torch.bincount((key >> shift & digits) + owner * _BINS, minlength=self.silos * _BINS)
             counts = self.processes.reduce(counts.view(self.silos, _BINS).to(self.counts_in)).long()
             # How many keys are in a bin or in one above it.
             reaching = counts.flip(1).cumsum(1).flip(1)
@@ -180,4 +198,35 @@ class _Search:
             ties = counts.gather(1, found).squeeze(1)
             rest = rest - (reaching.gather(1, found).squeeze(1) - ties)
             prefix, known = prefix << (known - shift) | found.squeeze(1), shift
+            if shift:
+                # Of the others nothing more is asked.
+                inside = [key >> known == prefix[owner] for owner, key in groups]
+                groups = [(owner[mask], key[mask]) for (owner, key), mask in zip(groups, inside, strict=True)]
         return prefix, rest, ties
+
+
+def _grouped(keys: Sequence[tuple[int, Tensor]]) -> Iterator[list[tuple[int, Tensor]]]:
+    """Pieces of keys that are looked at at once, many small ones or a large one: what is made of a key on the way to its
+    bin is larger than the key.
+    """
+    group: list[tuple[int, Tensor]] = []
+    size = 0
+    for silo, piece in ((silo, piece) for silo, own in keys for piece in own.split(_PIECE)):
+        if group and size + piece.numel() > _PIECE:
+            yield group
+            group, size = [], 0
+        group.append((silo, piece))
+        size += piece.numel()
+    if group:
+        yield group
+
+
+def _with_owners(group: Sequence[tuple[int, Tensor]]) -> tuple[Tensor, Tensor]:
+    """For each key of a group its silo, int32 (m,); and the keys, (m,)."""
+    device = group[0][1].device
+    silos = torch.tensor([silo for silo, _ in group], dtype=torch.int32, device=device)
+    if len(group) == 1:
+        return silos.expand(group[0][1].shape), group[0][1]
+    lengths = [piece.numel() for _, piece in group]
+    owners = silos.repeat_interleave(torch.tensor(lengths, device=device), output_size=sum(lengths))
+    return owners, torch.cat([piece for _, piece in group])

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from .constraint import Constraint
 
 
+# Candidates that may wait for one another in a process, at most: 16 bytes each.
+_MOST_PENDING = 1 << 26
+
+
 @dataclass(frozen=True)
 class _Pending:
     """A silo that several processes hold together, as this one sees it.
@@ -30,14 +34,22 @@ class _Pending:
     Attributes:
         silo: the silo.
         before: the subset of each of its weights before the step.
-        found: what may be kept of it here, or what is kept where nothing is chosen anew.
-        chooses: whether the subset is chosen anew at this step; None if that is so where it is empty in all processes.
+        candidates: what it may be chosen from; None if it is kept.
+        kept: what it is here if it is kept; None if it is chosen. Both are there where the subset is empty: then it is
+            chosen if it is empty in all processes.
     """
 
     silo: Silo
     before: Sequence[Subset]
-    found: Candidates
-    chooses: bool | None
+    candidates: Candidates | None
+    kept: Candidates | None
+
+    @property
+    def failed(self) -> int | None:
+        """The first weight with an update that is not finite."""
+        found = self.candidates or self.kept
+        assert found is not None
+        return found.failed
 
 
 class Choice:
@@ -70,7 +82,11 @@ class Choice:
         """
         processes = together(weight.box for weight in silo.weights if weight.is_divided)
         if processes is not None:
-            self._pending.setdefault(processes, []).append(self._look_at(silo, updates, before))
+            waiting = self._pending.setdefault(processes, [])
+            waiting.append(self._look_at(silo, updates, before))
+            # All processes have to come to the same answer, so this is not about the candidates that were found.
+            if sum(min(one.silo.budget, -(-one.silo.size // processes.size)) for one in waiting) > _MOST_PENDING:
+                self._finish(processes, self._pending.pop(processes))
             return
         try:
             selection = self._select(silo, updates, before)
@@ -92,48 +108,43 @@ class Choice:
         self.constraint.note_moved(self._moved)
 
     def _finish(self, processes: Together, pending: Sequence[_Pending]) -> None:
-        occupied = self._agree(processes, pending)
-        chosen = [
-            one
+        occupied = self._exchange(processes, pending)
+        chosen = {
+            one.silo: one.candidates
             for one, before in zip(pending, occupied, strict=True)
-            if (not before if one.chooses is None else one.chooses)
-        ]
-        boxes = [[weight.box for weight in one.silo.weights] for one in chosen]
-        budgets = [one.silo.budget for one in chosen]
-        masks = dict(
-            zip(
-                [one.silo for one in chosen],
-                choose_across([one.found for one in chosen], boxes, budgets, processes),
-                strict=True,
-            )
-        )
+            if one.candidates is not None and not (before and one.kept is not None)
+        }
+        boxes = [[weight.box for weight in silo.weights] for silo in chosen]
+        answers = choose_across([*chosen.values()], boxes, [silo.budget for silo in chosen], processes)
+        masks = dict(zip(chosen, answers, strict=True))
         for one in pending:
-            found, threshold = one.found, one.silo.threshold
+            found, threshold = one.kept, one.silo.threshold
             if one.silo in masks:
                 keep, threshold = masks[one.silo]
-                found = found.at(keep)
-            elif one.chooses is None:
-                # Other processes hold the subset, which is kept; nothing of it is here.
-                found = found.at([torch.zeros_like(at, dtype=torch.bool) for at in found.indices])
+                found = chosen[one.silo].at(keep)
+            assert found is not None
             one.silo.write(Selection(found.indices, threshold), found.values, one.before)
             if self._written is not None:
                 for weight, values in zip(one.silo.weights, found.values, strict=True):
                     self._written(weight, values)
 
-    def _agree(self, processes: Together, pending: Sequence[_Pending]) -> list[bool]:
+    def _exchange(self, processes: Together, pending: Sequence[_Pending]) -> list[bool]:
         """Exchange what has to be known of each silo besides distances: whether it fails anywhere, or has a subset.
 
         Returns:
             For each silo whether its subset before the step was not empty.
+
+        Raises:
+            FloatingPointError: if an update is NaN or infinite in any process.
         """
         most = max(len(one.silo.weights) for one in pending)
         # The first failing tensor is the greatest number; what fails only if the subset is empty everywhere is less.
         failures = [
-            0 if one.found.failed is None else most - one.found.failed + most * (one.chooses is not None)
+            0 if one.failed is None else most - one.failed + most * (one.candidates is None or one.kept is None)
             for one in pending
         ]
         occupied = [any(subset.indices.numel() for subset in one.before) for one in pending]
-        device = pending[0].found.distances[0].device
+        device = pending[0].silo.weights[0].data.device
         message = torch.tensor([*failures, *occupied, self._moved], dtype=torch.int32, device=device)
         answer = processes.reduce(message, torch.distributed.ReduceOp.MAX).tolist()
         for one, failure, before in zip(pending, answer, answer[len(pending) :], strict=False):
@@ -150,15 +161,16 @@ class Choice:
         divisors = self._divisors(silo) if competes else None
         if competes and (constraint.chooses(False) or not occupied):
             seeds, flat = [weight.flat() for weight in silo.weights], [updated.reshape(-1) for updated in updates]
-            found = find_candidates(seeds, flat, silo.budget, constraint.distance, divisors)
-            return _Pending(silo, before, found, True if constraint.chooses(False) else None)
+            candidates = find_candidates(seeds, flat, silo.budget, constraint.distance, divisors)
+            kept = None if constraint.chooses(False) else candidates.at([slice(0)] * len(silo.weights))
+            return _Pending(silo, before, candidates, kept)
         failed = None
         try:
             indices = self._select(silo, updates, before).indices
         except NonFiniteDistanceError as error:
             indices, failed = [subset.indices for subset in before], error.position
         values = [gather(updated, at) for updated, at in zip(updates, indices, strict=True)]
-        return _Pending(silo, before, Candidates(indices, values, values, failed), False)
+        return _Pending(silo, before, None, Candidates(indices, values, values, failed))
 
     def _select(self, silo: Silo, updates: Sequence[Tensor], before: Sequence[Subset]) -> Selection:
         constraint = self.constraint

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .choice import Choice
 from .schedule import EVERY_STEP, Schedule
-from .shards import check_held_alone
+from .shards import check_held_alone, divide_again
 from .step import StepInProgress
 from .subset import Silo
 from .weights import SparseWeight
@@ -192,6 +192,8 @@ def concerned(param_groups: Iterable[Mapping[str, Any]]) -> list[tuple[Constrain
         NotImplementedError: if a silo spans several devices, or its threshold is tracked and processes hold it together.
     """
     parameters = {id(parameter) for group in param_groups for parameter in group["params"]}
+    # What a forward pass without gradients has left gathered is not what optimizers hold.
+    divide_again({w.module for constraint in Constraint.live for w in constraint.weights if w.is_managed})
     found = [(c, _to_step(c, parameters)) for c in list(Constraint.live) if not c.fixed]
     return [(constraint, silos) for constraint, silos in found if silos]
 

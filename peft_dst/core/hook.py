@@ -49,7 +49,7 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
     _undo(_under_way.pop(optimizer, []))
     if (unfinished := _fixed.pop(optimizer, None)) is not None:
         unfinished.restore()
-    check_wrappers()
+    check_wrappers(optimizer)
     if optimizer in _exempt or _is_skipped(optimizer):
         return
     fixed = _fixed[optimizer] = FixedStep(optimizer)

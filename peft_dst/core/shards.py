@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -147,14 +147,14 @@ def like(tensor: Tensor, parameter: Tensor) -> Tensor:
     )
 
 
-def divide_again(host: nn.Module) -> None:
-    """Have FSDP2 divide the weights of a module again, which it may have left gathered after a forward pass."""
+def divide_again(hosts: Collection[nn.Module]) -> None:
+    """Have FSDP2 divide the weights of some modules again, which it may have left gathered after a forward pass."""
     from torch.distributed import _composable_state
     from torch.distributed.fsdp import FSDPModule
 
-    # All modules that it was applied to: those that hold the host need not be in the model that we were given.
-    for module in list(getattr(_composable_state, "_module_state_mapping", ())):
-        if isinstance(module, FSDPModule) and any(part is host for part in module.modules()):
+    # All modules that it was applied to: those that hold the hosts need not be in the model that we were given.
+    for module in list(getattr(_composable_state, "_module_state_mapping", ())) if hosts else ():
+        if isinstance(module, FSDPModule) and any(part in hosts for part in module.modules()):
             module.reshard()
 
 
@@ -193,18 +193,22 @@ class Together:
         Raises:
             RuntimeError: if it raised in another one.
         """
-        failed = torch.ones((), dtype=torch.int32, device=self.mesh.device_type)
+        failed = True
         try:
             yield
-            failed.zero_()
+            failed = False
         finally:
-            own = bool(failed)
-            self.reduce(failed, dist.ReduceOp.MAX)
-        if failed and not own:
+            failed = self.any(failed)
+        if failed:
             raise RuntimeError(f"{what} failed in another process, which says why.")
 
+    def any(self, flag: bool) -> bool:
+        """Whether something is so in any of them."""
+        answer = self.reduce(torch.tensor(flag, dtype=torch.int32, device=self.mesh.device_type), dist.ReduceOp.MAX)
+        return bool(answer)
+
     def reduce(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
-        """A tensor reduced over the processes; in place, where it is on the mesh's device."""
+        """A tensor reduced over the processes. It may be done in place, so the argument is used up."""
         # Weights that are offloaded to the host are not.
         message = tensor.to(self.mesh.device_type)
         for dimension in self.dimensions:

@@ -10,7 +10,7 @@ that, but for shapes and for what is said to be of the whole tensor.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol, cast
 
 import torch
@@ -101,7 +101,7 @@ class SparseWeight:
         self.requires_grad_before = self.parameter.requires_grad
         self._watched = False
         self._checksum: tuple[torch.dtype, torch.Size, int] | None = None
-        #: Of the whole seed, where that was noted before it was divided.
+        #: Of the whole seed, where that was noted before it was divided, or by all processes (`join_checksums`).
         self.whole_checksum: int | None = None
         #: The outermost optimizer step that has begun over this weight and has not come to its end.
         self.under_way: Undoable | None = None
@@ -114,8 +114,14 @@ class SparseWeight:
         return {**self.__dict__, "watched": None, "stepping": None, "superseded": [], "averaged_by": None, "_box": None}
 
     @property
+    def registered(self) -> nn.Parameter:
+        """What the module has under its name now: the parameter, or the gathered one that FSDP2 has put in its place."""
+        return getattr(self.module, self.attribute)
+
+    @property
     def parameter(self) -> nn.Parameter:
-        found = getattr(self.module, self.attribute)
+        """The parameter itself, also while a gathered one stands in its place."""
+        found = self.registered
         if isinstance(found, DTensor) and not self._is_gathered(found):
             self._divided = found
         return found if self._divided is None else cast(nn.Parameter, self._divided)
@@ -123,7 +129,11 @@ class SparseWeight:
     def _is_gathered(self, found: Tensor) -> bool:
         """Whether what stands in the parameter's place is more than this process's part of it."""
         known = self._divided
-        return known is not None and found is not known and local(found).numel() > local(known).numel()
+        if known is None or found is known:
+            return False
+        # What stays divided along other dimensions may be no larger, where FSDP's dimension is of size 1.
+        fewer = isinstance(found, DTensor) and found.device_mesh.ndim < known.device_mesh.ndim
+        return fewer or local(found).numel() > local(known).numel()
 
     @property
     def data(self) -> Tensor:
@@ -162,6 +172,11 @@ class SparseWeight:
         return isinstance(self.parameter, DTensor)
 
     @property
+    def is_managed(self) -> bool:
+        """Whether FSDP2 divides the parameters of its module; it may have been told to ignore some."""
+        return getattr(self.module, "_is_fsdp_managed_module", False)
+
+    @property
     def device(self) -> torch.device:
         """Where notes on the weight are kept: where it is, or on the CPU while it has no memory ("meta")."""
         device = self.data.device
@@ -189,7 +204,7 @@ class SparseWeight:
         """
         if self._is_in_place():
             return
-        divide_again(self.module)
+        divide_again({self.module})
         if self._divided is not None and not self._is_in_place():
             raise RuntimeError(
                 f"{self.name!r} is gathered from all processes now, as FSDP leaves it after a forward pass without "
@@ -198,10 +213,9 @@ class SparseWeight:
             )
 
     def _is_in_place(self) -> bool:
-        found = getattr(self.module, self.attribute)
+        found = self.registered
         if self._divided is None:
-            # FSDP marks the modules whose parameters it divides, some of which it may have been told to ignore.
-            return isinstance(found, DTensor) or not getattr(self.module, "_is_fsdp_managed_module", False)
+            return isinstance(found, DTensor) or not self.is_managed
         return found is self._divided
 
     def lend(self) -> Tensor:
@@ -363,6 +377,12 @@ class SparseWeight:
             if not self.is_divided:
                 self.whole_checksum = self._checksum[2]
 
+    @property
+    def own_checksum(self) -> int:
+        """Of the seed of what this process holds; 0 if it was not noted."""
+        self._follow()
+        return 0 if self._checksum is None else self._checksum[2]
+
     def watch(self) -> None:
         """Note the seed's checksum if that was not done yet: the weight may be trained from now on."""
         if self._checksum is None:
@@ -406,8 +426,34 @@ class SparseWeight:
         data = self._follow()
         return self._checksum == (data.dtype, self.shape, self._sum(data, self.seeds, self.values()))
 
+    def whole_is_intact(self, whole: Tensor, positions: Tensor, seeds: Tensor) -> bool:
+        """The same of the whole weight, gathered from all processes that hold it together.
+
+        Args:
+            whole: the weight.
+            positions: flat positions of the subset in it, int64 (k,).
+            seeds: the seed's values there, (k,).
+
+        Returns:
+            True also if the whole seed was never noted, or in another dtype.
+        """
+        if self.whole_checksum is None or whole.dtype != self.data.dtype:
+            return True
+        return self.whole_checksum == self._sum(whole, seeds, gather(whole, positions))
+
     @staticmethod
     def _sum(live: Tensor, seeds: Tensor, values: Tensor) -> int:
         # A sum of bit patterns can be corrected at the subset, so the seed need not be rebuilt to be summed.
         total = bits(live).sum(dtype=torch.int64)
         return int(total + bits(seeds).sum(dtype=torch.int64) - bits(values).sum(dtype=torch.int64))
+
+
+def join_checksums(weights: Iterable[SparseWeight]) -> None:
+    """Note the checksums of whole seeds that were divided before they were noted. To be called by all that hold them."""
+    found = [weight for weight in weights if weight.is_divided and weight.whole_checksum is None]
+    processes = together(weight.box for weight in found)
+    if processes is not None:
+        own = [weight.own_checksum if processes.counts(weight.box) else 0 for weight in found]
+        sums = processes.reduce(torch.tensor(own, dtype=torch.int64, device=found[0].data.device)).tolist()
+        for weight, total in zip(found, sums, strict=True):
+            weight.whole_checksum = total

@@ -20,6 +20,7 @@ from types import ModuleType
 from typing import Any
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from .constraint import Constraint
 from .weights import SparseWeight
@@ -31,8 +32,8 @@ _REMEDY = (
 )
 
 _engines: weakref.WeakSet[Any] = weakref.WeakSet()
-# What FSDP1 has flattened, with the name of a weight that was to be trained.
-_flattened: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+# What FSDP1 has flattened, with a weight that was to be trained. The weight knows its module, and so it must not be held.
+_flattened: weakref.WeakKeyDictionary[nn.Module, weakref.ref[SparseWeight]] = weakref.WeakKeyDictionary()
 
 
 def install() -> None:
@@ -43,17 +44,25 @@ def install() -> None:
     sys.meta_path.insert(0, _Importing())
 
 
-def check_wrappers() -> None:
-    """Check that no weight under a constraint is about to be trained through a copy.
+def check_wrappers(optimizer: Optimizer) -> None:
+    """Check that an optimizer is not about to train a weight under a constraint through a copy.
 
     Raises:
-        NotImplementedError: if one is.
+        NotImplementedError: if it is.
     """
     for engine in list(_engines):
-        _check_engine(engine)
-    for wrapper, name in list(_flattened.items()):
-        if wrapper.training:
-            raise _flat(name)
+        # What it was given, or made, is what steps; what is around it is called by the engine.
+        if optimizer in (engine.optimizer, getattr(engine.optimizer, "optimizer", None)):
+            _check_engine(engine)
+    if not _flattened:
+        return
+    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for wrapper, flattened in list(_flattened.items()):
+        weight = flattened()
+        if weight is None or not any(weight in constraint.weights for constraint in Constraint.live):
+            continue
+        if any(id(parameter) in stepped for parameter in wrapper.parameters()):
+            raise _flat(weight.name)
 
 
 def check_whole(name: str, parameter: Tensor) -> None:
@@ -114,7 +123,7 @@ def _check_before_training(construct: Callable[..., None]) -> Callable[..., None
 
 
 def _check_before_flattening(construct: Callable[..., None]) -> Callable[..., None]:
-    """FSDP1's constructor, with what goes into it checked. A model that is not in training mode passes until it is."""
+    """FSDP1's constructor, with what goes into it checked. A model in evaluation mode passes until it is stepped."""
 
     @functools.wraps(construct)
     def check_and_construct(self: nn.Module, module: nn.Module, *args: Any, **kwargs: Any) -> None:
@@ -123,7 +132,7 @@ def _check_before_flattening(construct: Callable[..., None]) -> Callable[..., No
             raise _flat(trained[0].name)
         construct(self, module, *args, **kwargs)
         if trained:
-            _flattened[self] = trained[0].name
+            _flattened[self] = weakref.ref(trained[0])
 
     return check_and_construct
 

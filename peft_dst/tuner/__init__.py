@@ -3,11 +3,16 @@
 * `targets`   which parameters an adapter tunes
 * `entries`   where one adapter's tensors live in a host: records, and float32 copies while they are trained
 * `overlay`   saved adapters over quantised linear layers: corrections of their outputs
+* `sums`      what records come to in one weight: scaled, several added up
+* `records`   the records of a host and its live weights, which follow one another
+* `states`    how those records get into state dicts and out of them
 * `layer`     the marker child: PEFT's layer contract over records
 * `exchange`  between the markers and adapter state dicts; what is checked before anything is loaded
+* `parallel`  what processes tell each other before they train
 * `mixed`     several adapters in one batch, by `mixing`
 * `static`    subsets that are given: by a static selection, or by another adapter
 * `weighted`  an adapter from several: weighted sums, TIES, DARE
+* `plan`      an adapter that is about to be added, checked
 * `model`     DSTModel: places the markers, owns the constraints
 * `hotswap`   another adapter in the place of one that is loaded
 * `rescale`   adapters at a part of their strength

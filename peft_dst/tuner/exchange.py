@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Set
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -41,8 +42,9 @@ from ..delta import (
     parse_summaries,
     summarize,
 )
-from .layer import EXTRA_STATE, expanded, markers
+from .layer import markers
 from .overlay import OverlayWeight
+from .states import EXTRA_STATE, expanded
 
 
 # Where a base model keeps its adapters' constraints: on the model itself, because transformers' own `load_adapter` and
@@ -63,11 +65,11 @@ def collect(
     records: dict[str, Record] = {}
     summaries: dict[str, Summary] = {}
     _check_complete(model, adapter_name)
-    _check_seen(model, state_dict)
     state_dict = {
         **state_dict,
         **{k: t for name, _ in markers(model) for k, t in expanded(state_dict, f"{name}.").items()},
     }
+    _check_seen(model, state_dict)
     for name, marker in markers(model):
         name = name.removeprefix("_fsdp_wrapped_module.")
         for parameter in marker.tuned.get(adapter_name, ()):
@@ -199,14 +201,21 @@ def _check_complete(model: nn.Module, adapter_name: str) -> None:
 
 def _check_seen(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     weights = {(name, w.attribute): w for name, marker in markers(model) for w in marker.weights.values()}
+    gathered = {key: _whole(weight, key[0], state_dict) for key, weight in weights.items() if weight.is_divided}
+    asked = [weights[key] for key, whole in gathered.items() if whole is None]
+    processes = together(weight.box for weight in asked)
     changed = None
-    for number, weight in enumerate(weights.values()):
-        weight.recover()
-        weight.check_shape()
-        if changed is None and not weight.seed_is_intact():
-            changed = number
-    asked = [w for (name, _), w in weights.items() if w.is_divided and _whole(w, name, state_dict) is None]
-    if asked and (processes := together(weight.box for weight in asked)) is not None:
+    with processes.all_or_none("saving") if processes is not None else nullcontext():
+        for number, ((marker, _), weight) in enumerate(weights.items()):
+            weight.recover()
+            weight.check_shape()
+            whole = gathered.get((marker, weight.attribute))
+            intact = weight.seed_is_intact()
+            if intact and whole is not None:
+                intact = weight.whole_is_intact(whole, *_noted(weight, marker, whole, state_dict))
+            if changed is None and not intact:
+                changed = number
+    if processes is not None:
         # Whoever finds a change in its part, none may go on and wait for the others.
         first = torch.tensor(len(weights) if changed is None else changed, device=asked[0].data.device)
         found = int(processes.reduce(first, torch.distributed.ReduceOp.MIN))
@@ -218,6 +227,14 @@ def _check_seen(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
             "optimizer, whose step the constraint hooks (what steps copies of the weights, or is no torch.optim.Optimizer, "
             "is not reached), and do not edit the weights otherwise."
         )
+
+
+def _noted(weight: SparseWeight, marker: str, whole: Tensor, state_dict: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Of a weight that a state dict has gathered: flat positions of its subset, int64 (k,), and the seed's values there."""
+    keys = (f"{marker}.{part}.{weight.attribute}" for part in ("seed_indices", "seed_values"))
+    empty = torch.empty(0, dtype=torch.int64, device=whole.device), whole.new_empty(0)
+    indices, seeds = (state_dict.get(key, nothing) for key, nothing in zip(keys, empty, strict=True))
+    return indices.to(whole.device), seeds.to(whole)
 
 
 def _whole(weight: SparseWeight, marker: str, state_dict: Mapping[str, Tensor]) -> Tensor | None:
@@ -236,11 +253,8 @@ def _seeds(weight: SparseWeight, marker: str, record: Record, state_dict: Mappin
         return weight.whole_seeds_at(positions)
     positions = positions.to(whole.device)
     seeds = gather(whole, positions)
-    indices, values = (
-        state_dict.get(f"{marker}.{part}.{weight.attribute}") for part in ("seed_indices", "seed_values")
-    )
-    if indices is not None and values is not None:
-        indices, values = indices.to(whole.device), values.to(whole.device)
+    indices, values = _noted(weight, marker, whole, state_dict)
+    if indices.numel():
         slot = torch.searchsorted(indices, positions).clamp_max_(indices.numel() - 1)
         seeds = torch.where(indices[slot] == positions, values[slot], seeds)
     return seeds
@@ -259,6 +273,12 @@ def processes_of(model: nn.Module) -> Together | None:
     return together(
         weight.box for _, marker in markers(model) for weight in marker.weights.values() if weight.is_divided
     )
+
+
+def in_all_processes(model: nn.Module, what: str) -> AbstractContextManager[None]:
+    """Where several processes hold a model's tuned weights together: do something in all of them, or in none."""
+    processes = processes_of(model)
+    return nullcontext() if processes is None else processes.all_or_none(what)
 
 
 def settle(model: nn.Module) -> bool:

@@ -106,8 +106,8 @@ class DSTModel(BaseTuner):
                 if active and any(w.parameter.requires_grad for w in silo.weights):
                     chosen = [w.free.numel() for w in silo.weights if w.free is not None]
                     free += sum(chosen) if chosen else silo.budget
-        # FSDP may have put a gathered one in a parameter's place.
-        found = {id(getattr(weight.module, weight.attribute)): weight for weight in weights}
+        # What the model says its parameters are, which need not be `weight.parameter`.
+        found = {id(weight.registered): weight for weight in weights}
         records = {id(p) for _, marker in markers(self.model) for p in marker.parameters()}
         everything = 0
         for parameter in self.model.parameters():
@@ -438,8 +438,9 @@ class DSTModel(BaseTuner):
             if name not in self.peft_config:
                 raise ValueError(f"adapter {name!r} does not exist; there are {', '.join(self.peft_config)}.")
         if safe_merge:
-            for _, marker in markers(self.model):
-                marker.check_finite(names)
+            with exchange.in_all_processes(self.model, "merging"):
+                for _, marker in markers(self.model):
+                    marker.check_finite(names)
         return names
 
     def _check_editable(self) -> None:

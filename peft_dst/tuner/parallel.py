@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..core import Constraint
 from ..core.free import watch
+from ..core.weights import join_checksums
 from .exchange import CONSTRAINTS, constraints, processes_of
 
 
@@ -43,11 +44,11 @@ def _look_around(model: nn.Module) -> None:
             weight.averaged = wrapper is None or wrapper.require_backward_grad_sync
         trained = any(weight.parameter.requires_grad for weight in constraint.weights)
         if trained and not constraint.agreed:
-            _agree(model, constraint, wrapper)
+            _check_agreement(model, constraint, wrapper)
 
 
 @torch.no_grad()
-def _agree(model: nn.Module, constraint: Constraint, wrapper: DistributedDataParallel | None) -> None:
+def _check_agreement(model: nn.Module, constraint: Constraint, wrapper: DistributedDataParallel | None) -> None:
     """Check that all processes train the same, once, and tell all of them of the first difference.
 
     Raises:
@@ -73,6 +74,7 @@ def _agree(model: nn.Module, constraint: Constraint, wrapper: DistributedDataPar
                 f"and {first.get(what)} in process 0 ({len(different)} such differences). Give all processes the same "
                 "config and base model (one checkpoint; one seed where it is made at random)."
             )
+    join_checksums(constraint.weights)
     constraint.agreed = bool(groups)
 
 

@@ -11,19 +11,24 @@ import inspect
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from peft.utils.other import check_file_exists_on_hf_hub
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ..delta import CONFIG_NAME, WEIGHTS_NAME
+from ..delta import CONFIG_NAME, MARKER, WEIGHTS_NAME
 from .exchange import processes_of
+from .states import EXTRA_STATE, expanded
 
 
 _CARD = "README.md"
 _PICKLE = "adapter_model.bin"
+_BASE_CONFIG = "config.json"
 
 
 def save_pretrained(
@@ -41,15 +46,20 @@ def save_pretrained(
     call = inspect.signature(original).bind(model, save_directory, *args, **kwargs)
     processes = processes_of(model)
     if processes is not None and call.arguments.setdefault("kwargs", {}).get("state_dict") is None:
+        automatic, resized = call.arguments.get("save_embedding_layers", "auto") == "auto", False
         with processes.all_or_none("save_pretrained"):
             if call.arguments.get("is_main_process", True) and processes.is_first:
                 # What would fail before the others are asked for their parts.
                 Path(save_directory).mkdir(parents=True, exist_ok=True)
                 with tempfile.TemporaryDirectory(dir=save_directory, prefix=".saving-"):
                     pass
-        # Without the dense weights, which nobody needs.
-        embeddings = call.arguments.get("save_embedding_layers", "auto") is True
-        call.arguments["kwargs"]["state_dict"] = _gathered(model, embeddings)
+            if automatic and processes.is_first:
+                resized = _was_resized(model)
+        if automatic:
+            # PEFT would decide it when it is too late to gather them, and each process by itself.
+            call.arguments["save_embedding_layers"] = processes.any(resized)
+        # Without the dense weights that nobody needs.
+        call.arguments["kwargs"]["state_dict"] = _gathered(model, call.arguments["save_embedding_layers"])
         call.arguments["is_main_process"] = call.arguments.get("is_main_process", True) and processes.is_first
         with processes.all_or_none("save_pretrained"):
             _save(original, call)
@@ -73,19 +83,36 @@ def _save(original: Callable[..., None], call: inspect.BoundArguments) -> None:
         _move(Path(folder), target)
 
 
+def _was_resized(model: PeftModel) -> bool:
+    """Whether the vocabulary was resized since the base was saved, by which PEFT decides to save the embeddings whole."""
+    config: Any = getattr(model, "config", None)
+    size, names = getattr(config, "vocab_size", None), {c.base_model_name_or_path for c in model.peft_config.values()}
+    there = [n for n in names if n and (Path(n, _BASE_CONFIG).exists() or check_file_exists_on_hf_hub(n, _BASE_CONFIG))]
+    if not size or all(type(config).from_pretrained(name).vocab_size == size for name in there):
+        return False
+    warnings.warn(
+        "The vocabulary was resized since the base was saved, so the embeddings are saved whole.", stacklevel=3
+    )
+    return True
+
+
 def _gathered(model: PeftModel, embeddings: bool) -> dict[str, Any]:
     """The state dict of a model that several processes hold together, of which only what an adapter's file holds is
     gathered: its dense copies, and where it is asked for the embeddings.
     """
     ends = [model.get_input_embeddings(), model.get_output_embeddings()] if embeddings else []
     wanted = [f"{name}." for name, module in model.named_modules() if any(module is end for end in ends)]
-    gathered = {}
+    gathered: dict[str, Any] = {}
+    joined: dict[str, Tensor] = {}
     for key, tensor in model.state_dict().items():
-        if not isinstance(tensor, DTensor):
+        if key.endswith(f"{MARKER}.{EXTRA_STATE}"):
+            joined |= expanded({key: tensor}, key.removesuffix(EXTRA_STATE))
+        elif not isinstance(tensor, DTensor):
             gathered[key] = tensor
         elif ".modules_to_save." in key or key.startswith(tuple(wanted)):
             gathered[key] = tensor.full_tensor()
-    return gathered
+    # The records themselves are empty there.
+    return gathered | joined
 
 
 def _move(source: Path, target: Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from peft_dst.core import DISTANCES, NonFiniteDistanceError, select
+from peft_dst.core import DISTANCES, NonFiniteDistanceError, across, select
 from peft_dst.core.across import choose_across, find_candidates
 from peft_dst.core.shards import box_of, local, together
 
@@ -69,6 +71,16 @@ def _numbers(shape, values, dtype):
 @pytest.mark.parametrize("layout", ["rows", "columns", "both"])
 def test_equals_the_choice_of_one_process(together, layout, values):
     together(4, compare, layout, "absolute", torch.float32, values)
+
+
+def compare_in_pieces(*args):
+    with mock.patch.object(across, "_PIECE", 7):
+        compare(*args)
+
+
+@pytest.mark.parametrize("values", ["ties", "any"])
+def test_pieces_of_keys_make_no_difference(together, values):
+    together(2, compare_in_pieces, "rows_of_two", "absolute", torch.float32, values)
 
 
 @pytest.mark.parametrize(

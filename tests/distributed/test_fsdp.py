@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -10,10 +12,18 @@ import torch.distributed as dist
 import torch.distributed.checkpoint
 from peft import PeftModel, get_peft_model
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from transformers import AutoModelForCausalLM
 
 from peft_dst import DSTConfig, DSTOptimizer
+from peft_dst.core import choice
+from peft_dst.core.shards import Together
 from tests.models import BUILDERS, batch
 
 
@@ -40,9 +50,11 @@ def make(world: int, architecture: str, options: dict, dtype: torch.dtype = torc
 
 def optimizer_of(model: nn.Module, kind: str) -> torch.optim.Optimizer:
     parameters = [p for p in model.parameters() if p.requires_grad]
+    # Adam divides by the size of gradients. With its usual eps the smallest ones' rounding would show.
     if kind == "hook":
-        return torch.optim.AdamW(parameters, lr=1e-2)
-    return DSTOptimizer(parameters, getattr(torch.optim, kind), lr=1e-2)
+        return torch.optim.AdamW(parameters, lr=1e-2, eps=1e-4)
+    options = {"eps": 1e-4} if kind == "AdamW" else {}
+    return DSTOptimizer(parameters, getattr(torch.optim, kind), lr=1e-2, **options)
 
 
 def step(
@@ -105,6 +117,30 @@ def test_processes_agree_with_one(together, architecture, kind):
     check(together, [2, 4] if architecture == "bert" else [2], architecture, {"epsilon": 0.02}, kind)
 
 
+def train_by_parts(rank, world, *args):
+    messages = []
+    reduce = Together.reduce
+
+    def counted(processes, tensor, *rest):
+        messages.append(tensor.shape)
+        return reduce(processes, tensor, *rest)
+
+    with mock.patch.object(choice, "_MOST_PENDING", 100), mock.patch.object(Together, "reduce", counted):
+        return *train(rank, world, *args), len(messages)
+
+
+@pytest.mark.parametrize("kind", ["hook", "AdamW"])
+def test_many_candidates_are_not_held_at_once(together, kind):
+    options = {"epsilon": 0.02}
+    ((alone, _),) = together(1, train, "bert", options, kind)
+    parts = together(2, train_by_parts, "bert", options, kind)
+    assert len({messages for *_, messages in parts}) == 1
+    for found, _, messages in parts:
+        assert_agree(alone, found)
+        # At once it would be four a step, and one more at first.
+        assert messages > 4 * STEPS + 10
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -158,6 +194,34 @@ def test_gradients_accumulate_and_are_clipped(together):
     (alone,) = together(1, accumulate)
     for found in together(2, accumulate):
         assert_agree(alone, found)
+
+
+def train_under(rank, world, kind, policies):
+    torch.manual_seed(0)
+    model = get_peft_model(BUILDERS["llama"](), DSTConfig(epsilon=0.02))
+    before = {weight.name: weight.parameter.detach().clone() for weight in model.constraint().weights}
+    divide(model, **policies)
+    optimizer = optimizer_of(model, kind)
+    for number in range(2):
+        step(rank, world, model, optimizer, "llama", number)
+    now = {weight.name: weight.parameter.full_tensor() for weight in model.constraint().weights}
+    assert all(parameter.dtype == torch.float32 for parameter in now.values())
+    assert sum(int((now[name] != before[name]).sum()) for name in now) == model.constraint().budget
+    return subsets(model)
+
+
+@pytest.mark.parametrize(
+    ("kind", "policies"),
+    [
+        # Computed in bfloat16 from float32 shards.
+        ("hook", {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)}),
+        ("AdamW", {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)}),
+        ("hook", {"offload_policy": CPUOffloadPolicy(pin_memory=False)}),
+    ],
+)
+def test_policies_of_fsdp(together, kind, policies):
+    one, other = together(2, train_under, kind, policies)
+    assert_agree(one, other, rtol=0, atol=0)
 
 
 def switch(rank, world):
@@ -238,6 +302,47 @@ def test_what_is_saved_is_what_was_trained(together, tmp_path, options, packed):
     assert not list(tmp_path.glob("adapter/.saving-*"))
 
 
+def save_resized(rank, world, base, folder):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(70, mean_resizing=False)
+    seed = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    model = get_peft_model(model, DSTConfig(epsilon=0.02))
+    if world > 1:
+        divide(model)
+    step(rank, world, model, optimizer_of(model, "hook"), "llama", 0)
+    with pytest.warns(UserWarning, match="resized") if rank == 0 else contextlib.nullcontext():
+        model.save_pretrained(folder)
+    with torch.no_grad():
+        return model.eval()(**batch("llama", 0)).logits, seed
+
+
+def load_resized(rank, world, base, folder):
+    """With the embeddings whole in the file, onto embeddings that are divided and other ones."""
+    torch.manual_seed(world)
+    fresh = AutoModelForCausalLM.from_pretrained(base)
+    fresh.resize_token_embeddings(70, mean_resizing=False)
+    if world > 1:
+        divide(fresh)
+    loaded = PeftModel.from_pretrained(fresh, folder).eval()
+    with torch.no_grad():
+        tuned = loaded(**batch("llama", 0)).logits
+        with loaded.disable_adapter():
+            parameters = loaded.get_base_model().named_parameters()
+            return tuned, {n: getattr(p, "full_tensor", lambda p=p: p)().clone() for n, p in parameters}
+
+
+def test_a_vocabulary_resized_before(together, tmp_path):
+    base, folder = str(tmp_path / "base"), str(tmp_path / "adapter")
+    BUILDERS["llama"]().save_pretrained(base)
+    (saved, seed), (other, _) = together(2, save_resized, base, folder)
+    assert torch.equal(saved, other)
+    for world in (1, 2):
+        for found, again in together(world, load_resized, base, folder):
+            torch.testing.assert_close(found, saved, rtol=1e-5, atol=1e-6)
+            assert all(torch.equal(again[name], parameter) for name, parameter in seed.items())
+
+
 def load(rank, world, folder):
     """Onto a base that is divided already."""
     torch.manual_seed(0)
@@ -253,8 +358,9 @@ def load(rank, world, folder):
     return logits, subsets(model)
 
 
-def test_an_adapter_is_loaded_onto_a_divided_base(together, tmp_path):
-    (saved,) = together(1, save, str(tmp_path), {})
+@pytest.mark.parametrize("options", [{}, {"modules_to_save": ["classifier"]}])
+def test_an_adapter_is_loaded_onto_a_divided_base(together, tmp_path, options):
+    (saved,) = together(1, save, str(tmp_path), options)
     for logits, found in together(2, load, str(tmp_path)):
         torch.testing.assert_close(logits, saved, rtol=1e-5, atol=1e-6)
         assert sum(indices.numel() for indices, _ in found.values()) > 0
@@ -271,6 +377,23 @@ def load_onto_another(rank, world, folder):
 def test_another_base_is_refused_by_all(together, tmp_path):
     together(1, save, str(tmp_path), {})
     together(2, load_onto_another, str(tmp_path))
+
+
+def merge_nan(rank, world):
+    model = make(world, "bert", {"epsilon": 0.02})
+    step(rank, world, model, optimizer_of(model, "hook"), "bert", 0)
+    weight = next(weight for weight in model.constraint().weights if weight.indices.numel())
+    if rank == 1:
+        weight.flat()[weight.indices[0]] = math.nan
+        weight.stepped = True
+    with pytest.raises((ValueError, RuntimeError)) as caught:
+        model.merge_adapter(safe_merge=True)
+    assert ("NaNs detected" if rank == 1 else "another process") in str(caught.value)
+    model.merge_adapter()
+
+
+def test_a_nan_in_one_process_is_merged_in_none(together):
+    together(2, merge_nan)
 
 
 def blow_up(rank, world):
@@ -292,19 +415,33 @@ def test_a_nan_in_one_process_is_told_by_all(together):
     together(2, blow_up)
 
 
-def touch(rank, world, folder):
-    model = make(world, "bert", {"epsilon": 0.02})
+def touch(rank, world, folder, gathered, early):
+    torch.manual_seed(0)
+    base = BUILDERS["bert"]()
+    if early:
+        divide(base)
+    model = get_peft_model(base, DSTConfig(epsilon=0.02))
+    if not early:
+        divide(model)
     step(rank, world, model, optimizer_of(model, "hook"), "bert", 0)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = {"state_dict": get_model_state_dict(model, options=options)} if gathered else {}
+    if not gathered or rank == 0:
+        model.save_pretrained(folder, **state)
     weight = model.base_model.model.bert.pooler.dense.weight
     if rank == 1:
         with torch.no_grad():
             weight._local_tensor[0, 0] += 1
-    with pytest.raises(RuntimeError, match=r"bert.pooler.dense.weight.*without the constraint"):
-        model.save_pretrained(folder)
+    state = {"state_dict": get_model_state_dict(model, options=options)} if gathered else {}
+    if not gathered or rank == 0:
+        with pytest.raises(RuntimeError, match=r"bert.pooler.dense.weight.*without the constraint"):
+            model.save_pretrained(folder, **state)
 
 
-def test_a_change_in_one_process_is_told_by_all(together, tmp_path):
-    together(2, touch, str(tmp_path))
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("gathered", [False, True])
+def test_a_change_in_one_process_is_told(together, tmp_path, gathered, early):
+    together(2, touch, str(tmp_path), gathered, early)
 
 
 def resume(rank, world, folder, options, kind, dtype, phase):

@@ -47,6 +47,9 @@ def train(rank, world, names, sizes, kind, siloing):
     for number in range(STEPS):
         rows = {name: tensor[share::shares].contiguous() for name, tensor in batch("llama", number).items()}
         model(**rows).loss.backward()
+        with torch.no_grad():
+            # After which FSDP leaves weights gathered.
+            model(**rows)
         optimizer.step()
         optimizer.zero_grad()
     placed = [w.parameter.placements for w in model.constraint().weights if isinstance(w.parameter, DTensor)]
@@ -59,6 +62,8 @@ def train(rank, world, names, sizes, kind, siloing):
         (("tensor",), (2,), "hook", "module_and_layer", 1),
         (("data", "tensor"), (2, 2), "hook", "module_and_layer", 2),
         (("data", "tensor"), (2, 2), "AdamW", "none", 2),
+        # What FSDP gathers is then no larger than what it divides.
+        (("data", "tensor"), (1, 2), "hook", "module_and_layer", 2),
         (("replicas", "data"), (2, 2), "hook", "module_and_layer", 1),
     ],
 )

@@ -29,6 +29,14 @@ def make_optimizer(parameters: list[nn.Parameter], own: bool) -> torch.optim.Opt
     return DSTOptimizer(parameters, torch.optim.SGD, lr=0.1) if own else torch.optim.SGD(parameters, lr=0.1)
 
 
+def train_another(own: bool) -> None:
+    base, model = adapted()
+    before = {name: p.clone() for name, p in base.named_parameters()}
+    base(**batch("bert")).loss.backward()
+    make_optimizer([p for p in model.parameters() if p.requires_grad], own).step()
+    assert sum(int((p != before[n]).sum()) for n, p in base.named_parameters()) == model.constraint().budget
+
+
 # FSDP1
 
 
@@ -51,10 +59,10 @@ def flatten(rank: int, world: int, original: bool) -> None:
         with pytest.raises(NotImplementedError, match=r"'bert\.embeddings.*FSDP1.*fsdp_version: 2"):
             optimizer.step()
         assert all(torch.equal(a, b) for a, b in zip(parts, wrapped.parameters(), strict=True))
-        wrapped.eval()
-        # Another model's optimizer is none of its business while nothing of it is trained.
-        make_optimizer([nn.Parameter(torch.zeros(2))], own).step()
-        del wrapped, optimizer
+        # Another model's optimizer is none of its business.
+        train_another(own)
+        wrapped.module.constraint().retire()
+        optimizer.step()
     frozen = adapted()[1].requires_grad_(False)
     FullyShardedDataParallel(frozen, **options)
     if original:
@@ -138,6 +146,7 @@ def test_an_engine_that_was_there_before_the_adapter_is_refused_at_the_step(deep
     before = [p.clone() for p in parameters]
     with pytest.raises(NotImplementedError, match=r"ZeRO stage 1, Zero"):
         engine.optimizer.step()
+    train_another(own)
     assert all(torch.equal(a, b) for a, b in zip(before, parameters, strict=True))
 
 

@@ -109,12 +109,14 @@ class Failure(NamedTuple):
         reason: what it assumes that is not so with DST.
         ours: node id of the test of ours that covers what it stands for.
         where: regular expression, searched in its parameters; all of them if empty.
+        everywhere: whether it fails on every machine; rounding may be another on another CPU.
     """
 
     test: str
     reason: str
     ours: str
     where: str = ""
+    everywhere: bool = True
 
 
 _CUSTOM = "test_custom_models.py::TestPeftCustomModel::"
@@ -206,8 +208,9 @@ FAILURES = (
     Failure(
         _MIXED + "test_mixed_adapter_batches_mlp",
         "compares logits to 1e-5 of inputs up to 89: base product and correction, summed in float32, differ from one "
-        "product by more",
+        "product by more, depending on the CPU",
         "tests/test_mixed.py::test_equals_one_sample_at_a_time",
+        everywhere=False,
     ),
     Failure(
         _MIXED + "test_mixed_adapter_batches_unsupported_layer_raises",

@@ -1,0 +1,257 @@
+"""How a marker's records get into state dicts and out of them, and what is loaded over its host's weights.
+
+Beside the records, which are children of the marker and save themselves, state dicts get its notes:
+
+    sizes.<adapter>                     entries of each parameter that the adapter tunes, int64
+    seed_indices.<parameter>            where the live weight differs from the seed, sorted flat positions, int64
+    seed_values.<parameter>             the seed's values there
+
+Where several processes hold the weights together, all of it is one value: the marker's extra state.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor, nn
+from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX as EXTRA_STATE
+
+from ..core.shards import local
+from ..core.tiles import bits
+from ..delta import MARKER, PARTS, DeltaError, Record, check_record, index_dtype
+from .entries import Entries, Notes
+from .records import HostRecords
+from .sums import own_part
+
+
+class StatefulRecords(HostRecords):
+    """The records of a host, in state dicts too.
+
+    Args:
+        host: the module whose direct parameters are tuned.
+        name: the host's name in the base model, "" for the base model itself.
+    """
+
+    def __init__(self, host: nn.Module, name: str):
+        super().__init__(host, name)
+        self.sizes, self.seed_indices, self.seed_values = Notes(), Notes(), Notes()
+        #: Parameters over which dense weights are being loaded.
+        self._overwritten: set[str] = set()
+        self._load_hooks = [host.register_load_state_dict_pre_hook(_before_host_loads)]
+        # Of shared parameters: what was last loaded under the host's name, to know it under another.
+        self._shared: dict[str, int | None] = {}
+
+    def add_adapter(self, adapter: str, parameters: Sequence[str], entries: Mapping[str, int] | None = None) -> None:
+        """Make room for an adapter, and announce its notes: see `HostRecords.add_adapter`."""
+        super().add_adapter(adapter, parameters, entries)
+        self.sizes.name(adapter)
+        for parameter in parameters:
+            self.seed_indices.name(parameter)
+            self.seed_values.name(parameter)
+
+    # Into state dicts
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        # Parents save before their children: the records are fresh by the time they are collected.
+        self.refresh()
+        divided = any(weight.is_divided for weight in self.weights.values())
+        empty = divided and any(weight.data.is_meta for weight in self.weights.values())
+        for part in (self.dst_indices, self.dst_values):
+            for entries in part.values():
+                cast(Entries, entries).shown = "nothing" if empty else "empty" if divided else "all"
+        if divided and not empty:
+            destination[f"{prefix}{EXTRA_STATE}"] = self.get_extra_state()
+        elif not divided:
+            destination |= {f"{prefix}{key}": tensor for key, tensor in self._notes().items()}
+
+    def _notes(self) -> dict[str, Tensor]:
+        """What state dicts get beside the records."""
+        notes = {}
+        # Savers that drop aliases (Accelerate's) take all empty tensors for one; sizes tell empty from absent.
+        for adapter in [adapter for adapter in self.tuned if adapter not in self.awaited]:
+            records = self._records(adapter)
+            sizes = [records[p].indices.numel() if p in records else 0 for p in self.tuned[adapter]]
+            notes[f"sizes.{adapter}"] = torch.tensor(sizes)
+        # A full state dict holds the live weights; with the seed values beside them it can be loaded and reverted.
+        for parameter, weight in self.weights.items():
+            indices, seeds = weight.joined(*weight.noted())
+            if indices.numel():
+                notes[f"seed_indices.{parameter}"] = indices
+                notes[f"seed_values.{parameter}"] = seeds
+        return notes
+
+    def get_extra_state(self) -> bytes:
+        """All that state dicts hold of the marker, where several processes hold the weights together, which all call this.
+
+        In safetensors, because torch.distributed.checkpoint loads no tensor into another size: the fresh model's records
+        have none yet.
+        """
+        for adapter in [adapter for adapter in self.tuned if adapter not in self.awaited]:
+            for parameter, record in self._records(adapter).items():
+                weight = self.weights[parameter]
+                indices, values = weight.joined(*own_part(weight, record))
+                self._store(adapter, parameter, indices.to(record.indices.dtype), values)
+        tensors = self._notes()
+        for adapter in [adapter for adapter in self.tuned if adapter not in self.awaited]:
+            for parameter, record in self._records(adapter).items():
+                tensors |= zip(_keys("", adapter, parameter), record, strict=True)
+        return save({key: tensor.cpu().contiguous() for key, tensor in tensors.items()})
+
+    def set_extra_state(self, state: object) -> None:
+        """Nothing: it is read with the rest of a state dict."""
+
+    # Out of state dicts
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, local_metadata: Any, strict: bool, *lists: list[str]
+    ) -> None:
+        self.refresh()
+        self._complete(state_dict, prefix)
+        for adapter, parameters in self.tuned.items():
+            for parameter in parameters:
+                keys = _keys(prefix, adapter, parameter)
+                if all(key in state_dict for key in keys):
+                    self._load_record(adapter, parameter, Record(*(state_dict[key] for key in keys)), lists[-1])
+        self._load_seeds(state_dict, prefix)
+
+    def _complete(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Have a state dict hold everything that the children, which load next and are strict, look for."""
+        found = expanded(state_dict, prefix)
+        # Where torch.distributed.checkpoint has nothing to load it leaves what it found in the model.
+        for key in [key for key in state_dict if key.startswith(prefix)]:
+            if found or not isinstance(state_dict[key], Tensor):
+                del state_dict[key]
+        state_dict |= found
+        for adapter in self.tuned:
+            for parameter, record in self._records(adapter).items():
+                keys = _keys(prefix, adapter, parameter)
+                if self.weights[parameter].is_divided and not any(key in state_dict for key in keys):
+                    state_dict |= zip(keys, record, strict=True)
+        for adapter, parameters in self.tuned.items():
+            sizes = state_dict.get(f"{prefix}sizes.{adapter}", ())
+            for parameter, size in zip(parameters, sizes, strict=False):
+                if size == 0:
+                    # A saver may have left it out.
+                    weight = self.weights[parameter]
+                    dtypes = index_dtype(weight.shape.numel()), weight.data.dtype
+                    empty = [torch.empty(0, dtype=dtype, device="cpu") for dtype in dtypes]
+                    state_dict |= zip(_keys(prefix, adapter, parameter), empty, strict=True)
+
+    def _load_record(self, adapter: str, parameter: str, record: Record, errors: list[str]) -> None:
+        """Replace a record, rather than copy into it: records change their length from step to step."""
+        weight = self.weights[parameter]
+        try:
+            check_record(weight.name, weight.stand_in(), record)
+        except DeltaError as error:
+            errors.append(str(error))
+            return
+        # No aliases: the caller keeps the tensors of a state dict and may change them.
+        indices = record.indices.to(weight.device, copy=True)
+        self._store(adapter, parameter, indices, record.values.to(weight.device, weight.data.dtype, copy=True))
+        if self.has_memory(adapter):
+            self._take_in(adapter)
+        elif indices.numel() and adapter not in self.awaited:
+            errors.append(
+                f"{weight.name!r} has no memory yet (device 'meta'). Load the base model before the adapter, or load the "
+                "adapter with PeftModel.from_pretrained."
+            )
+
+    def _load_seeds(self, state_dict: Mapping[str, Tensor], prefix: str) -> None:
+        """Take dense weights that were loaded for the seed, but for the seed's values where an adapter stood in them."""
+        overwritten = [self.weights[parameter] for parameter in self._overwritten]
+        for weight in overwritten:
+            seeds = state_dict.get(f"{prefix}seed_values.{weight.attribute}")
+            if seeds is not None:
+                positions = state_dict[f"{prefix}seed_indices.{weight.attribute}"]
+                inside, own = weight.box.inwards(positions.to(seeds.device))
+                weight.place(own, seeds[inside])
+        self._overwritten.clear()
+        self.sync()
+        for weight in overwritten:
+            weight.remember_seed_again()
+
+    # New dense weights
+
+    def forget_seed(self, parameters: Sequence[str]) -> None:
+        """Dense weights are about to be loaded over these parameters: keep what training made, let go of the seed."""
+        self.refresh()
+        for parameter in parameters:
+            self.weights[parameter].forget()
+        self._overwritten.update(parameters)
+        self._stale = True
+
+    def share(self, parameter: str, owner: nn.Module, attribute: str) -> None:
+        """Take note that another module owns a parameter too, under a name of its own."""
+        if parameter not in self._shared:
+            self._shared[parameter] = None
+        hook = functools.partial(_before_other_owner_loads, self, parameter, attribute)
+        self._load_hooks.append(owner.register_load_state_dict_pre_hook(hook))
+
+    def load_dense(self, parameter: str, tensor: Tensor) -> None:
+        """Take new dense weights for the seed, under the active adapters."""
+        self.forget_seed([parameter])
+        self.weights[parameter].data.copy_(local(tensor))
+        self._overwritten.clear()
+        self.sync()
+        self.weights[parameter].remember_seed_again()
+
+    def detach(self) -> None:
+        """Leave the host, whose weights stay as they are."""
+        for hook in self._load_hooks:
+            hook.remove()
+        super().detach()
+
+
+def expanded(state_dict: Mapping[str, Any], prefix: str) -> dict[str, Tensor]:
+    """What a state dict holds of a marker as its extra state, by the keys that it has in others.
+
+    Args:
+        state_dict: the state dict.
+        prefix: the marker's name there, with a point at its end.
+    """
+    extra = state_dict.get(f"{prefix}{EXTRA_STATE}")
+    return {f"{prefix}{key}": tensor for key, tensor in load(extra).items()} if isinstance(extra, bytes) else {}
+
+
+def _keys(prefix: str, adapter: str, parameter: str) -> list[str]:
+    """What the two tensors of a record are called in a state dict."""
+    return [f"{prefix}{part}.{adapter}.{parameter}" for part in PARTS]
+
+
+def _before_host_loads(host: nn.Module, state_dict: Mapping[str, Any], prefix: str, *unused: Any) -> None:
+    """Before new dense weights are loaded over a host's: save what training made, and let go of the old seed."""
+    marker = getattr(host, MARKER, None)
+    if isinstance(marker, StatefulRecords):
+        loaded = [parameter for parameter in marker.weights if prefix + parameter in state_dict]
+        if loaded:
+            marker.forget_seed(loaded)
+        for parameter in marker._shared.keys() & set(loaded):
+            marker._shared[parameter] = _bit_sum(state_dict[prefix + parameter])
+
+
+def _before_other_owner_loads(
+    marker: StatefulRecords,
+    parameter: str,
+    attribute: str,
+    module: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    *_: Any,
+) -> None:
+    """A shared parameter comes again under another name: if with other values, then as new dense weights."""
+    key = prefix + attribute
+    weight = marker.weights.get(parameter)
+    if weight is None or key not in state_dict or state_dict[key].shape != weight.shape:
+        return
+    if _bit_sum(state_dict[key]) != marker._shared[parameter]:
+        marker.load_dense(parameter, state_dict[key])
+    # The copy that follows changes nothing.
+    state_dict[key] = weight.parameter.data
+
+
+def _bit_sum(tensor: Tensor) -> int:
+    return int(bits(local(tensor)).sum(dtype=torch.int64))

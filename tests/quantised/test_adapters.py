@@ -1,0 +1,128 @@
+"""Adapters over quantised bases: switched, saved, replaced, and what can be trained beside them."""
+
+from __future__ import annotations
+
+import copy
+import gc
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+
+from peft_dst import DSTConfig, hotswap_adapter
+from tests.models import assert_same, logits, train
+from tests.quantised.bases import HEAD, add, serve, with_stand_ins
+
+
+def test_switch_disable_add_up_delete_unload(kind, base, adapter):
+    folders = {label: adapter(label=label, first=10 * i)[0] for i, label in enumerate("ab")}
+    bare = base(kind)
+    plain = logits(bare, "bert")
+    alone = {}
+    for label, folder in folders.items():
+        alone[label] = logits(serve(base(kind), folder), "bert")
+    names = [n for n, _ in bare.named_modules()]
+    with pytest.warns(UserWarning, match="quantised here"):
+        model = PeftModel.from_pretrained(bare, folders["a"], "a").eval()
+    add(model, folders["b"], "b")
+    for label in ("b", "a", "b"):
+        model.set_adapter(label)
+        torch.testing.assert_close(logits(model, "bert"), alone[label], rtol=0, atol=2e-2 if kind == "4-bit" else 0)
+        assert not any(p.requires_grad for p in model.parameters())
+        with model.disable_adapter():
+            assert torch.equal(logits(model, "bert"), plain)
+    b = logits(model, "bert")
+    model.base_model.set_adapter(["a", "b"])
+    both = logits(model, "bert")
+    assert all((both - other).abs().max() > 1e-3 for other in (plain, b, alone["a"]))
+    model.set_adapter("b")
+    assert torch.equal(logits(model, "bert"), b)
+    model.delete_adapter("a")
+    assert torch.equal(logits(model, "bert"), b)
+    left = model.unload()
+    assert [n for n, _ in left.named_modules()] == names
+    assert torch.equal(logits(left, "bert"), plain)
+    assert not any(m._forward_hooks for m in left.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_saving_it_again_writes_the_same(dtype, base, adapter, tmp_path):
+    folder, _ = adapter(dtype=dtype, modules_to_save=HEAD)
+    model = serve(with_stand_ins(base().to(dtype)), folder)
+    model.save_pretrained(tmp_path / "again")
+    with model.disable_adapter():
+        model.save_pretrained(tmp_path / "disabled")
+    for again in (tmp_path / "again", tmp_path / "disabled"):
+        assert_same(*(load_file(f / "adapter_model.safetensors") for f in (folder, again)))
+        assert len({(f / "adapter_config.json").read_text() for f in (folder, again)}) == 1
+    # It still knows its base.
+    assert torch.equal(
+        logits(PeftModel.from_pretrained(base(), folder), "bert"),
+        logits(PeftModel.from_pretrained(base(), again), "bert"),
+    )
+
+
+def test_what_is_not_quantised_can_be_trained(kind, base):
+    model = get_peft_model(base(kind), DSTConfig(epsilon=0.1, target_modules=["LayerNorm", "word_embeddings"]))
+    before = {w.name: w.data.clone() for silo in model.constraint().silos for w in silo.weights}
+    train(model, "bert")
+    after = {w.name: w.data for silo in model.constraint().silos for w in silo.weights}
+    assert sum(int((after[name] != before[name]).sum()) for name in before) == model.constraint().budget
+
+
+def test_a_head_can_be_trained_beside_it(base, adapter):
+    folder, _ = adapter(modules_to_save=HEAD)
+    model = serve(base("stand-in"), folder)
+    model.set_adapter("default")
+    trainable = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert trainable == [f"base_model.model.classifier.modules_to_save.default.{n}" for n in ("weight", "bias")]
+    before = logits(model, "bert")
+    train(model, "bert")
+    assert not torch.equal(logits(model, "bert"), before)
+
+
+def test_through_transformers_own_loader(kind, base, adapter):
+    folder, _ = adapter()
+    expected = logits(serve(base(kind), folder), "bert")
+    model = base(kind)
+    with pytest.warns(UserWarning, match="quantised here"):
+        model.load_adapter(folder)
+    torch.testing.assert_close(logits(model, "bert"), expected, rtol=0, atol=2e-2 if kind == "4-bit" else 0)
+    model.disable_adapters()
+    assert torch.equal(logits(model, "bert"), logits(base(kind), "bert"))
+
+
+def test_copies_are_independent(kind, base, adapter):
+    folder, _ = adapter()
+    model = serve(base(kind), folder)
+    served = logits(model, "bert")
+    with model.disable_adapter():
+        plain = logits(model, "bert")
+    twin = copy.deepcopy(model)
+    assert torch.equal(logits(twin, "bert"), served)
+    twin.unload()
+    assert torch.equal(logits(twin.get_base_model(), "bert"), plain)
+    assert torch.equal(logits(model, "bert"), served)
+    del twin
+    gc.collect()
+    model.base_model.disable_adapter_layers()
+    assert torch.equal(logits(model, "bert"), plain)
+
+
+def test_counts_are_those_of_the_seed(kind, base, adapter):
+    folder, _ = adapter()
+    model = serve(base(kind), folder)
+    size = sum(p.numel() for p in base().parameters())
+    assert model.constraint().budget == round(0.05 * size)
+    assert model.get_nb_trainable_parameters() == (0, size)
+
+
+def test_hot_swapping(base, adapter, tmp_path):
+    folders = {label: adapter(label=label, first=10 * i)[0] for i, label in enumerate("ab")}
+    model = serve(base("stand-in"), folders["a"])
+    hotswap_adapter(model, folders["b"], "default")
+    assert torch.equal(logits(model, "bert"), logits(serve(base("stand-in"), folders["b"]), "bert"))
+    model.save_pretrained(tmp_path / "again")
+    assert_same(*(load_file(f / "adapter_model.safetensors") for f in (folders["b"], tmp_path / "again")))
+    assert len({(f / "adapter_config.json").read_text() for f in (folders["b"], tmp_path / "again")}) == 1
