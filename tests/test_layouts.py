@@ -59,9 +59,17 @@ def llava() -> nn.Module:
     return hf.LlavaForConditionalGeneration(config).double()
 
 
-@pytest.mark.parametrize("names", [["a", "b"], ["a", "b", "__base__", "a"]], ids=len)
-@pytest.mark.parametrize("length", [2, 3, 4, 5])
-@pytest.mark.parametrize("kind", ["bart", "mbart"])
+PAIR, FOUR = ["a", "b"], ["a", "b", "__base__", "a"]
+
+
+# As many samples as tokens, or as positions with the two that BART keeps free, or neither.
+@pytest.mark.parametrize(
+    ("kind", "names", "length"),
+    [
+        *(("bart", names, length) for names in (PAIR, FOUR) for length in (2, 3, 4, 5)),
+        *(("mbart", names, length) for names, length in ((PAIR, 2), (FOUR, 2), (FOUR, 4))),
+    ],
+)
 def test_positions_that_all_samples_have_in_common(kind, names, length):
     base = bart() if kind == "bart" else bart(hf.MBartForConditionalGeneration, hf.MBartConfig)
     model = with_adapters(base, "a", "b")

@@ -3,53 +3,59 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
-import signal
 import socket
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import httpx
 import transformers as hf
 
+from peft_dst.cli import main
 from tests import toys
 
 
-ROOT = Path(__file__).parents[2]
+def serve(folder, arguments):
+    """The command, in a process that writes to a file."""
+    os.chdir(folder)
+    log = os.open("log", os.O_WRONLY | os.O_CREAT)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    main([*arguments])
 
 
-def test_serve(tmp_path):
+def test_serve(tmp_path, forkserver):
     toys.model(tmp_path / "llama", "llama")
     hf.AutoModelForCausalLM.from_pretrained(tmp_path / "llama")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "peft_dst", "serve", "llama", "--deltas", "deltas", "--port", str(port)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=log, stdout=log)
-        try:
-            url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 120
-            while True:
-                try:
-                    assert httpx.get(f"{url}/health").json() == {"status": "ok"}
-                    break
-                except httpx.TransportError:
-                    assert process.poll() is None, (tmp_path / "log").read_text()
-                    assert time.monotonic() < deadline
-                    time.sleep(0.1)
-            assert [model["id"] for model in httpx.get(f"{url}/v1/models").json()["data"]] == ["llama"]
-            body = {"model": "llama", "prompt": "who is", "max_tokens": 3, "temperature": 0}
-            answer = httpx.post(f"{url}/v1/completions", json=body).json()
-            assert answer["usage"]["prompt_tokens"] == 2
-            assert httpx.put(f"{url}/v1/deltas/new").status_code == 403
-            process.send_signal(signal.SIGTERM)
-            process.wait(60)
-        finally:
-            process.kill()
-            process.wait()
+    arguments = ("serve", "llama", "--deltas", "deltas", "--port", str(port))
+    process = multiprocessing.get_context("forkserver").Process(target=serve, args=(tmp_path, arguments))
+    process.start()
+    try:
+        url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 120
+        while True:
+            try:
+                assert httpx.get(f"{url}/health").json() == {"status": "ok"}
+                break
+            except httpx.TransportError:
+                assert process.is_alive(), (tmp_path / "log").read_text()
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+        assert [model["id"] for model in httpx.get(f"{url}/v1/models").json()["data"]] == ["llama"]
+        body = {"model": "llama", "prompt": "who is", "max_tokens": 3, "temperature": 0}
+        answer = httpx.post(f"{url}/v1/completions", json=body).json()
+        assert answer["usage"]["prompt_tokens"] == 2
+        assert httpx.put(f"{url}/v1/deltas/new").status_code == 403
+        # SIGTERM.
+        process.terminate()
+        process.join(60)
+        assert not process.is_alive()
+    finally:
+        process.kill()
+        process.join()
     text = (tmp_path / "log").read_text()
     # Before it there are transformers' bars.
     lines = [json.loads(line) for line in text[text.index('{"time"') :].splitlines()]

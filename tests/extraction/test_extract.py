@@ -64,11 +64,13 @@ def reference(base, tuned, **options):
 # T5 and GPT-2 tie their embeddings.
 @pytest.mark.parametrize(("name", "turn"), [("bert", 0), ("llama", 1), ("t5", 2), ("gpt2", 3)])
 def test_equals_the_dense_reference_and_comes_back(name, turn, pair, tmp_path):
-    """Every siloing with every distance, and each such pair with each epsilon in one architecture or two."""
+    """Every siloing with every distance, in two architectures with two epsilons; and every pair of these four."""
     load, base, tuned = pair(name)
     epsilons = (0.001, 0.05, 0.4)
     for s, siloing in enumerate(SILOINGS):
         for d, distance in enumerate(DISTANCES):
+            if (s + d + turn) % 2:
+                continue
             options = {"epsilon": epsilons[(s + d + turn) % 3], "siloing": siloing, "distance": distance}
             expected, subset = reference(base, tuned, **options)
             shutil.rmtree(tmp_path / "out", ignore_errors=True)

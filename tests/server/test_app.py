@@ -321,17 +321,22 @@ def test_too_much_and_too_slow(parts):
         overloaded = next(answer for answer in answers if answer.status_code == 503)
         assert overloaded.json()["error"]["code"] == "overloaded"
         assert overloaded.headers["retry-after"] == "1"
-        # A stream that takes too long says so in its last event.
+        # A stream that takes too long says so in its last event; those before it have to be over.
+        wait_until_idle(url)
         with httpx.stream("POST", f"{url}/v1/completions", json=body | {"stream": True}, timeout=60) as answer:
             events = list(events_of(answer))
         assert events[-1]["error"]["message"] == "not finished within 1 seconds."
         # Clients that went away cost nothing more.
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(f"{url}/v1/completions", json=body, timeout=0.2)
-        deadline = time.monotonic() + 30
-        while "peft_dst_running 0.0" not in httpx.get(f"{url}/metrics").text and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert "peft_dst_running 0.0" in httpx.get(f"{url}/metrics").text
+        wait_until_idle(url)
+
+
+def wait_until_idle(url):
+    deadline = time.monotonic() + 30
+    while not {"peft_dst_running 0.0", "peft_dst_waiting 0.0"} <= {*httpx.get(f"{url}/metrics").text.splitlines()}:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def slowed(base, seconds):
