@@ -192,8 +192,10 @@ def concerned(param_groups: Iterable[Mapping[str, Any]]) -> list[tuple[Constrain
         NotImplementedError: if a silo spans several devices, or its threshold is tracked and processes hold it together.
     """
     parameters = {id(parameter) for group in param_groups for parameter in group["params"]}
-    # What a forward pass without gradients has left gathered is not what optimizers hold.
-    divide_again({w.module for constraint in Constraint.live for w in constraint.weights if w.is_managed})
+    # What a forward pass without gradients has left gathered is not what optimizers hold. Within a backward pass, where
+    # gradients are released, what is gathered is needed.
+    if torch._C._current_graph_task_id() == -1:
+        divide_again({w.module for constraint in Constraint.live for w in constraint.weights if w.is_managed})
     found = [(c, _to_step(c, parameters)) for c in list(Constraint.live) if not c.fixed]
     return [(constraint, silos) for constraint, silos in found if silos]
 

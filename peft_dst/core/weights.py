@@ -378,10 +378,10 @@ class SparseWeight:
                 self.whole_checksum = self._checksum[2]
 
     @property
-    def own_checksum(self) -> int:
-        """Of the seed of what this process holds; 0 if it was not noted."""
+    def own_checksum(self) -> int | None:
+        """Of the seed of what this process holds; None if it was not noted."""
         self._follow()
-        return 0 if self._checksum is None else self._checksum[2]
+        return None if self._checksum is None else self._checksum[2]
 
     def watch(self) -> None:
         """Note the seed's checksum if that was not done yet: the weight may be trained from now on."""
@@ -453,7 +453,8 @@ def join_checksums(weights: Iterable[SparseWeight]) -> None:
     found = [weight for weight in weights if weight.is_divided and weight.whole_checksum is None]
     processes = together(weight.box for weight in found)
     if processes is not None:
-        own = [weight.own_checksum if processes.counts(weight.box) else 0 for weight in found]
-        sums = processes.reduce(torch.tensor(own, dtype=torch.int64, device=found[0].data.device)).tolist()
-        for weight, total in zip(found, sums, strict=True):
-            weight.whole_checksum = total
+        own = [(weight.own_checksum or 0) * processes.counts(weight.box) for weight in found]
+        missing = [weight.own_checksum is None for weight in found]
+        message = torch.tensor([own, missing], dtype=torch.int64, device=processes.mesh.device_type)
+        for weight, total, unknown in zip(found, *processes.reduce(message).tolist(), strict=True):
+            weight.whole_checksum = None if unknown else total

@@ -415,6 +415,27 @@ def test_a_nan_in_one_process_is_told_by_all(together):
     together(2, blow_up)
 
 
+def save_gathered(rank, world, folder):
+    """Of a weight whose seed was noted by no process, because it is not trained."""
+    torch.manual_seed(0)
+    base = BUILDERS["bert"]()
+    divide(base)
+    model = get_peft_model(base, DSTConfig(epsilon=0.02, inference_mode=True))
+    weights = list(model.constraint().weights)
+    for weight in weights[:3]:
+        weight.parameter.requires_grad_(True)
+    with torch.enable_grad():
+        model(**batch("bert", 0))
+    assert all(weight.whole_checksum != 0 for weight in weights)
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if rank == 0:
+        model.save_pretrained(folder, state_dict=state)
+
+
+def test_what_was_not_noted_is_not_missed(together, tmp_path):
+    together(2, save_gathered, str(tmp_path))
+
+
 def touch(rank, world, folder, gathered, early):
     torch.manual_seed(0)
     base = BUILDERS["bert"]()
