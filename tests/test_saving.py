@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
 from peft_dst import DSTConfig
 from peft_dst.delta import DeltaError, read_metadata
@@ -197,6 +198,20 @@ def test_a_loaded_model_is_unloaded_before_its_first_use(finish, build, saved):
     base = getattr(PeftModel.from_pretrained(build("bert"), folder), finish)()
     expected = output if finish == "merge_and_unload" else logits(build("bert"), "bert")
     assert torch.equal(logits(copy.deepcopy(base), "bert"), expected)
+
+
+def test_layers_under_activation_checkpointing(build, tmp_path):
+    """Torch's wrapper, as Accelerate applies it, keeps its name out of state dicts, but not out of modules' names."""
+    model = get_peft_model(build("llama"), DSTConfig(epsilon=0.02))
+    apply_activation_checkpointing(model, check_fn=lambda module: type(module).__name__ == "LlamaDecoderLayer")
+    train(model, "llama")
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(build("llama"), tmp_path)
+    assert torch.equal(logits(loaded, "llama"), logits(model, "llama"))
+    records = [
+        tensor for name, tensor in load_file(tmp_path / "adapter_model.safetensors").items() if "dst_values" in name
+    ]
+    assert sum(tensor.numel() for tensor in records) == model.constraint().budget
 
 
 def test_embeddings_that_peft_saves_whole(tmp_path):

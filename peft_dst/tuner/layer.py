@@ -173,7 +173,12 @@ class SparseLayer(StatefulRecords, BaseTunerLayer):
 
 
 def markers(model: nn.Module) -> Iterator[tuple[str, SparseLayer]]:
-    """The marker children of a model with their names, in model order."""
+    """The marker children of a model with their names in its state dict, in model order."""
     # By name: after a second import of the package there are two classes of them.
     found = ((name, module) for name, module in model.named_modules() if name.rpartition(".")[2] == MARKER)
-    return ((name, cast(SparseLayer, module)) for name, module in found if isinstance(module, BaseTunerLayer))
+    # torch's wrapper for activation checkpointing keeps its own name out of state dicts.
+    return (
+        (name.replace("_checkpoint_wrapped_module.", ""), cast(SparseLayer, module))
+        for name, module in found
+        if isinstance(module, BaseTunerLayer)
+    )
