@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,8 +26,10 @@ from transformers import (
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     TrainerCallback,
+    TrainerState,
     set_seed,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..baselines import SeedPenalty
@@ -52,6 +56,21 @@ OF_HEAD = (
 CHECKPOINTING = "activation_checkpointing"
 if CHECKPOINTING not in Seq2SeqTrainingArguments.__dataclass_fields__:
     CHECKPOINTING = "gradient_checkpointing"
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """The last whole checkpoint in a folder. What a killed process left half-written beside it is removed.
+
+    Trainer writes into a checkpoint's final place, its own state last, and removes the one before after that.
+    """
+    while folder.is_dir() and (last := get_last_checkpoint(str(folder))):
+        try:
+            TrainerState.load_from_json(str(Path(last) / TRAINER_STATE_NAME))
+        except (FileNotFoundError, json.JSONDecodeError):
+            shutil.rmtree(last)
+        else:
+            return last
+    return None
 
 
 @dataclass(frozen=True)
@@ -250,8 +269,7 @@ class Lab:
         trainer.penalty = penalty
         trainer.measure = lambda: self._answered(trainer, "validation")[0]
         folder = self.folder / CHECKPOINTS
-        last = get_last_checkpoint(str(folder)) if plan.resumable and folder.is_dir() else None
-        output = trainer.train(resume_from_checkpoint=last)
+        output = trainer.train(resume_from_checkpoint=_last_checkpoint(folder) if plan.resumable else None)
         seconds = float(output.metrics["train_runtime"]) - trainer.measuring
         reserved = [size for _, size in trainer.memory]
         memory = None

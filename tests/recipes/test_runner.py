@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState
 
 from peft_dst.config import SELECTIONS
 from peft_dst.delta import SparseDelta
@@ -144,6 +145,36 @@ def test_an_interrupted_run_goes_on(name, options, tmp_path, monkeypatch):
     saved = [load_file(next((tmp_path / run).glob("*/*model.safetensors"))) for run in ("whole", "parts")]
     assert saved[0].keys() == saved[1].keys()
     assert all(torch.equal(saved[0][key], saved[1][key]) for key in saved[0])
+
+
+@pytest.mark.parametrize(("place", "step"), [("save_model", 3), ("_save_rng_state", 6), ("save_to_json", 6)])
+def test_a_run_killed_while_it_saves_goes_on(place, step, options, tmp_path, monkeypatch):
+    """From the checkpoint before, or from the start."""
+    options["training"] |= {"max_steps": 8, "save_steps": 3}
+    recipe = make_recipe(options)
+
+    def killed(self, *args, **kwargs):
+        state, folder = (self, args[0]) if place == "save_to_json" else (self.state, args[0])
+        if state.global_step < step:
+            return original(self, *args, **kwargs)
+        if place == "save_to_json":
+            Path(folder).write_text('{"best_metric": ')
+        elif place == "save_model":
+            Path(folder).mkdir()
+        raise KeyboardInterrupt
+
+    owner = TrainerState if place == "save_to_json" else Trainer
+    original = getattr(owner, place)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, place, killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, tmp_path / "parts")
+    assert (tmp_path / "parts" / "checkpoints" / f"checkpoint-{step}").is_dir()
+    seen, fit = [], Lab.fit
+    monkeypatch.setattr(Lab, "fit", lambda self, *args: fit(self, *args[:4], [*args[4], Count(seen)]))
+    parts = train(recipe, tmp_path / "parts")
+    assert seen == list(range(step - 2, 9))
+    assert parts["metrics"] == train(recipe, tmp_path / "whole")["metrics"]
 
 
 class Count(TrainerCallback):
