@@ -47,7 +47,8 @@ class Constraint:
     Attributes:
         begun: whether the subset was given before training. The first step that moves anything keeps it.
         total_steps: number of steps of the whole training, where it is known.
-        agreed: whether all processes that train together were found to train the same.
+        agreed: how often its seeds had been replaced when all processes that train together were found to train the
+            same; None before.
     """
 
     #: Every constraint that somebody holds, copies and unpickled ones included: the optimizer hook looks them up here.
@@ -76,7 +77,7 @@ class Constraint:
         self.begun = False
         self._moved = False
         self.total_steps: int | None = None
-        self.agreed = False
+        self.agreed: int | None = None
         self.live.add(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -398,6 +398,7 @@ class SparseWeight:
         if self._checksum is not None and not self.data.is_meta and self.seed_is_intact():
             data = self._follow()
             if cast(data.new_empty(0)).dtype != data.dtype:
+                self.generation += 1
                 new = cast(data)
                 self._checksum = new.dtype, self.shape, self._sum(new, cast(self.seeds), cast(self.values()))
                 self.whole_checksum = None if self.is_divided else self._checksum[2]

@@ -43,13 +43,24 @@ def _look_around(model: nn.Module) -> None:
             weight.averaged_by = None if wrapper is None else weakref.ref(wrapper)
             weight.averaged = wrapper is None or wrapper.require_backward_grad_sync
         trained = any(weight.parameter.requires_grad for weight in constraint.weights)
-        if trained and not constraint.agreed:
+        if trained and not _has_agreed(constraint):
             _check_agreement(model, constraint, wrapper)
+
+
+def _has_agreed(constraint: Constraint) -> bool:
+    if constraint.agreed is None:
+        return False
+    # Weights that are divided are loaded by all processes together, and whole ones perhaps by one.
+    return constraint.agreed == _replaced(constraint) or not any(weight.is_divided for weight in constraint.weights)
+
+
+def _replaced(constraint: Constraint) -> int:
+    return sum(weight.generation for weight in constraint.weights)
 
 
 @torch.no_grad()
 def _check_agreement(model: nn.Module, constraint: Constraint, wrapper: DistributedDataParallel | None) -> None:
-    """Check that all processes train the same, once, and tell all of them of the first difference.
+    """Check that all processes train the same, and tell all of them of the first difference.
 
     Raises:
         ValueError: if they do not.
@@ -75,7 +86,7 @@ def _check_agreement(model: nn.Module, constraint: Constraint, wrapper: Distribu
                 "config and base model (one checkpoint; one seed where it is made at random)."
             )
     join_checksums(constraint.weights)
-    constraint.agreed = bool(groups)
+    constraint.agreed = _replaced(constraint) if groups else None
 
 
 def _description(constraint: Constraint) -> dict[str, object]:

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_state_dict,
+    set_model_state_dict,
     set_state_dict,
 )
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
@@ -24,6 +25,7 @@ from transformers import AutoModelForCausalLM
 from peft_dst import DSTConfig, DSTOptimizer
 from peft_dst.core import choice
 from peft_dst.core.shards import Together
+from peft_dst.core.subset import Silo
 from peft_dst.core.weights import join_checksums
 from tests.models import BUILDERS, batch
 
@@ -397,23 +399,66 @@ def test_a_nan_in_one_process_is_merged_in_none(together):
     together(2, merge_nan)
 
 
-def blow_up(rank, world):
+def blow_up(rank, world, kind, most):
     model = make(world, "bert", {"epsilon": 0.02})
-    optimizer = optimizer_of(model, "hook")
+    optimizer = optimizer_of(model, kind)
     step(rank, world, model, optimizer, "bert", 0)
     before = subsets(model)
     rows = {k: v[rank::world] for k, v in batch("bert", 1).items()}
     model(**rows).loss.backward()
     if rank == 1:
         model.base_model.model.bert.pooler.dense.weight.grad._local_tensor[0, 0] = math.nan
-    with pytest.raises(FloatingPointError, match=r"bert.pooler.dense.weight.*NaN or infinite"):
+    written = []
+    write = Silo.write
+
+    def noted(silo, *args):
+        written.append(silo)
+        write(silo, *args)
+
+    with (
+        mock.patch.object(choice, "_MOST_PENDING", most),
+        mock.patch.object(Silo, "write", noted),
+        pytest.raises(FloatingPointError, match=r"bert.pooler.dense.weight.*NaN or infinite"),
+    ):
         optimizer.step()
     after = subsets(model)
     assert all(torch.equal(before[n][0], after[n][0]) and torch.equal(before[n][1], after[n][1]) for n in before)
+    return len(written)
 
 
-def test_a_nan_in_one_process_is_told_by_all(together):
-    together(2, blow_up)
+@pytest.mark.parametrize("kind", ["hook", "AdamW"])
+@pytest.mark.parametrize("most", [1 << 26, 100])
+def test_a_nan_in_one_process_is_told_by_all(together, kind, most):
+    """Also where silos before it were written already."""
+    for written in together(2, blow_up, kind, most):
+        assert (written > 0) == (most == 100)
+
+
+def step_within(rank, world):
+    """An optimizer for each parameter, which steps in the backward pass as soon as the gradient is there."""
+    model = make(world, "llama", {"epsilon": 0.02, "siloing": "parameter"})
+    optimizers = {p: torch.optim.AdamW([p], lr=1e-2, eps=1e-4) for p in model.parameters() if p.requires_grad}
+    steps = []
+
+    def at_once(parameter):
+        steps.append(torch._C._current_graph_task_id())
+        optimizers[parameter].step()
+        parameter.grad = None
+
+    for parameter in optimizers:
+        parameter.register_post_accumulate_grad_hook(at_once)
+    for number in range(STEPS):
+        rows = {k: v[rank::world].contiguous() for k, v in batch("llama", number).items()}
+        model(**rows).loss.backward()
+    assert len(steps) == STEPS * len(optimizers)
+    assert -1 not in steps
+    return subsets(model)
+
+
+def test_steps_within_the_backward_pass(together):
+    (alone,) = together(1, step_within)
+    for found in together(2, step_within):
+        assert_agree(alone, found)
 
 
 def note(rank, world):
@@ -435,15 +480,21 @@ def test_checksums_are_joined(together):
     together(2, note)
 
 
-def touch(rank, world, folder, gathered, early):
+def touch(rank, world, folder, gathered, base):
     torch.manual_seed(0)
-    base = BUILDERS["bert"]()
-    if early:
-        divide(base)
-    model = get_peft_model(base, DSTConfig(epsilon=0.02))
-    if not early:
+    seed = BUILDERS["bert"]()
+    if base == "divided before":
+        divide(seed)
+    model = get_peft_model(seed, DSTConfig(epsilon=0.02))
+    if base != "divided before":
         divide(model)
-    step(rank, world, model, optimizer_of(model, "hook"), "bert", 0)
+    if base == "cast":
+        model.double()
+    optimizer = optimizer_of(model, "hook")
+    step(rank, world, model, optimizer, "bert", 0)
+    if base == "loaded again":
+        set_model_state_dict(model, get_model_state_dict(model))
+        step(rank, world, model, optimizer, "bert", 1)
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = {"state_dict": get_model_state_dict(model, options=options)} if gathered else {}
     if not gathered or rank == 0:
@@ -458,10 +509,10 @@ def touch(rank, world, folder, gathered, early):
             model.save_pretrained(folder, **state)
 
 
-@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("base", ["divided after", "divided before", "loaded again", "cast"])
 @pytest.mark.parametrize("gathered", [False, True])
-def test_a_change_in_one_process_is_told(together, tmp_path, gathered, early):
-    together(2, touch, str(tmp_path), gathered, early)
+def test_a_change_in_one_process_is_told(together, tmp_path, gathered, base):
+    together(2, touch, str(tmp_path), gathered, base)
 
 
 def resume(rank, world, folder, options, kind, dtype, phase):
