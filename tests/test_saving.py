@@ -10,7 +10,9 @@ import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from peft_dst import DSTConfig
 from peft_dst.delta import DeltaError, read_metadata
@@ -200,18 +202,51 @@ def test_a_loaded_model_is_unloaded_before_its_first_use(finish, build, saved):
     assert torch.equal(logits(copy.deepcopy(base), "bert"), expected)
 
 
-def test_layers_under_activation_checkpointing(build, tmp_path):
-    """Torch's wrapper, as Accelerate applies it, keeps its name out of state dicts, but not out of modules' names."""
-    model = get_peft_model(build("llama"), DSTConfig(epsilon=0.02))
+def compile_layers(model):
+    for parent in [module for module in model.modules() if isinstance(module, nn.ModuleList)]:
+        for number, layer in enumerate(parent):
+            parent[number] = torch.compile(layer, backend="eager")
+
+
+def checkpoint_layers(model):
     apply_activation_checkpointing(model, check_fn=lambda module: type(module).__name__ == "LlamaDecoderLayer")
+
+
+# What the tracer asks of a tensor between two of the compiled layers.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize(("when", "packed"), [("before", False), ("after", True)])
+@pytest.mark.parametrize("wrap", [compile_layers, checkpoint_layers])
+def test_wrapped_layers(wrap, when, packed, build, tmp_path):
+    """Torch's wrappers put their own names into those of modules, and some into state dicts; a file has none of them."""
+    base = build("llama")
+    if when == "before":
+        wrap(base)
+    model = get_peft_model(base, DSTConfig(epsilon=0.02, packed=packed))
+    if when == "after":
+        wrap(base)
     train(model, "llama")
     model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(build("llama"), tmp_path)
-    assert torch.equal(logits(loaded, "llama"), logits(model, "llama"))
-    records = [
-        tensor for name, tensor in load_file(tmp_path / "adapter_model.safetensors").items() if "dst_values" in name
-    ]
-    assert sum(tensor.numel() for tensor in records) == model.constraint().budget
+    output = logits(model, "llama")
+    assert not torch.equal(output, logits(build("llama"), "llama"))
+    wrapped = build("llama")
+    wrap(wrapped)
+    for other in (build("llama"), wrapped):
+        assert torch.equal(logits(PeftModel.from_pretrained(other, tmp_path), "llama"), output)
+    silos = get_peft_model(build("llama"), DSTConfig(epsilon=0.02)).silos()
+    assert model.silos() == silos
+    # Without what wrappers put into names.
+    model.save_pretrained(tmp_path / "gathered", state_dict=get_model_state_dict(model))
+    assert_same(*(load_file(folder / "adapter_model.safetensors") for folder in (tmp_path, tmp_path / "gathered")))
+
+
+def test_a_state_dict_without_records_is_refused(build, tmp_path):
+    """Nothing would be saved."""
+    model = get_peft_model(build("llama"), DSTConfig(epsilon=0.02))
+    train(model, "llama")
+    state = {name: tensor for name, tensor in model.state_dict().items() if "dst_" not in name}
+    with pytest.raises(ValueError, match=r"lacks '.*\.dst_indices\.default\.weight'.*nothing left out"):
+        model.save_pretrained(tmp_path, state_dict=state)
+    assert not any(tmp_path.iterdir())
 
 
 def test_embeddings_that_peft_saves_whole(tmp_path):

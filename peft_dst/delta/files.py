@@ -30,6 +30,16 @@ PARTS = ("dst_indices", "dst_values")
 PEFT_PREFIX = "base_model.model."
 # A record's key without PEFT's prefix and without the adapter's name, which a file does not hold either.
 RECORD_KEY = re.compile(rf"(?P<host>(?:.*\.)?){MARKER}\.(?P<part>{'|'.join(PARTS)})\.(?P<parameter>[^.]+)")
+# What wrappers of torch's put into the names of what they wrap: compiled modules, activation checkpointing, FSDP1.
+_WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+
+
+def plain_name(name: str) -> str:
+    """The name of a module, parameter or tensor as it is without wrappers of torch's around any part of the model.
+
+    A file has no others: what was trained compiled loads onto a base that is not, and the other way round.
+    """
+    return _WRAPPERS.sub("", name)
 
 
 class Contents(NamedTuple):

@@ -10,7 +10,7 @@ first use.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -40,9 +40,10 @@ from ..delta import (
     pack,
     pair,
     parse_summaries,
+    plain_name,
     summarize,
 )
-from .layer import markers
+from .layer import SparseLayer, markers
 from .overlay import OverlayWeight
 from .states import EXTRA_STATE, expanded
 
@@ -60,21 +61,23 @@ def collect(
 
     Raises:
         RuntimeError: if weights were changed that the constraint never saw.
+        ValueError: if the state dict holds the model, but not the adapter's records.
     """
     kept: dict[str, Tensor] = {}
     records: dict[str, Record] = {}
     summaries: dict[str, Summary] = {}
     _check_complete(model, adapter_name)
-    state_dict = {
-        **state_dict,
-        **{k: t for name, _ in markers(model) for k, t in expanded(state_dict, f"{name}.").items()},
-    }
-    _check_seen(model, state_dict)
-    for name, marker in markers(model):
-        name = name.removeprefix("_fsdp_wrapped_module.")
+    # torch's own functions leave out what wrappers put into names, and modules do not.
+    state_dict = {plain_name(key): tensor for key, tensor in state_dict.items()}
+    hosted = [(plain_name(name), marker) for name, marker in markers(model)]
+    state_dict |= {k: t for name, _ in hosted for k, t in expanded(state_dict, f"{name}.").items()}
+    _check_seen(hosted, state_dict)
+    for name, marker in hosted:
         for parameter in marker.tuned.get(adapter_name, ()):
             weight = marker.weights[parameter]
             keys = [f"{name}.{part}.{adapter_name}.{parameter}" for part in PARTS]
+            if state_dict and keys[0] not in state_dict and adapter_name in weight.adapters and weight.indices.numel():
+                raise _incomplete(keys[0])
             if keys[0] in state_dict and state_dict[keys[0]].numel():
                 weight.check_memory()
                 record = Record(*(state_dict[key] for key in keys))
@@ -96,6 +99,7 @@ def collect_divided(model: nn.Module, adapter_name: str, state_dict: dict[str, T
     kept: dict[str, Any] = {}
     for name, marker in markers(model):
         if adapter_name in marker.tuned:
+            name = name if f"{name}.{EXTRA_STATE}" in state_dict else plain_name(name)
             found = expanded(state_dict, f"{name}.")
             own = {key: tensor for key, tensor in found.items() if key.split(".")[-2] == adapter_name}
             names = {key: ".".join([*key.removeprefix(f"{name}.").split(".")[:-2], key.split(".")[-1]]) for key in own}
@@ -199,8 +203,8 @@ def _check_complete(model: nn.Module, adapter_name: str) -> None:
             )
 
 
-def _check_seen(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
-    weights = {(name, w.attribute): w for name, marker in markers(model) for w in marker.weights.values()}
+def _check_seen(hosted: Sequence[tuple[str, SparseLayer]], state_dict: Mapping[str, Tensor]) -> None:
+    weights = {(name, w.attribute): w for name, marker in hosted for w in marker.weights.values()}
     gathered = {key: _whole(weight, key[0], state_dict) for key, weight in weights.items() if weight.is_divided}
     asked = [weights[key] for key, whole in gathered.items() if whole is None]
     processes = together(weight.box for weight in asked)
@@ -231,10 +235,19 @@ def _check_seen(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
 
 def _noted(weight: SparseWeight, marker: str, whole: Tensor, state_dict: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Of a weight that a state dict has gathered: flat positions of its subset, int64 (k,), and the seed's values there."""
-    keys = (f"{marker}.{part}.{weight.attribute}" for part in ("seed_indices", "seed_values"))
+    keys = [f"{marker}.{part}.{weight.attribute}" for part in ("seed_indices", "seed_values")]
+    if weight.indices.numel() and keys[0] not in state_dict:
+        raise _incomplete(keys[0])
     empty = torch.empty(0, dtype=torch.int64, device=whole.device), whole.new_empty(0)
     indices, seeds = (state_dict.get(key, nothing) for key, nothing in zip(keys, empty, strict=True))
     return indices.to(whole.device), seeds.to(whole)
+
+
+def _incomplete(key: str) -> ValueError:
+    return ValueError(
+        f"the state dict that is to be saved lacks {key!r}, without which the adapter cannot be. Give it as the model's "
+        "state_dict() returns it, or torch.distributed's get_model_state_dict, with nothing left out; or give none."
+    )
 
 
 def _whole(weight: SparseWeight, marker: str, state_dict: Mapping[str, Tensor]) -> Tensor | None:

@@ -174,11 +174,13 @@ class SparseLayer(StatefulRecords, BaseTunerLayer):
 
 def markers(model: nn.Module) -> Iterator[tuple[str, SparseLayer]]:
     """The marker children of a model with their names in its state dict, in model order."""
-    # By name: after a second import of the package there are two classes of them.
-    found = ((name, module) for name, module in model.named_modules() if name.rpartition(".")[2] == MARKER)
     # torch's wrapper for activation checkpointing keeps its own name out of state dicts.
-    return (
-        (name.replace("_checkpoint_wrapped_module.", ""), cast(SparseLayer, module))
-        for name, module in found
-        if isinstance(module, BaseTunerLayer)
-    )
+    return ((path.replace("_checkpoint_wrapped_module.", ""), marker) for path, marker in markers_by_path(model))
+
+
+def markers_by_path(model: nn.Module) -> Iterator[tuple[str, SparseLayer]]:
+    """The same with where they are in the model."""
+    for path, module in model.named_modules():
+        # By name: after a second import of the package there are two classes of them.
+        if path.rpartition(".")[2] == MARKER and isinstance(module, BaseTunerLayer):
+            yield path, cast(SparseLayer, module)

@@ -25,7 +25,7 @@ from . import exchange, static, weighted
 from .layer import SparseLayer, markers
 from .mixed import mixed_batch
 from .overlay import OverlayWeight
-from .parallel import watch_forward
+from .parallel import keep_from_ddp, watch_forward
 from .plan import Plan, make_plan, plan_of, warn_of_unchecked
 from .targets import find_targets, is_excluded, is_targeted
 
@@ -199,7 +199,7 @@ class DSTModel(BaseTuner):
         if state_dict is not None:
             # PEFT finds the hosts in a state dict by cutting its keys at the prefix; the marker is not a host.
             state_dict = {key.replace(f".{MARKER}.", "."): value for key, value in state_dict.items()}
-        required = {target.name: model.get_parameter(target.name).requires_grad for target in plan.targets}
+        required = {target.name: model.get_parameter(target.path).requires_grad for target in plan.targets}
         # PEFT freezes what is active while it adds a frozen adapter, and thaws the parameters afterwards.
         trainable = {marker: marker.is_trainable for _, marker in markers(model)}
         self._placing = plan
@@ -245,7 +245,7 @@ class DSTModel(BaseTuner):
         weights = {weight.name: weight for marker in found for weight in marker.weights.values()}
         constraint = plan.constraint(adapter_name, weights)
         model.__dict__.setdefault(exchange.CONSTRAINTS, {})[adapter_name] = constraint
-        _keep_from_ddp(model)
+        keep_from_ddp(model)
         if any(target.quantised for target in plan.targets):
             warn_of_unchecked(plan, adapter_name)
             for marker in found:
@@ -499,24 +499,6 @@ def _remove_adapter(model: nn.Module, adapter_name: str) -> None:
             marker.delete_adapter(adapter_name)
             if not marker.tuned:
                 marker.detach()
-
-
-def _keep_from_ddp(model: nn.Module) -> None:
-    """Keep DistributedDataParallel from broadcasting records: their sizes change where a rank has looked at them. Nor may
-    it wait for gradients of what is trained of fixed subsets, of which autograd knows nothing.
-
-    Every rank has the same ones by itself. DDP looks for this attribute on the module it wraps; PeftModel finds it here.
-    """
-    attribute = "_ddp_params_and_buffers_to_ignore"
-    names = {
-        f"{name}.{part}.{adapter}.{parameter}"
-        for name, marker in markers(model)
-        for part in ("dst_indices", "dst_values", "dst_free")
-        for adapter, parameters in marker.tuned.items()
-        for parameter in parameters
-    }
-    already = getattr(model, attribute, ())
-    setattr(model, attribute, {*already, *names, *(f"base_model.model.{name}" for name in names)})
 
 
 def _moved_at_random(constraint: Constraint, positions: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -14,6 +15,43 @@ from ..core import Constraint
 from ..core.free import watch
 from ..core.weights import join_checksums
 from .exchange import CONSTRAINTS, constraints, processes_of
+from .layer import markers_by_path
+
+
+# Where DistributedDataParallel looks, on the module that it wraps, for names of what it shall leave alone.
+_IGNORED = "_ddp_params_and_buffers_to_ignore"
+
+
+class _KeptFromDDP:
+    """Names of the records in a base model, as they are when somebody asks: wrappers put theirs into them.
+
+    Args:
+        model: the base model.
+        others: what was to be left alone before.
+    """
+
+    def __init__(self, model: nn.Module, others: Iterable[str]):
+        self.model = model
+        self.others = list(others)
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self.others
+        for path, marker in markers_by_path(self.model):
+            for part in ("dst_indices", "dst_values", "dst_free"):
+                for adapter, parameters in marker.tuned.items():
+                    names = [f"{path}.{part}.{adapter}.{parameter}" for parameter in parameters]
+                    yield from (*names, *(f"base_model.model.{name}" for name in names))
+
+
+def keep_from_ddp(model: nn.Module) -> None:
+    """Keep DistributedDataParallel from broadcasting records: their sizes change where a process has looked at them, and
+    every process has the same ones by itself. Nor may it wait for gradients of what is trained of fixed subsets, of which
+    autograd knows nothing.
+    """
+    # PeftModel finds the attribute here.
+    others = getattr(model, _IGNORED, ())
+    if not isinstance(others, _KeptFromDDP):
+        setattr(model, _IGNORED, _KeptFromDDP(model, others))
 
 
 def watch_forward(model: nn.Module) -> None:

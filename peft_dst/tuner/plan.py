@@ -90,9 +90,9 @@ def make_plan(model: nn.Module, config: DSTConfig, adapter_name: str, gives: boo
     plan = plan_of(model, config, targets)
     _check_no_copies(model, config, adapter_name)
     if config.selection in BY_SEED and config.records is None:
-        static.check_memory(model.get_parameter(target.name) for target in targets)
+        static.check_memory(model.get_parameter(target.path) for target in targets)
     if config.records is None and (config.fixed or not config.init_weights or gives):
-        static.check_undivided(model.get_parameter(target.name) for target in targets)
+        static.check_undivided(model.get_parameter(target.path) for target in targets)
     return plan
 
 

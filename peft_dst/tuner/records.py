@@ -24,7 +24,7 @@ from torch.distributed._composable.contract import REGISTRY_KEY, RegistryItem
 from ..core import SparseWeight
 from ..core.distances import wide_dtype
 from ..core.free import free_values, watch
-from ..delta import MARKER, Record, index_dtype
+from ..delta import MARKER, Record, index_dtype, plain_name
 from .entries import Entries, FreeValues
 from .overlay import sparse_weight
 from .sums import add_up, own_part, scaled
@@ -99,7 +99,7 @@ class HostRecords(nn.Module):
         for parameter in parameters:
             if parameter not in self.weights:
                 name = f"{self.name}.{parameter}" if self.name else parameter
-                self.weights[parameter] = sparse_weight(self.host, parameter, name)
+                self.weights[parameter] = sparse_weight(self.host, parameter, plain_name(name))
             weight, device = self.weights[parameter], self.weights[parameter].device
             if entries is None or parameter in entries:
                 size = entries[parameter] if entries else 0

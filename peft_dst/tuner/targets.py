@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from ..config import DSTConfig
 from ..core.wrappers import check_whole
-from ..delta import MARKER
+from ..delta import MARKER, plain_name
 from .overlay import can_edit, can_overlay, original_shape
 
 
@@ -39,8 +39,13 @@ class Target:
     quantised: bool = False
 
     @property
-    def name(self) -> str:
+    def path(self) -> str:
+        """Where it is in the model."""
         return f"{self.host}.{self.parameter}" if self.host else self.parameter
+
+    @property
+    def name(self) -> str:
+        return plain_name(self.path)
 
     @property
     def size(self) -> int:

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from peft import PeftModel, get_peft_model
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.nn.parallel import DistributedDataParallel
 
 from peft_dst import DSTConfig, DSTOptimizer
@@ -125,8 +126,15 @@ def test_nothing_but_gradients_is_sent(together, options):
         assert not [name for name in synchronised if "_sparse" in name]
 
 
-def save_in_the_middle(rank, world, folder):
-    model, wrapped = make(world, {"epsilon": 0.02, "modules_to_save": ["classifier"]})
+def save_in_the_middle(rank, world, folder, options, wrap):
+    torch.manual_seed(0)
+    base = BUILDERS["bert"]()
+    if wrap == "before":
+        checkpoint_layers(base)
+    model = get_peft_model(base, DSTConfig(epsilon=0.02, modules_to_save=["classifier"], **options))
+    if wrap == "after":
+        checkpoint_layers(base)
+    wrapped = DistributedDataParallel(model)
     optimizer = optimizer_of(model, False)
     for number in range(4):
         wrapped(**share(rank, world, number)).loss.backward()
@@ -139,8 +147,15 @@ def save_in_the_middle(rank, world, folder):
     return weights(model.get_base_model()), logits(model, "bert")
 
 
-def test_one_process_saves(together, tmp_path):
-    one, other = together(2, save_in_the_middle, str(tmp_path))
+def checkpoint_layers(model):
+    apply_activation_checkpointing(model, check_fn=lambda module: type(module).__name__ == "BertLayer")
+
+
+@pytest.mark.parametrize("options", [{}, RANDOM], ids=["dynamic", "random"])
+@pytest.mark.parametrize("wrap", ["before", "after", None])
+def test_one_process_saves(together, tmp_path, options, wrap):
+    """Also where torch's wrapper for activation checkpointing puts its name into those of modules."""
+    one, other = together(2, save_in_the_middle, str(tmp_path), options, wrap)
     assert_same(one[0], other[0])
     torch.manual_seed(0)
     loaded = PeftModel.from_pretrained(BUILDERS["bert"](), tmp_path)
