@@ -36,6 +36,7 @@ def register() -> None:
     from .config import DSTConfig
     from .tuner.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
     from .tuner.model import DSTModel
+    from .tuner.parallel import keep_from_ddp
     from .tuner.rescale import rescale_adapter_scale
     from .tuner.saving import save_pretrained
 
@@ -53,6 +54,7 @@ def register() -> None:
         PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(NAME)] = DSTConfig
         PEFT_TYPE_TO_TUNER_MAPPING[PeftType(NAME)] = DSTModel
     install()
+    keep_from_ddp()
     _extend("get_nb_trainable_parameters", _count)
     _extend("save_pretrained", save_pretrained)
     _extend("load_adapter", _load)

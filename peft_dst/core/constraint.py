@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
@@ -186,7 +187,8 @@ class Constraint:
 
 
 def concerned(param_groups: Iterable[Mapping[str, Any]]) -> list[tuple[Constraint, list[Silo]]]:
-    """The live constraints that choose their subset, with those of their silos that a step with these groups would change.
+    """The live constraints that choose their subset, with those of their silos that a step with these groups would change,
+    in the order of the groups' parameters.
 
     Raises:
         RuntimeError: if a weight is in no state to be stepped: its adapter is disabled, or not the only active one.
@@ -198,7 +200,14 @@ def concerned(param_groups: Iterable[Mapping[str, Any]]) -> list[tuple[Constrain
     if torch._C._current_graph_task_id() == -1:
         divide_again({w.module for constraint in Constraint.live for w in constraint.weights if w.is_managed})
     found = [(c, _to_step(c, parameters)) for c in list(Constraint.live) if not c.fixed]
-    return [(constraint, silos) for constraint, silos in found if silos]
+    return sorted(((c, silos) for c, silos in found if silos), key=functools.partial(_place, param_groups))
+
+
+def _place(param_groups: Iterable[Mapping[str, Any]], found: tuple[Constraint, list[Silo]]) -> int:
+    """Where an optimizer's first parameter under a constraint stands: processes come to their constraints in this order."""
+    own = {id(weight.parameter) for silo in found[1] for weight in silo.weights}
+    every = (parameter for group in param_groups for parameter in group["params"])
+    return next(place for place, parameter in enumerate(every) if id(parameter) in own)
 
 
 def _to_step(constraint: Constraint, parameters: set[int]) -> list[Silo]:

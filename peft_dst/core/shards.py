@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 
@@ -29,6 +29,8 @@ class Box:
         whole: shape of the tensor.
         start: where the box begins, in each of its dimensions.
         shape: of the box.
+        stripes: in each dimension the number of equal parts that the tensor has there, of each of which the box has the
+            same part: 1, or more where matrices were joined before they were divided.
         mesh: the processes that hold the tensor together; None if this one holds it alone.
         divided: along which dimensions of the mesh it is divided; along the others it is repeated.
     """
@@ -36,6 +38,7 @@ class Box:
     whole: torch.Size
     start: tuple[int, ...]
     shape: torch.Size
+    stripes: tuple[int, ...]
     mesh: DeviceMesh | None = None
     divided: tuple[int, ...] = ()
 
@@ -43,10 +46,21 @@ class Box:
         """Flat positions in the whole tensor of flat positions in the box, both int64 (k,)."""
         if self.mesh is None:
             return positions
-        if self.shape[1:] == self.whole[1:]:
+        if self._is_one_stretch:
             return positions + (self.start[0] * math.prod(self.whole[1:]) if self.start else 0)
-        at = [part + first for part, first in zip(torch.unravel_index(positions, self.shape), self.start, strict=True)]
-        return _ravel(at, self.whole)
+        at = torch.unravel_index(positions, self.shape)
+        own, period = self._of_a_stripe(self.shape), self._of_a_stripe(self.whole)
+        return _ravel(
+            [p // o * d + p % o + first for p, o, d, first in zip(at, own, period, self.start, strict=True)], self.whole
+        )
+
+    @property
+    def _is_one_stretch(self) -> bool:
+        return self.shape[1:] == self.whole[1:] and set(self.stripes) <= {1}
+
+    def _of_a_stripe(self, shape: torch.Size) -> list[int]:
+        # No position is asked for in an empty box, but there is no dividing by its length.
+        return [max(length // count, 1) for length, count in zip(shape, self.stripes, strict=True)]
 
     def inwards(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Which of some flat positions in the whole tensor, int64 (k,), lie in the box, and where there.
@@ -54,14 +68,19 @@ class Box:
         Returns:
             A mask (k,), and flat positions in the box, int64 (m,).
         """
-        if self.shape[1:] == self.whole[1:]:
+        if self._is_one_stretch:
             own = positions - (self.start[0] * math.prod(self.whole[1:]) if self.start else 0)
             inside = (own >= 0) & (own < self.shape.numel())
             return inside, own[inside]
-        at = [p - first for p, first in zip(torch.unravel_index(positions, self.whole), self.start, strict=True)]
         inside = torch.ones_like(positions, dtype=torch.bool)
-        for part, length in zip(at, self.shape, strict=True):
-            inside &= (part >= 0) & (part < length)
+        if not self.shape.numel():
+            return ~inside, positions[~inside]
+        length, period = self._of_a_stripe(self.shape), self._of_a_stripe(self.whole)
+        at = []
+        for i, place in enumerate(torch.unravel_index(positions, self.whole)):
+            part = place % period[i] - self.start[i]
+            inside &= (part >= 0) & (part < length[i])
+            at.append(place // period[i] * length[i] + part)
         return inside, _ravel([part[inside] for part in at], self.shape)
 
 
@@ -79,28 +98,47 @@ def box_of(parameter: Tensor) -> Box:
         NotImplementedError: if that is no box: a sum that is still to be made, or a division that torch does not document.
     """
     if not isinstance(parameter, DTensor):
-        return Box(parameter.shape, (0,) * parameter.ndim, parameter.shape)
+        return Box(parameter.shape, (0,) * parameter.ndim, parameter.shape, (1,) * parameter.ndim)
     mesh, placements = parameter.device_mesh, parameter.placements
     coordinate = mesh.get_coordinate()
     start, shape = [0] * parameter.ndim, list(parameter.shape)
     # A strided shard is one of what the others leave: FSDP2 divides what tensor parallelism has divided before.
     order = sorted(range(mesh.ndim), key=lambda dimension: isinstance(placements[dimension], _StridedShard))
     divided = []
+    stripes = [1] * parameter.ndim
     for dimension in order:
         placement = placements[dimension]
         if isinstance(placement, Replicate):
             continue
+        others = [p for d, p in enumerate(placements) if d != dimension and type(p) in (Shard, _StridedShard)]
         if type(placement) not in (Shard, _StridedShard) or coordinate is None:
-            raise NotImplementedError(
-                f"a weight is placed as {placement} over {mesh}: only shards and replicas are supported. Divide the model "
-                "with fully_shard (FSDP2) or transformers' tp_plan."
-            )
+            raise _unknown(placement, mesh)
         at = placement.dim % parameter.ndim
-        length = -(-shape[at] // mesh.size(dimension))
+        count = mesh.size(dimension)
+        if isinstance(placement, _StridedShard) and not any(other.dim % parameter.ndim == at for other in others):
+            # Matrices that were joined (gate and up of experts), each divided by itself.
+            stripes[at] = placement.split_factor
+            if shape[at] % (stripes[at] * count):
+                raise _unknown(placement, mesh)
+            length = shape[at] // (stripes[at] * count)
+            start[at], shape[at] = coordinate[dimension] * length, stripes[at] * length
+            divided.append(dimension)
+            continue
+        between = math.prod(mesh.size(d) for d in divided if placements[d].dim % parameter.ndim == at)
+        if isinstance(placement, _StridedShard) and placement.split_factor != between:
+            raise _unknown(placement, mesh)
+        length = -(-shape[at] // count)
         first = min(coordinate[dimension] * length, shape[at])
         start[at], shape[at] = start[at] + first, min(length, shape[at] - first)
         divided.append(dimension)
-    return Box(parameter.shape, tuple(start), torch.Size(shape), mesh, tuple(sorted(divided)))
+    return Box(parameter.shape, tuple(start), torch.Size(shape), tuple(stripes), mesh, tuple(sorted(divided)))
+
+
+def _unknown(placement: Placement, mesh: DeviceMesh) -> NotImplementedError:
+    return NotImplementedError(
+        f"a weight is placed as {placement} over {mesh}: only shards and replicas are supported. Divide the model "
+        "with fully_shard (FSDP2) or transformers' tp_plan."
+    )
 
 
 def check_held_alone(parameters: Iterable[Tensor], what: str, remedy: str) -> None:
@@ -249,7 +287,7 @@ def together(boxes: Iterable[Box]) -> Together | None:
             if _root(other) != mesh or not set(other.mesh_dim_names or ("",)) <= set(mesh.mesh_dim_names or ()):
                 raise NotImplementedError(
                     f"weights that compete with one another are divided over different meshes ({meshes[0]} and "
-                    f"{meshes[1]}). Divide the model over one, or give it siloing='parameter'."
+                    f"{meshes[1]}). Divide the model over one, or leave one side's modules out (exclude_modules)."
                 )
     return Together(mesh, tuple(sorted({dimension for box in found for dimension in _dimensions(box, mesh)})))
 

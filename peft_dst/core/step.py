@@ -41,7 +41,9 @@ class StepInProgress:
             self.before[weight], self.holders[weight] = Subset.of(weight), weight.under_way
 
     def take_back(self) -> dict[SparseWeight, Tensor]:
-        """What the optimizer made of the working copies. The live weights are back in their places, and are the seed."""
+        """What the optimizer made of the working copies. The live weights are the seed now, and back in their places; those
+        that are divided come back at the end, as the working copies have no other place.
+        """
         updates = {}
         for weight in self.before:
             updates[weight] = weight.working
@@ -54,7 +56,7 @@ class StepInProgress:
                 put_local(weight.parameter, self.seeds.pop(weight))
                 weight.place(weight.indices[:0], weight.seeds[:0])
                 weight.under_way = self
-            elif self.holders[weight] is self:
+            elif self.holders[weight] is self and not weight.is_divided:
                 weight.take_back()
             weight.revert()
         return updates
@@ -76,6 +78,7 @@ class StepInProgress:
     def _leave(self, weight: SparseWeight, working: Tensor) -> None:
         holder = self.holders[weight]
         if holder is self:
+            weight.take_back()
             weight.under_way = None
         elif isinstance(holder, StepInProgress):
             # The step around this one goes on from the projected weight, and back to it if it fails.

@@ -219,30 +219,33 @@ class SparseWeight:
         return found is self._divided
 
     def lend(self) -> Tensor:
-        """Put a working copy in the live weight's place, for an optimizer to write into, and return it."""
+        """Have a working copy in the live weight's place, for an optimizer to write into, and return it."""
         self.prepare_to_write()
         live = self.data
-        working = live.clone()
-        put_local(self.parameter, working)
+        copied = live.clone()
+        if self.is_divided:
+            # FSDP gathers the memory that it knows, and no other. A closure within the step is to see what the optimizer
+            # has written.
+            self._live = copied
+            return live
+        put_local(self.parameter, copied)
         self._live = live
-        return working
+        return copied
 
     def take_back(self) -> None:
         """Put the live weight back into its place, if a working copy stands there."""
-        if self._live is not None:
+        if self._live is None:
+            return
+        if self.is_divided:
+            self.working.copy_(self._live)
+        else:
             put_local(self.parameter, self._live)
-            self._live = None
+        self._live = None
 
     def give_up(self) -> Tensor:
         """Make the working copy the live weight, with the same values; the one from before is returned as the seed."""
-        live = self.data
-        if self.is_divided:
-            # FSDP reads the memory that the live weight has, and no other.
-            seed = live.clone()
-            put_local(self.parameter, live)
-        else:
-            seed = live
-            self.working.copy_(seed)
+        seed = self.data
+        self.working.copy_(seed)
         scatter(seed, self.indices, self.seeds)
         self._live = None
         return seed

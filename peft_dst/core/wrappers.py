@@ -3,8 +3,10 @@
 DeepSpeed's ZeRO optimizers step flat float32 partitions, and those of its training in half precision float32 masters; what
 they make of them is copied over the model's weights. torch's FullyShardedDataParallel (FSDP1) steps slices of flat
 parameters. Under either, every parameter would be trained. Of DeepSpeed only stage 0 in float32 steps the model's own.
+torch's ZeroRedundancyOptimizer does step them, but in each process some only, with an optimizer within it: a silo's
+components would compete before all have moved.
 
-Both say nothing to anybody when they are made. So their constructors are looked at, once the modules that have them are
+Wrappers say nothing to anybody when they are made. So their constructors are looked at, once the modules that have them are
 imported; nothing is imported for it.
 """
 
@@ -50,6 +52,8 @@ def check_wrappers(optimizer: Optimizer) -> None:
     Raises:
         NotImplementedError: if it is.
     """
+    if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optimizer).__mro__):
+        _check_redundancy(optimizer)
     for engine in list(_engines):
         # What it was given, or made, is what steps; what is around it is called by the engine.
         if optimizer in (engine.optimizer, getattr(engine.optimizer, "optimizer", None)):
@@ -63,6 +67,18 @@ def check_wrappers(optimizer: Optimizer) -> None:
             continue
         if any(id(parameter) in stepped for parameter in wrapper.parameters()):
             raise _flat(weight.name)
+
+
+def _check_redundancy(optimizer: Optimizer) -> None:
+    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for constraint in Constraint.live:
+        for silo in constraint.silos:
+            if len(silo.weights) > 1 and any(id(weight.parameter) in stepped for weight in silo.weights):
+                raise NotImplementedError(
+                    f"ZeroRedundancyOptimizer steps only some of the silo {silo.name!r} in each process, so what competes "
+                    f"there would not have moved together. {_REMEDY} Or give each tensor a silo of its own "
+                    "(siloing='parameter')."
+                )
 
 
 def check_whole(name: str, parameter: Tensor) -> None:

@@ -52,6 +52,8 @@ from .states import EXTRA_STATE, expanded
 # `add_adapter` keep the model that was injected into and drop the tuner.
 CONSTRAINTS = "dst_constraints"
 _HANDLES = "dst_settle_handles"
+# Stands in a state dict where all processes that hold a model together collect from it: what it lacks is asked of all.
+TOGETHER = "dst_together"
 
 
 def collect(
@@ -69,14 +71,18 @@ def collect(
     _check_complete(model, adapter_name)
     # torch's own functions leave out what wrappers put into names, and modules do not.
     state_dict = {plain_name(key): tensor for key, tensor in state_dict.items()}
+    asks = state_dict.pop(TOGETHER, None) is not None
+    if not state_dict and (processes := processes_of(model)) is not None and not processes.is_first:
+        # Gathered for another one.
+        return {}
     hosted = [(plain_name(name), marker) for name, marker in markers(model)]
     state_dict |= {k: t for name, _ in hosted for k, t in expanded(state_dict, f"{name}.").items()}
-    _check_seen(hosted, state_dict)
+    _check_seen(hosted, state_dict, asks)
     for name, marker in hosted:
         for parameter in marker.tuned.get(adapter_name, ()):
             weight = marker.weights[parameter]
             keys = [f"{name}.{part}.{adapter_name}.{parameter}" for part in PARTS]
-            if state_dict and keys[0] not in state_dict and adapter_name in weight.adapters and weight.indices.numel():
+            if keys[0] not in state_dict and adapter_name in weight.adapters and weight.indices.numel():
                 raise _incomplete(keys[0])
             if keys[0] in state_dict and state_dict[keys[0]].numel():
                 weight.check_memory()
@@ -84,7 +90,7 @@ def collect(
                 if isinstance(weight, OverlayWeight):
                     record, summaries[weight.name] = weight.original(adapter_name, record)
                 else:
-                    seeds = _seeds(weight, name, record, state_dict)
+                    seeds = _seeds(weight, name, record, state_dict, asks)
                     summaries[weight.name] = summarize(record, seeds, weight.shape)
                 kept |= dict(zip(keys, record, strict=True))
                 records[weight.name] = record
@@ -203,10 +209,10 @@ def _check_complete(model: nn.Module, adapter_name: str) -> None:
             )
 
 
-def _check_seen(hosted: Sequence[tuple[str, SparseLayer]], state_dict: Mapping[str, Tensor]) -> None:
+def _check_seen(hosted: Sequence[tuple[str, SparseLayer]], state_dict: Mapping[str, Tensor], asks: bool) -> None:
     weights = {(name, w.attribute): w for name, marker in hosted for w in marker.weights.values()}
     gathered = {key: _whole(weight, key[0], state_dict) for key, weight in weights.items() if weight.is_divided}
-    asked = [weights[key] for key, whole in gathered.items() if whole is None]
+    asked = [weights[key] for key, whole in gathered.items() if whole is None] if asks else []
     processes = together(weight.box for weight in asked)
     changed = None
     with processes.all_or_none("saving") if processes is not None else nullcontext():
@@ -258,10 +264,12 @@ def _whole(weight: SparseWeight, marker: str, state_dict: Mapping[str, Tensor]) 
     return None if isinstance(found, DTensor) else found
 
 
-def _seeds(weight: SparseWeight, marker: str, record: Record, state_dict: Mapping[str, Tensor]) -> Tensor:
+def _seeds(weight: SparseWeight, marker: str, record: Record, state_dict: Mapping[str, Tensor], asks: bool) -> Tensor:
     """Seed values at the positions of a record that is saved."""
     positions = record.indices.to(weight.data.device, torch.int64)
     whole = _whole(weight, marker, state_dict) if weight.is_divided else None
+    if whole is None and weight.is_divided and not asks:
+        raise _incomplete(marker.removesuffix(MARKER) + weight.attribute)
     if whole is None:
         return weight.whole_seeds_at(positions)
     positions = positions.to(whole.device)

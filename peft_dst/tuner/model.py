@@ -25,7 +25,7 @@ from . import exchange, static, weighted
 from .layer import SparseLayer, markers
 from .mixed import mixed_batch
 from .overlay import OverlayWeight
-from .parallel import keep_from_ddp, watch_forward
+from .parallel import watch_forward
 from .plan import Plan, make_plan, plan_of, warn_of_unchecked
 from .targets import find_targets, is_excluded, is_targeted
 
@@ -245,7 +245,6 @@ class DSTModel(BaseTuner):
         weights = {weight.name: weight for marker in found for weight in marker.weights.values()}
         constraint = plan.constraint(adapter_name, weights)
         model.__dict__.setdefault(exchange.CONSTRAINTS, {})[adapter_name] = constraint
-        keep_from_ddp(model)
         if any(target.quantised for target in plan.targets):
             warn_of_unchecked(plan, adapter_name)
             for marker in found:

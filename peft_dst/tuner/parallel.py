@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..core import Constraint
 from ..core.free import watch
 from ..core.weights import join_checksums
+from ..delta import MARKER
 from .exchange import CONSTRAINTS, constraints, processes_of
 from .layer import markers_by_path
 
@@ -22,36 +24,37 @@ from .layer import markers_by_path
 _IGNORED = "_ddp_params_and_buffers_to_ignore"
 
 
-class _KeptFromDDP:
-    """Names of the records in a base model, as they are when somebody asks: wrappers put theirs into them.
+class _Ignored(set[str]):
+    """What DistributedDataParallel leaves alone: besides these names, those of all that belongs to a marker."""
 
-    Args:
-        model: the base model.
-        others: what was to be left alone before.
-    """
-
-    def __init__(self, model: nn.Module, others: Iterable[str]):
-        self.model = model
-        self.others = list(others)
-
-    def __iter__(self) -> Iterator[str]:
-        yield from self.others
-        for path, marker in markers_by_path(self.model):
-            for part in ("dst_indices", "dst_values", "dst_free"):
-                for adapter, parameters in marker.tuned.items():
-                    names = [f"{path}.{part}.{adapter}.{parameter}" for parameter in parameters]
-                    yield from (*names, *(f"base_model.model.{name}" for name in names))
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or f".{MARKER}." in f".{name}"
 
 
-def keep_from_ddp(model: nn.Module) -> None:
+def keep_from_ddp() -> None:
     """Keep DistributedDataParallel from broadcasting records: their sizes change where a process has looked at them, and
     every process has the same ones by itself. Nor may it wait for gradients of what is trained of fixed subsets, of which
     autograd knows nothing.
     """
-    # PeftModel finds the attribute here.
-    others = getattr(model, _IGNORED, ())
-    if not isinstance(others, _KeptFromDDP):
-        setattr(model, _IGNORED, _KeptFromDDP(model, others))
+    construct = DistributedDataParallel.__init__
+    if hasattr(construct, "keeps_records"):
+        return
+
+    # It looks on the module that it is given only, which may be any around a model, and keeps a copy of what is there.
+    @functools.wraps(construct)
+    def construct_and_keep(self: DistributedDataParallel, module: nn.Module, *args: Any, **kwargs: Any) -> None:
+        records = {
+            f"{path}.{name}"
+            for path, marker in markers_by_path(module)
+            for name, _ in (*marker.named_parameters(), *marker.named_buffers())
+        }
+        if records:
+            setattr(module, _IGNORED, {*getattr(module, _IGNORED, ()), *records})
+        construct(self, module, *args, **kwargs)
+        self.parameters_to_ignore = _Ignored(self.parameters_to_ignore)
+
+    construct_and_keep.keeps_records = True  # type: ignore[attr-defined]
+    DistributedDataParallel.__init__ = construct_and_keep  # type: ignore[method-assign]
 
 
 def watch_forward(model: nn.Module) -> None:
@@ -109,26 +112,44 @@ def _check_agreement(model: nn.Module, constraint: Constraint, wrapper: Distribu
     groups = [] if mesh is None else [mesh.get_group(dimension) for dimension in range(mesh.ndim)]
     groups += [] if wrapper is None else [wrapper.process_group]
     # Whoever averages gradients by hand is on his own.
-    answers = [_description(constraint)] if groups else []
+    if groups:
+        _compare(groups, _description(model, constraint))
+        unknown = any(weight.is_divided and weight.whole_checksum is None for weight in constraint.weights)
+        join_checksums(constraint.weights)
+        if unknown:
+            _compare(groups, _checksums(constraint))
+        constraint.agreed = _replaced(constraint)
+
+
+def _compare(groups: Sequence[dist.ProcessGroup], own: dict[str, object]) -> None:
+    """Compare something of all processes, by what it is called in a message.
+
+    Raises:
+        ValueError: if it is not the same in all.
+    """
+    answers: list[Any] = [(dist.get_rank(), own)]
     for group in groups:
         parts: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(parts, answers, group=group)
         answers = [answer for part in parts for answer in part]
-    for rank, other in enumerate(answers):
-        first = answers[0]
+    (base, first), *others = sorted(answers, key=lambda answer: answer[0])
+    for rank, other in others:
         if different := [what for what in {**first, **other} if first.get(what) != other.get(what)]:
             what = different[0]
             raise ValueError(
-                f"process {rank} of {len(answers)} does not train what process 0 does: {what} is {other.get(what)} there "
-                f"and {first.get(what)} in process 0 ({len(different)} such differences). Give all processes the same "
+                f"process {rank} does not train what process {base} does: {what} is {other.get(what)} there and "
+                f"{first.get(what)} in process {base} ({len(different)} such differences). Give all processes the same "
                 "config and base model (one checkpoint; one seed where it is made at random)."
             )
-    join_checksums(constraint.weights)
-    constraint.agreed = _replaced(constraint) if groups else None
 
 
-def _description(constraint: Constraint) -> dict[str, object]:
-    """All that has to be the same in all processes, by what it is called in a message."""
+def _checksums(constraint: Constraint) -> dict[str, object]:
+    return {f"the checksum of the base's {weight.name!r}": weight.whole_checksum for weight in constraint.weights}
+
+
+def _description(model: nn.Module, constraint: Constraint) -> dict[str, object]:
+    """All that has to be the same in all processes."""
+    configs: Any = model.peft_config
     described: dict[str, object] = {
         "the adapter": constraint.adapter,
         "the distance": constraint.distance,
@@ -136,13 +157,14 @@ def _description(constraint: Constraint) -> dict[str, object]:
         "the threshold": constraint.tracking or "exact",
         "the schedule": repr(constraint.schedule),
         "whether the subset is fixed": constraint.fixed,
+        "what is trained densely": configs[constraint.adapter].modules_to_save,
+        **_checksums(constraint),
     }
     for silo in constraint.silos:
         described[f"the budget of the silo {silo.name!r}"] = silo.budget
         for weight in silo.weights:
             described[f"the shape of {weight.name!r}"] = tuple(weight.shape)
             described[f"the dtype of {weight.name!r}"] = str(weight.data.dtype)
-            described[f"the checksum of the base's {weight.name!r}"] = weight.whole_checksum
             if constraint.fixed and not weight.is_divided:
                 positions = weight.noted()[0]
                 described[f"the number of entries in {weight.name!r}"] = positions.numel()

@@ -16,13 +16,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from peft.utils.other import check_file_exists_on_hf_hub
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ..delta import CONFIG_NAME, MARKER, WEIGHTS_NAME
-from .exchange import processes_of
+from .exchange import TOGETHER, processes_of
 from .states import EXTRA_STATE, expanded
 
 
@@ -45,7 +46,8 @@ def save_pretrained(
     """
     call = inspect.signature(original).bind(model, save_directory, *args, **kwargs)
     processes = processes_of(model)
-    if processes is not None and call.arguments.setdefault("kwargs", {}).get("state_dict") is None:
+    given = call.arguments.setdefault("kwargs", {}).get("state_dict")
+    if processes is not None and given is None:
         automatic, resized = call.arguments.get("save_embedding_layers", "auto") == "auto", False
         with processes.all_or_none("save_pretrained"):
             if call.arguments.get("is_main_process", True) and processes.is_first:
@@ -63,7 +65,8 @@ def save_pretrained(
         call.arguments["is_main_process"] = call.arguments.get("is_main_process", True) and processes.is_first
         with processes.all_or_none("save_pretrained"):
             _save(original, call)
-    else:
+    # Of a gathered state dict one process has all, and the others, which have none of it, have nothing to write.
+    elif processes is None or (call.arguments.get("is_main_process", True) and (given or processes.is_first)):
         _save(original, call)
 
 
@@ -112,7 +115,7 @@ def _gathered(model: PeftModel, embeddings: bool) -> dict[str, Any]:
         elif ".modules_to_save." in key or key.startswith(tuple(wanted)):
             gathered[key] = tensor.full_tensor()
     # The records themselves are empty there.
-    return gathered | joined
+    return {**gathered, **joined, TOGETHER: torch.empty(0)}
 
 
 def _move(source: Path, target: Path) -> None:
