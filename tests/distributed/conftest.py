@@ -28,13 +28,20 @@ class Processes:
         self._context = multiprocessing.get_context("forkserver")
         self._running: list[tuple[Any, Connection]] = []
 
-    def __call__(self, function: Callable[..., Any], *arguments: object) -> list[Any]:
-        """Call f(rank, world, *arguments) in all of them; their results, by rank, or what the first to fail raised."""
+    def __call__(self, function: Callable[..., Any], *arguments: object, patient: bool = False) -> list[Any]:
+        """Call f(rank, world, *arguments) in all of them; their results, by rank, or what the first to fail raised.
+
+        Args:
+            function: a function of a module.
+            *arguments: for it.
+            patient: whether the others' answers are waited for when one has failed.
+        """
         if not self._running:
             self._start()
         for _, pipe in self._running:
             pipe.send((function, arguments))
         results: dict[int, Any] = {}
+        failed = None
         while len(results) < self.world:
             missing = {pipe: rank for rank, (_, pipe) in enumerate(self._running) if rank not in results}
             ready = wait(missing, TIMEOUT_S)
@@ -46,9 +53,15 @@ class Processes:
                     results[missing[pipe]], error = pickle.loads(pipe.recv_bytes())
                 except EOFError:
                     error = RuntimeError("it died"), "without a word"
-                if error is not None:
-                    self.stop()
-                    raise error[0] from RuntimeError(f"in process {missing[pipe]}:\n{error[1]}")
+                if error is None:
+                    continue
+                results[missing[pipe]] = None
+                failed = failed or (error[0], RuntimeError(f"in process {missing[pipe]}:\n{error[1]}"))
+                if not patient:
+                    break
+            if failed is not None and (not patient or len(results) == self.world):
+                self.stop()
+                raise failed[0] from failed[1]
         return [results[rank] for rank in range(self.world)]
 
     def _start(self) -> None:

@@ -54,9 +54,12 @@ def through_accelerate(rank, world, kind, folder):
             assert all(weight.is_divided for weight in model.constraint().weights)
         model.save_pretrained(f"{folder}/all")
         state = made.get_state_dict(model)
+        # As Accelerate's and transformers' own scripts do.
+        made.unwrap_model(model).save_pretrained(
+            f"{folder}/one", is_main_process=made.is_main_process, save_function=made.save, state_dict=state
+        )
         if made.is_main_process:
-            # As Accelerate's and transformers' own scripts do.
-            made.unwrap_model(model).save_pretrained(f"{folder}/one", state_dict=state)
+            made.unwrap_model(model).save_pretrained(f"{folder}/main", state_dict=state)
         made.wait_for_everyone()
         counted = model.get_nb_trainable_parameters()
         with torch.no_grad():
@@ -73,10 +76,12 @@ def test_agrees_with_one_process(together, tmp_path, kind):
         assert_agree(alone, found)
         torch.testing.assert_close(heads, dense)
         assert counted == count
-    one, everyone = (json.loads((tmp_path / "2" / name / "adapter_config.json").read_text()) for name in ("one", "all"))
-    assert one == everyone
-    files = [load_file(tmp_path / "2" / name / "adapter_model.safetensors") for name in ("one", "all")]
-    assert_same(*files)
+    folders = [tmp_path / "2" / name for name in ("one", "main", "all")]
+    one, main, everyone = (json.loads((folder / "adapter_config.json").read_text()) for folder in folders)
+    assert one == main == everyone
+    files = [load_file(folder / "adapter_model.safetensors") for folder in folders]
+    assert_same(*files[:2])
+    assert_same(*files[1:])
     assert sum(tensor.numel() for name, tensor in files[0].items() if "dst_values" in name) > 0
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from peft import PeftModel, get_peft_model
+from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.nn.parallel import DistributedDataParallel
 
@@ -162,6 +163,55 @@ def test_one_process_saves(together, tmp_path, options, wrap):
     assert torch.equal(logits(loaded, "bert"), one[1])
 
 
+class Outer(nn.Module):
+    """A model in another module, as in a LightningModule."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, **rows):
+        return self.model(**rows)
+
+
+def train_around(rank, world, around, options, folder):
+    torch.manual_seed(0)
+    base = BUILDERS["bert"]()
+    config = DSTConfig(epsilon=0.02, **options)
+    if around == "before the adapter":
+        model = get_peft_model(base, DSTConfig(epsilon=0.05))
+        wrapped = DistributedDataParallel(model)
+        model.add_adapter("other", config)
+        model.set_adapter("other")
+    else:
+        model = get_peft_model(base, config, "other")
+        wrap = {"module": Outer, "compiled": lambda model: torch.compile(model, backend="eager")}[around]
+        wrapped = DistributedDataParallel(wrap(model))
+    optimizer = optimizer_of(model, False)
+    for number in range(4):
+        wrapped(**share(rank, world, number)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if rank == 0 and number == 1:
+            # Their sizes are others now than in the other process.
+            model.save_pretrained(folder)
+    return {w.name: (w.indices, w.values()) for w in model.constraint("other").weights}
+
+
+# DDP waits for gradients of whatever was to be trained when it was made.
+@pytest.mark.parametrize(
+    ("around", "options"),
+    [("module", {}), ("module", RANDOM), ("compiled", {}), ("before the adapter", {})],
+    ids=["module", "module-random", "compiled", "before"],
+)
+def test_ddp_around_anything(together, tmp_path, around, options):
+    one, other = together(2, train_around, around, options, str(tmp_path))
+    assert sum(indices.numel() for indices, _ in one.values()) > 0
+    for name, (indices, values) in one.items():
+        assert torch.equal(indices, other[name][0])
+        assert torch.equal(values, other[name][1])
+
+
 def resume(rank, world, folder, options, own):
     """Straight on, and from a checkpoint in a fresh model."""
     model, wrapped = make(world, options)
@@ -199,6 +249,8 @@ def disagree(rank, world, how, divided, what):
     options = {"epsilon": 0.02 + 0.01 * rank} if how == "epsilon" else {"epsilon": 0.02}
     if how == "target_modules":
         options["target_modules"] = ["query", "value"][: rank + 1]
+    if how == "modules_to_save":
+        options["modules_to_save"] = ["classifier", "pooler"][: rank + 1]
     if how == "seed":
         # Large enough for every tensor to have entries: DDP itself counts those that are trained.
         options = {"epsilon": 0.3, "siloing": "parameter", "selection": "random", "selection_seed": rank}
@@ -211,7 +263,7 @@ def disagree(rank, world, how, divided, what):
     else:
         wrapped = DistributedDataParallel(model, find_unused_parameters=True)
     # All are told, and none has sent anything that another waits for.
-    with pytest.raises(ValueError, match=f"process 1 of 2 does not train what process 0 does: {what}"):
+    with pytest.raises(ValueError, match=f"process 1 does not train what process 0 does: {what}"):
         wrapped(**share(rank, world, 0))
 
 
@@ -220,7 +272,7 @@ def disagree(rank, world, how, divided, what):
     [
         ("epsilon", True, "the budget of the silo"),
         ("base", False, "the checksum of the base's"),
-        ("target_modules", True, "the (budget|shape) of"),
+        ("target_modules", True, "the (budget|shape|checksum) of"),
         ("seed", False, "the (number of entries|sum of positions) in"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,15 +34,20 @@ def die(rank, world, folder, when):
             return real(weight, *arguments)
 
         type(weights[0]).joined = joined
-    model.save_pretrained(folder)
+    try:
+        model.save_pretrained(folder)
+    except RuntimeError as error:
+        # The parent learns first that the other is gone.
+        Path(folder, "told.txt").write_text(str(error))
 
 
 @pytest.mark.parametrize("when", [0, 1.5])
 def test_an_adapter_that_another_process_dies_over_is_the_old_one(tmp_path, when):
     processes = Processes(2)
-    with pytest.raises(RuntimeError):
-        processes(die, str(tmp_path), when)
+    with pytest.raises(RuntimeError, match="it died"):
+        processes(die, str(tmp_path), when, patient=True)
     processes.stop()
+    assert "Connection" in (tmp_path / "told.txt").read_text()
     torch.manual_seed(0)
     loaded = PeftModel.from_pretrained(BUILDERS["bert"](), tmp_path)
     trained = torch.load(tmp_path / "subsets0.pt")

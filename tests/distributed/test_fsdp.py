@@ -23,7 +23,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from transformers import AutoModelForCausalLM
 
 from peft_dst import DSTConfig, DSTOptimizer
-from peft_dst.core import choice
+from peft_dst.core import Constraint, choice
 from peft_dst.core.shards import Together
 from peft_dst.core.subset import Silo
 from peft_dst.core.weights import join_checksums
@@ -432,6 +432,107 @@ def test_a_nan_in_one_process_is_told_by_all(together, kind, most):
     """Also where silos before it were written already."""
     for written in together(2, blow_up, kind, most):
         assert (written > 0) == (most == 100)
+
+
+class Sharpness(torch.optim.AdamW):
+    """AdamW that evaluates its closure at a moved point, too, as optimizers that look for flat minima do."""
+
+    @torch.no_grad()
+    def step(self, closure):
+        self.losses = [float(closure())]
+        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        moves = [0.02 * p.grad.sign() for p in parameters]
+        torch._foreach_add_(parameters, moves)
+        self.losses.append(float(closure()))
+        torch._foreach_sub_(parameters, moves)
+        return super().step()
+
+
+def step_with_closures(rank, world, refers):
+    """The first forward pass ever is within a step, as Lightning has it."""
+    model = make(world, "llama", {"epsilon": 0.02})
+    optimizer = Sharpness([p for p in model.parameters() if p.requires_grad], lr=1e-2, eps=1e-4)
+    losses = []
+    for number in range(STEPS):
+        rows = {k: v[rank::world].contiguous() for k, v in batch("llama", number).items()}
+
+        @torch.enable_grad()
+        def closure(rows=rows):
+            optimizer.zero_grad()
+            if refers:
+                with torch.no_grad():
+                    model(**rows)
+            loss = model(**rows).loss
+            loss.backward()
+            loss = loss.detach()
+            if world > 1:
+                dist.all_reduce(loss)
+            return loss / world
+
+        optimizer.step(closure)
+        losses.append(optimizer.losses)
+    found = subsets(model)
+    with torch.no_grad():
+        return found, losses, model(**batch("llama", 9)).logits
+
+
+@pytest.mark.parametrize("refers", [False, True])
+def test_a_closure_sees_what_the_optimizer_has_written(together, refers):
+    ((alone, losses, logits),) = together(1, step_with_closures, refers)
+    assert all(abs(second - first) > 0.01 for first, second in losses)
+    for found, own, served in together(2, step_with_closures, refers):
+        assert_agree(alone, found)
+        torch.testing.assert_close(own, losses, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(served, logits, rtol=1e-4, atol=1e-5)
+
+
+def train_several(rank, world, kind):
+    """Models whose constraints each process has in another order, which is that of addresses."""
+    models = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        models.append(get_peft_model(BUILDERS["bert"](), DSTConfig(epsilon=0.01 * (seed + 1))))
+        if world > 1:
+            divide(models[-1])
+    optimizer = optimizer_of(nn.ModuleList(models), kind)
+    found = [model.constraint() for model in models]
+    with mock.patch.object(Constraint, "live", found[::-1] if rank else found):
+        for number in range(2):
+            rows = {k: v[rank::world].contiguous() for k, v in batch("bert", number).items()}
+            sum(model(**rows).loss for model in models).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return [subsets(model) for model in models]
+
+
+@pytest.mark.parametrize("kind", ["hook", "AdamW"])
+def test_several_models_under_one_optimizer(together, kind):
+    (alone,) = together(1, train_several, kind)
+    for found in together(2, train_several, kind):
+        for mine, theirs in zip(alone, found, strict=True):
+            assert_agree(mine, theirs)
+
+
+def leave_out(rank, world, folder):
+    """Process 0 saves a gathered state dict, which lacks something, while the other goes on."""
+    model = make(world, "bert", {"epsilon": 0.02})
+    step(rank, world, model, optimizer_of(model, "hook"), "bert", 0)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(model, options=options)
+    for kept in ("_sparse", "weight") if rank == 0 else ():
+        part = {name: tensor for name, tensor in state.items() if kept in name and "classifier" not in name}
+        with pytest.raises(ValueError, match=r"the state dict that is to be saved lacks .*nothing left out"):
+            model.save_pretrained(folder, state_dict=part)
+    # Whom it was not gathered for has none of it, and may call with it, too.
+    assert (state == {}) == (rank == 1)
+    model.save_pretrained(folder, state_dict=state)
+
+
+def test_a_gathered_state_dict_is_saved_by_one_alone(together, tmp_path):
+    together(2, leave_out, str(tmp_path))
+    torch.manual_seed(0)
+    loaded = PeftModel.from_pretrained(BUILDERS["bert"](), tmp_path)
+    assert sum(w.indices.numel() for w in loaded.constraint().weights) == loaded.constraint().budget
 
 
 def step_within(rank, world):

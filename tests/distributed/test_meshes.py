@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -74,13 +75,27 @@ def test_every_division_agrees_with_one_process(together, names, sizes, kind, si
         assert_agree(alone, found)
 
 
+def disagree(rank, world):
+    """Replicas of which one has another base, divided before the adapter is added: no process knows a whole weight."""
+    torch.manual_seed(rank // 2)
+    base = BUILDERS["bert"]()
+    fully_shard(base, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("replica", "data")))
+    model = get_peft_model(base, DSTConfig(epsilon=0.02))
+    with pytest.raises(ValueError, match="process 2 does not train what process 0 does: the checksum of the base's"):
+        model(**batch("bert"))
+
+
+def test_replicas_that_disagree_are_told_so(together):
+    together(4, disagree)
+
+
 def refuse(rank, world):
     """Meshes that are no parts of one."""
     whole, other = (init_device_mesh("cpu", (2, 2), mesh_dim_names=names) for names in (("a", "b"), ("c", "d")))
     boxes = [
         box_of(distribute_tensor(torch.ones(8), mesh, [Shard(0)])) for mesh in (whole["a"], whole["b"], other["c"])
     ]
-    with pytest.raises(NotImplementedError, match=r"different meshes.*siloing='parameter'"):
+    with pytest.raises(NotImplementedError, match=r"different meshes.*exclude_modules"):
         those_of(boxes)
     assert those_of(boxes[:2]).dimensions == (0, 1)
     both = box_of(distribute_tensor(torch.ones(8), whole, [Replicate(), Shard(0)]))

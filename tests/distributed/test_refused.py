@@ -76,6 +76,35 @@ def test_fsdp1(together, original):
     together(2, flatten, original)
 
 
+def step_in_parts(rank: int, world: int, siloing: str) -> None:
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    found = []
+    for kind in (torch.optim.AdamW, ZeroRedundancyOptimizer):
+        torch.manual_seed(0)
+        model = get_peft_model(bert(), DSTConfig(epsilon=0.02, siloing=siloing))
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        inner = {"optimizer_class": torch.optim.AdamW} if kind is ZeroRedundancyOptimizer else {}
+        optimizer = kind(parameters, lr=1e-2, eps=1e-4, **inner)
+        before = [p.clone() for p in parameters]
+        nn.parallel.DistributedDataParallel(model)(**batch("bert")).loss.backward()
+        if inner and siloing != "parameter":
+            with pytest.raises(NotImplementedError, match=r"ZeroRedundancyOptimizer steps only some of the silo.*FSDP2"):
+                optimizer.step()
+            assert all(torch.equal(p, old) for p, old in zip(parameters, before, strict=True))
+            return
+        optimizer.step()
+        found.append([w.indices for w in model.constraint().weights])
+    # What competes is stepped by one process.
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    assert sum(indices.numel() for indices in found[0]) > 0
+
+
+@pytest.mark.parametrize("siloing", ["module_and_layer", "parameter"])
+def test_zero_redundancy_optimizer(together, siloing):
+    together(2, step_in_parts, siloing)
+
+
 # DeepSpeed, as far as it is seen from here: its engine keeps the model past `__setattr__`, and leaves flat copies of the
 # parameters to the optimizer.
 ENGINE = """

@@ -8,6 +8,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from peft_dst.core.shards import box_of, local, together
 from peft_dst.core.weights import SparseWeight
@@ -23,6 +24,10 @@ DIVISIONS = [
     ((2, 2), (7, 6), [Replicate(), Shard(1)]),
     ((2, 2), (9, 2), [Shard(0), Replicate()]),
     ((2, 2), (13, 3), [Shard(0), Shard(0)]),
+    # Matrices that were joined, each divided by itself.
+    ((4,), (16, 3), [_StridedShard(0, split_factor=2)]),
+    ((4,), (2, 24, 3), [_StridedShard(1, split_factor=3)]),
+    ((2, 2), (5, 8), [Shard(0), _StridedShard(1, split_factor=2)]),
 ]
 
 
@@ -31,6 +36,21 @@ def look_at_boxes(rank, world, sizes, shape, placements):
     mesh = init_device_mesh("cpu", sizes)
     parameter = distribute_tensor(tensor, mesh, placements)
     check_box(parameter)
+
+
+def refuse_stripes(rank, world):
+    mesh = init_device_mesh("cpu", (2, 2))
+    for shape, placements in (
+        ((14, 3), [Replicate(), _StridedShard(0, split_factor=4)]),
+        ((16, 3), [Shard(0), _StridedShard(0, split_factor=4)]),
+    ):
+        parameter = DTensor.from_local(torch.zeros(4, 3), mesh, placements, run_check=False, shape=shape, stride=(3, 1))
+        with pytest.raises(NotImplementedError, match="only shards and replicas are supported"):
+            box_of(parameter)
+
+
+def test_stripes_that_are_not_known_are_refused(together):
+    together(4, refuse_stripes)
 
 
 def check_box(parameter):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -16,11 +18,12 @@ from tests.models import BUILDERS, batch
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = str(tmp_path_factory.mktemp("base"))
+def base(request, tmp_path_factory):
+    """A folder whose name is the architecture's."""
+    folder = tmp_path_factory.mktemp("base") / request.param
     torch.manual_seed(0)
-    BUILDERS["llama"]().save_pretrained(folder)
-    return folder
+    BUILDERS[request.param]().save_pretrained(folder)
+    return str(folder)
 
 
 def load(base, **layout):
@@ -29,9 +32,9 @@ def load(base, **layout):
     return AutoModelForCausalLM.from_pretrained(base, **options)
 
 
-def logits_of(model):
+def logits_of(model, base):
     with torch.no_grad():
-        return model.eval()(**batch("llama", 9)).logits
+        return model.eval()(**batch(Path(base).name, 9)).logits
 
 
 def train(rank, world, base, kind, folder, layout):
@@ -42,24 +45,24 @@ def train(rank, world, base, kind, folder, layout):
     for number in range(4):
         # All that divide a layer's computation among them see the same samples.
         share = rank // layout.get("tp_size", 1)
-        rows = {k: v[share::shares].contiguous() for k, v in batch("llama", number).items()}
+        rows = {k: v[share::shares].contiguous() for k, v in batch(Path(base).name, number).items()}
         model(**rows).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     divided = {len(weight.box.divided) for weight in model.constraint().weights}
     figures, counts = subset_metrics(model.constraint()), model.get_nb_trainable_parameters()
     model.save_pretrained(folder)
-    return subsets(model), figures, counts, logits_of(model), divided
+    return subsets(model), figures, counts, logits_of(model, base), divided
 
 
 def serve(rank, world, base, folder, layout):
     with environment(rank, world):
         model = load(base, **layout)
-    seed = logits_of(model)
+    seed = logits_of(model, base)
     model = PeftModel.from_pretrained(model, folder)
-    tuned = logits_of(model)
+    tuned = logits_of(model, base)
     with model.disable_adapter():
-        assert torch.equal(logits_of(model), seed)
+        assert torch.equal(logits_of(model, base), seed)
     return tuned
 
 
@@ -71,9 +74,16 @@ BOTH = {"fsdp_size": 2, "tp_size": 2}, {1, 2}
 
 # The other optimizer with either layout: test_meshes.py.
 @pytest.mark.parametrize(
-    ("kind", "world", "layout", "dimensions"),
-    [("AdamW", 2, *TENSOR), ("hook", 2, *FSDP), ("hook", 4, *BOTH)],
-    ids=["AdamW-tensor", "hook-fsdp", "hook-both"],
+    ("base", "kind", "world", "layout", "dimensions"),
+    # Mixtral's experts have two matrices joined in one.
+    [
+        ("llama", "AdamW", 2, *TENSOR),
+        ("mixtral", "hook", 2, *TENSOR),
+        ("llama", "hook", 2, *FSDP),
+        ("llama", "hook", 4, *BOTH),
+    ],
+    ids=["AdamW-tensor", "hook-tensor-experts", "hook-fsdp", "hook-both"],
+    indirect=["base"],
 )
 def test_agrees_with_one_process_and_is_loaded_by_any_number(together, tmp_path, base, kind, world, layout, dimensions):
     ((alone, figures, counts, logits, _),) = together(1, train, base, kind, str(tmp_path / "alone"), {})
