@@ -249,8 +249,7 @@ class DSTModel(BaseTuner):
             warn_of_unchecked(plan, adapter_name)
             for marker in found:
                 marker.served |= {adapter_name} & marker.tuned.keys()
-        if plan.config.fixed or not plan.config.inference_mode:
-            watch_forward(model)
+        watch_forward(model)
         if plan.config.fixed:
             for marker in found:
                 marker.static |= {adapter_name} & marker.tuned.keys()

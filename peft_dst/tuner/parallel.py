@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ from .exchange import CONSTRAINTS, constraints, processes_of
 from .layer import markers_by_path
 
 
+# Stands on a base model whose processes have been found to train the same.
+_COMPARED = "dst_compared"
 # Where DistributedDataParallel looks, on the module that it wraps, for names of what it shall leave alone.
 _IGNORED = "_ddp_params_and_buffers_to_ignore"
 
@@ -83,9 +85,10 @@ def _look_around(model: nn.Module) -> None:
         for weight in constraint.weights if constraint.fixed else ():
             weight.averaged_by = None if wrapper is None else weakref.ref(wrapper)
             weight.averaged = wrapper is None or wrapper.require_backward_grad_sync
-        trained = any(weight.parameter.requires_grad for weight in constraint.weights)
-        if trained and not _has_agreed(constraint):
-            _check_agreement(model, constraint, wrapper)
+    trained = [c for c in constraints(model).values() if any(weight.parameter.requires_grad for weight in c.weights)]
+    # Who trains nothing is to hear of it, too, if others do.
+    if _COMPARED not in model.__dict__ or not all(_has_agreed(constraint) for constraint in trained):
+        _check_agreement(model, trained, wrapper)
 
 
 def _has_agreed(constraint: Constraint) -> bool:
@@ -100,7 +103,7 @@ def _replaced(constraint: Constraint) -> int:
 
 
 @torch.no_grad()
-def _check_agreement(model: nn.Module, constraint: Constraint, wrapper: DistributedDataParallel | None) -> None:
+def _check_agreement(model: nn.Module, trained: Sequence[Constraint], wrapper: DistributedDataParallel | None) -> None:
     """Check that all processes train the same, and tell all of them of the first difference.
 
     Raises:
@@ -112,13 +115,30 @@ def _check_agreement(model: nn.Module, constraint: Constraint, wrapper: Distribu
     groups = [] if mesh is None else [mesh.get_group(dimension) for dimension in range(mesh.ndim)]
     groups += [] if wrapper is None else [wrapper.process_group]
     # Whoever averages gradients by hand is on his own.
-    if groups:
-        _compare(groups, _description(model, constraint))
-        unknown = any(weight.is_divided and weight.whole_checksum is None for weight in constraint.weights)
-        join_checksums(constraint.weights)
-        if unknown:
-            _compare(groups, _checksums(constraint))
+    if not groups:
+        return
+    adapters = {"what is trained": ", ".join(constraint.adapter for constraint in trained) or "no adapter"}
+    configs: Any = model.peft_config
+    dense = {
+        f"modules_to_save (adapter {constraint.adapter!r})": configs[constraint.adapter].modules_to_save
+        for constraint in trained
+    }
+    _compare(groups, {**adapters, **dense, **_all(_description, trained)})
+    weights = [weight for constraint in trained for weight in constraint.weights]
+    if any(weight.is_divided and weight.whole_checksum is None for weight in weights):
+        join_checksums(dict.fromkeys(weights))
+        _compare(groups, _all(_checksums, trained))
+    for constraint in trained:
         constraint.agreed = _replaced(constraint)
+    model.__dict__[_COMPARED] = True
+
+
+def _all(describe: Callable[[Constraint], dict[str, object]], trained: Sequence[Constraint]) -> dict[str, object]:
+    return {
+        f"{what} (adapter {constraint.adapter!r})": answer
+        for constraint in trained
+        for what, answer in describe(constraint).items()
+    }
 
 
 def _compare(groups: Sequence[dist.ProcessGroup], own: dict[str, object]) -> None:
@@ -147,17 +167,14 @@ def _checksums(constraint: Constraint) -> dict[str, object]:
     return {f"the checksum of the base's {weight.name!r}": weight.whole_checksum for weight in constraint.weights}
 
 
-def _description(model: nn.Module, constraint: Constraint) -> dict[str, object]:
+def _description(constraint: Constraint) -> dict[str, object]:
     """All that has to be the same in all processes."""
-    configs: Any = model.peft_config
     described: dict[str, object] = {
-        "the adapter": constraint.adapter,
         "the distance": constraint.distance,
         "the distance's normalization": constraint.normalization,
         "the threshold": constraint.tracking or "exact",
         "the schedule": repr(constraint.schedule),
         "whether the subset is fixed": constraint.fixed,
-        "what is trained densely": configs[constraint.adapter].modules_to_save,
         **_checksums(constraint),
     }
     for silo in constraint.silos:

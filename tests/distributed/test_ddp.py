@@ -251,6 +251,8 @@ def disagree(rank, world, how, divided, what):
         options["target_modules"] = ["query", "value"][: rank + 1]
     if how == "modules_to_save":
         options["modules_to_save"] = ["classifier", "pooler"][: rank + 1]
+    if how == "inference_mode":
+        options["inference_mode"] = rank == 1
     if how == "seed":
         # Large enough for every tensor to have entries: DDP itself counts those that are trained.
         options = {"epsilon": 0.3, "siloing": "parameter", "selection": "random", "selection_seed": rank}
@@ -271,6 +273,8 @@ def disagree(rank, world, how, divided, what):
     ("how", "divided", "what"),
     [
         ("epsilon", True, "the budget of the silo"),
+        ("inference_mode", True, "what is trained is no adapter there and default in process 0"),
+        ("modules_to_save", False, "modules_to_save .*'classifier'.* in process 0"),
         ("base", False, "the checksum of the base's"),
         ("target_modules", True, "the (budget|shape|checksum) of"),
         ("seed", False, "the (number of entries|sum of positions) in"),

@@ -89,7 +89,9 @@ def step_in_parts(rank: int, world: int, siloing: str) -> None:
         before = [p.clone() for p in parameters]
         nn.parallel.DistributedDataParallel(model)(**batch("bert")).loss.backward()
         if inner and siloing != "parameter":
-            with pytest.raises(NotImplementedError, match=r"ZeroRedundancyOptimizer steps only some of the silo.*FSDP2"):
+            with pytest.raises(
+                NotImplementedError, match=r"ZeroRedundancyOptimizer steps only some of the silo.*FSDP2"
+            ):
                 optimizer.step()
             assert all(torch.equal(p, old) for p, old in zip(parameters, before, strict=True))
             return
