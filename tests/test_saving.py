@@ -191,7 +191,8 @@ def test_a_loaded_model_is_pickled_and_copied_before_its_first_use(build, saved,
     torch.save(loaded, tmp_path / "model.pt")
     for twin in (torch.load(tmp_path / "model.pt", weights_only=False), copy.deepcopy(loaded)):
         assert torch.equal(logits(twin, "bert"), output)
-        assert not any(m._forward_pre_hooks for m in twin.modules())
+        # The base model's own, for several processes, is what is left.
+        assert sum(len(module._forward_pre_hooks) for module in twin.modules()) == 1
 
 
 @pytest.mark.parametrize("finish", ["merge_and_unload", "unload"])

@@ -80,14 +80,14 @@ def _look_around(model: nn.Module) -> None:
     if not torch.is_grad_enabled():
         # A reference pass between a forward pass and its backward pass says nothing about that one.
         return
-    wrapper = DistributedDataParallel._get_active_ddp_module()
-    for constraint in constraints(model).values():
+    wrapper, found = DistributedDataParallel._get_active_ddp_module(), constraints(model)
+    for constraint in found.values():
         for weight in constraint.weights if constraint.fixed else ():
             weight.averaged_by = None if wrapper is None else weakref.ref(wrapper)
             weight.averaged = wrapper is None or wrapper.require_backward_grad_sync
-    trained = [c for c in constraints(model).values() if any(weight.parameter.requires_grad for weight in c.weights)]
-    # Who trains nothing is to hear of it, too, if others do.
-    if _COMPARED not in model.__dict__ or not all(_has_agreed(constraint) for constraint in trained):
+    trained = [c for c in found.values() if any(weight.parameter.requires_grad for weight in c.weights)]
+    # Whoever has adapters but trains none is to hear of it, too, if others do.
+    if (found and _COMPARED not in model.__dict__) or not all(_has_agreed(constraint) for constraint in trained):
         _check_agreement(model, trained, wrapper)
 
 
