@@ -13,8 +13,9 @@ from .config import DSTConfig  # noqa: E402
 from .extraction import extract  # noqa: E402
 from .subsets import change_scores, combined_scores, load_scores, save_scores, score_parameters  # noqa: E402
 from .training import DSTCallback, DSTOptimizer, create_dst_optimizer, parameter_groups  # noqa: E402
+from .tuner.constraints import set_training_steps  # noqa: E402
 from .tuner.hotswap import hotswap_adapter  # noqa: E402
-from .tuner.model import DSTModel, set_training_steps  # noqa: E402
+from .tuner.model import DSTModel  # noqa: E402
 from .tuner.rescale import rescale_adapter_scale  # noqa: E402
 from .tuner.static import fix_subset, start_from  # noqa: E402
 

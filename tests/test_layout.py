@@ -41,6 +41,7 @@ IN_TUNER = [
     "records",
     "states",
     "layer",
+    "constraints",
     "targets",
     "exchange",
     "parallel",

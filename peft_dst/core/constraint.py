@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
+import itertools
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -50,10 +50,12 @@ class Constraint:
         total_steps: number of steps of the whole training, where it is known.
         agreed: how often its seeds had been replaced when all processes that train together were found to train the
             same; None before.
+        number: of all constraints that were made in this process, copies included, how many were there before.
     """
 
     #: Every constraint that somebody holds, copies and unpickled ones included: the optimizer hook looks them up here.
     live: ClassVar[weakref.WeakSet[Constraint]] = weakref.WeakSet()
+    _numbers: ClassVar[Iterator[int]] = itertools.count()
 
     def __init__(
         self,
@@ -79,10 +81,14 @@ class Constraint:
         self._moved = False
         self.total_steps: int | None = None
         self.agreed: int | None = None
-        self.live.add(self)
+        self._enlist()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._enlist()
+
+    def _enlist(self) -> None:
+        self.number = next(self._numbers)
         self.live.add(self)
 
     @property
@@ -187,8 +193,8 @@ class Constraint:
 
 
 def concerned(param_groups: Iterable[Mapping[str, Any]]) -> list[tuple[Constraint, list[Silo]]]:
-    """The live constraints that choose their subset, with those of their silos that a step with these groups would change,
-    in the order of the groups' parameters.
+    """The live constraints that choose their subset, in the order in which they were made, with those of their silos that a
+    step with these groups would change.
 
     Raises:
         RuntimeError: if a weight is in no state to be stepped: its adapter is disabled, or not the only active one.
@@ -199,15 +205,10 @@ def concerned(param_groups: Iterable[Mapping[str, Any]]) -> list[tuple[Constrain
     # gradients are released, what is gathered is needed.
     if torch._C._current_graph_task_id() == -1:
         divide_again({w.module for constraint in Constraint.live for w in constraint.weights if w.is_managed})
-    found = [(c, _to_step(c, parameters)) for c in list(Constraint.live) if not c.fixed]
-    return sorted(((c, silos) for c, silos in found if silos), key=functools.partial(_place, param_groups))
-
-
-def _place(param_groups: Iterable[Mapping[str, Any]], found: tuple[Constraint, list[Silo]]) -> int:
-    """Where an optimizer's first parameter under a constraint stands: processes come to their constraints in this order."""
-    own = {id(weight.parameter) for silo in found[1] for weight in silo.weights}
-    every = (parameter for group in param_groups for parameter in group["params"])
-    return next(place for place, parameter in enumerate(every) if id(parameter) in own)
+    # The set's own order is that of addresses, and processes that choose together are to come to each at the same time.
+    ordered = sorted(Constraint.live, key=lambda constraint: constraint.number)
+    found = [(c, _to_step(c, parameters)) for c in ordered if not c.fixed]
+    return [(constraint, silos) for constraint, silos in found if silos]
 
 
 def _to_step(constraint: Constraint, parameters: set[int]) -> list[Silo]:

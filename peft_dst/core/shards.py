@@ -104,32 +104,27 @@ def box_of(parameter: Tensor) -> Box:
     start, shape = [0] * parameter.ndim, list(parameter.shape)
     # A strided shard is one of what the others leave: FSDP2 divides what tensor parallelism has divided before.
     order = sorted(range(mesh.ndim), key=lambda dimension: isinstance(placements[dimension], _StridedShard))
-    divided = []
+    divided: list[int] = []
     stripes = [1] * parameter.ndim
     for dimension in order:
         placement = placements[dimension]
         if isinstance(placement, Replicate):
             continue
-        others = [p for d, p in enumerate(placements) if d != dimension and type(p) in (Shard, _StridedShard)]
         if type(placement) not in (Shard, _StridedShard) or coordinate is None:
             raise _unknown(placement, mesh)
         at = placement.dim % parameter.ndim
         count = mesh.size(dimension)
-        if isinstance(placement, _StridedShard) and not any(other.dim % parameter.ndim == at for other in others):
+        before = math.prod(mesh.size(d) for d in divided if placements[d].dim % parameter.ndim == at)
+        if isinstance(placement, _StridedShard) and placement.split_factor != before:
             # Matrices that were joined (gate and up of experts), each divided by itself.
             stripes[at] = placement.split_factor
-            if shape[at] % (stripes[at] * count):
+            if before > 1 or shape[at] % (stripes[at] * count):
                 raise _unknown(placement, mesh)
-            length = shape[at] // (stripes[at] * count)
-            start[at], shape[at] = coordinate[dimension] * length, stripes[at] * length
-            divided.append(dimension)
-            continue
-        between = math.prod(mesh.size(d) for d in divided if placements[d].dim % parameter.ndim == at)
-        if isinstance(placement, _StridedShard) and placement.split_factor != between:
+        elif stripes[at] > 1:
             raise _unknown(placement, mesh)
-        length = -(-shape[at] // count)
+        length = -(-shape[at] // (stripes[at] * count))
         first = min(coordinate[dimension] * length, shape[at])
-        start[at], shape[at] = start[at] + first, min(length, shape[at] - first)
+        start[at], shape[at] = start[at] + first, min(stripes[at] * length, shape[at] - first)
         divided.append(dimension)
     return Box(parameter.shape, tuple(start), torch.Size(shape), tuple(stripes), mesh, tuple(sorted(divided)))
 

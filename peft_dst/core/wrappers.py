@@ -153,11 +153,21 @@ def _check_before_flattening(construct: Callable[..., None]) -> Callable[..., No
     return check_and_construct
 
 
+Guard = Callable[[Callable[..., None]], Callable[..., None]]
+
 #: Module → class of the wrapper there, and what its constructor is to become.
-_GUARDS: dict[str, tuple[str, Callable[..., Any]]] = {
+_GUARDS: dict[str, tuple[str, Guard]] = {
     "deepspeed.runtime.engine": ("DeepSpeedEngine", _check_before_training),
     "torch.distributed.fsdp.fully_sharded_data_parallel": ("FullyShardedDataParallel", _check_before_flattening),
 }
+
+
+def guard_constructor(module: str, wrapper: str, guarded: Guard) -> None:
+    """Have the constructor of one more wrapper replaced, whenever it is imported. Calling it again changes nothing."""
+    if module not in _GUARDS:
+        _GUARDS[module] = wrapper, guarded
+        if module in sys.modules:
+            _guard(sys.modules[module])
 
 
 def _guard(module: ModuleType) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..analysis import overlap
-from ..tuner.model import active_constraints
+from ..tuner.constraints import active_constraints
 
 
 SNAPSHOTS = "snapshots"

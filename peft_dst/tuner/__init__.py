@@ -7,8 +7,9 @@
 * `records`   the records of a host and its live weights, which follow one another
 * `states`    how those records get into state dicts and out of them
 * `layer`     the marker child: PEFT's layer contract over records
+* `constraints`  what is found on a model: its adapters' constraints, the processes that hold its weights together
 * `exchange`  between the markers and adapter state dicts; what is checked before anything is loaded
-* `parallel`  what processes tell each other before they train
+* `parallel`  what processes tell each other before they train, and what DDP is not to send
 * `mixed`     several adapters in one batch, by `mixing`
 * `static`    subsets that are given: by a static selection, or by another adapter
 * `weighted`  an adapter from several: weighted sums, TIES, DARE

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence, Set
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..config import COLLECTED
-from ..core import Constraint, SparseWeight, gather
-from ..core.shards import Together, together
+from ..core import SparseWeight, gather
+from ..core.shards import together
 from ..delta import (
     MARKER,
     PARTS,
@@ -43,14 +43,12 @@ from ..delta import (
     plain_name,
     summarize,
 )
+from .constraints import constraints, processes_of
 from .layer import SparseLayer, markers
 from .overlay import OverlayWeight
 from .states import EXTRA_STATE, expanded
 
 
-# Where a base model keeps its adapters' constraints: on the model itself, because transformers' own `load_adapter` and
-# `add_adapter` keep the model that was injected into and drop the tuner.
-CONSTRAINTS = "dst_constraints"
 _HANDLES = "dst_settle_handles"
 # Stands in a state dict where all processes that hold a model together collect from it: what it lacks is asked of all.
 TOGETHER = "dst_together"
@@ -279,27 +277,6 @@ def _seeds(weight: SparseWeight, marker: str, record: Record, state_dict: Mappin
         slot = torch.searchsorted(indices, positions).clamp_max_(indices.numel() - 1)
         seeds = torch.where(indices[slot] == positions, values[slot], seeds)
     return seeds
-
-
-def constraints(model: nn.Module) -> dict[str, Constraint]:
-    """The constraints of a model's adapters, by name, whether it is a PeftModel, wrapped otherwise, or injected into."""
-    for module in model.modules():
-        if CONSTRAINTS in module.__dict__:
-            return module.__dict__[CONSTRAINTS]
-    return {}
-
-
-def processes_of(model: nn.Module) -> Together | None:
-    """The processes that hold a model's tuned weights together; None if this one does alone."""
-    return together(
-        weight.box for _, marker in markers(model) for weight in marker.weights.values() if weight.is_divided
-    )
-
-
-def in_all_processes(model: nn.Module, what: str) -> AbstractContextManager[None]:
-    """Where several processes hold a model's tuned weights together: do something in all of them, or in none."""
-    processes = processes_of(model)
-    return nullcontext() if processes is None else processes.all_or_none(what)
 
 
 def settle(model: nn.Module) -> bool:

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..mixing import BASE, Changes, Entries, Host, Reader, Readers, Subsets, changes_of, serve
 from . import exchange
+from .constraints import constraints
 from .layer import SparseLayer
 from .overlay import OverlayWeight
 
@@ -88,7 +89,7 @@ def _copied(name: str, module: ModulesToSaveWrapper) -> Host:
 def _check(model: nn.Module, markers: Sequence[SparseLayer], adapters: set[str]) -> None:
     if model.training:
         raise ValueError("Cannot pass `adapter_names` when the model is in training mode. Call model.eval() first.")
-    existing = exchange.constraints(model).keys()
+    existing = constraints(model).keys()
     if unknown := sorted(adapters - existing):
         raise ValueError(
             f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. There are {', '.join(existing)}."

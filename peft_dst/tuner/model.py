@@ -22,6 +22,7 @@ from ..delta import MARKER, DeltaError
 from ..mixing import check_length, check_not_compiled, check_placeholders
 from ..tables import text_table
 from . import exchange, static, weighted
+from .constraints import CONSTRAINTS, constraints, in_all_processes
 from .layer import SparseLayer, markers
 from .mixed import mixed_batch
 from .overlay import OverlayWeight
@@ -32,27 +33,6 @@ from .targets import find_targets, is_excluded, is_targeted
 
 # What TRL calls the frozen copy of an adapter that it trains further, and that adapter.
 REFERENCE, REFERRED_TO = "ref", "default"
-
-
-def active_constraints(model: nn.Module) -> list[Constraint]:
-    """The constraints of a model's active adapters."""
-    found = exchange.constraints(model).values()
-    return [c for c in found if any(c.adapter in weight.adapters for weight in c.weights)]
-
-
-def set_training_steps(model: nn.Module, steps: int) -> None:
-    """Say how many optimizer steps the whole training has, for a `churn_stop` that is a fraction of it.
-
-    DSTCallback does this under Trainer.
-
-    Args:
-        model: a model with DST adapters, of which all are told.
-        steps: the number.
-    """
-    if type(steps) is not int or steps < 1:
-        raise ValueError(f"steps must be a positive integer, got {steps!r}.")
-    for constraint in exchange.constraints(model).values():
-        constraint.total_steps = steps
 
 
 class DSTModel(BaseTuner):
@@ -73,10 +53,10 @@ class DSTModel(BaseTuner):
 
     def constraint(self, adapter_name: str = "default") -> Constraint:
         """The constraint that one adapter is trained under: silos, budgets, thresholds, churn."""
-        constraints = exchange.constraints(self.model)
-        if adapter_name not in constraints:
-            raise ValueError(f"adapter {adapter_name!r} does not exist; there are {', '.join(constraints) or 'none'}.")
-        return constraints[adapter_name]
+        found = constraints(self.model)
+        if adapter_name not in found:
+            raise ValueError(f"adapter {adapter_name!r} does not exist; there are {', '.join(found) or 'none'}.")
+        return found[adapter_name]
 
     def silos(self, adapter_name: str = "default") -> dict[str, list[str]]:
         """The partition of an adapter: silo's name → its parameters' names, in model order."""
@@ -99,7 +79,7 @@ class DSTModel(BaseTuner):
         weights = [weight for _, marker in markers(self.model) for weight in marker.weights.values()]
         constrained: set[SparseWeight] = set()
         free = 0
-        for constraint in exchange.constraints(self.model).values():
+        for constraint in constraints(self.model).values():
             active = constraint.adapter in self.active_adapters
             for silo in constraint.silos:
                 constrained.update(silo.weights)
@@ -193,7 +173,7 @@ class DSTModel(BaseTuner):
             # They are used up by loading; the caller's config may be loaded with again.
             self.peft_config[adapter_name] = config = copy.copy(config)
         plan = make_plan(model, config, adapter_name, self._refers(adapter_name))
-        if adapter_name in exchange.constraints(model):
+        if adapter_name in constraints(model):
             # The model was wrapped before (a notebook's cell run again), of which PEFT has warned: start anew.
             _remove_adapter(model, adapter_name)
         if state_dict is not None:
@@ -244,7 +224,7 @@ class DSTModel(BaseTuner):
         found = [marker for _, marker in markers(model)]
         weights = {weight.name: weight for marker in found for weight in marker.weights.values()}
         constraint = plan.constraint(adapter_name, weights)
-        model.__dict__.setdefault(exchange.CONSTRAINTS, {})[adapter_name] = constraint
+        model.__dict__.setdefault(CONSTRAINTS, {})[adapter_name] = constraint
         if any(target.quantised for target in plan.targets):
             warn_of_unchecked(plan, adapter_name)
             for marker in found:
@@ -293,7 +273,7 @@ class DSTModel(BaseTuner):
 
     def put_constraint(self, constraint: Constraint, config: DSTConfig) -> None:
         """Replace an adapter's constraint and config, before the records that belong to them are loaded."""
-        found, name = exchange.constraints(self.model), constraint.adapter
+        found, name = constraints(self.model), constraint.adapter
         found[name].retire()
         found[name], self.peft_config[name] = constraint, config
         Constraint.live.add(constraint)
@@ -379,7 +359,7 @@ class DSTModel(BaseTuner):
     def delete_adapter(self, adapter_name: str) -> None:
         self._check_memory()
         super().delete_adapter(adapter_name)
-        exchange.constraints(self.model).pop(adapter_name).retire()
+        constraints(self.model).pop(adapter_name).retire()
 
     def _unload_and_optionally_merge(
         self,
@@ -402,7 +382,7 @@ class DSTModel(BaseTuner):
         exchange.forget_to_settle(model)
         for _, marker in found:
             marker.detach()
-        for constraint in model.__dict__.pop(exchange.CONSTRAINTS).values():
+        for constraint in model.__dict__.pop(CONSTRAINTS).values():
             constraint.retire()
         return model
 
@@ -436,7 +416,7 @@ class DSTModel(BaseTuner):
             if name not in self.peft_config:
                 raise ValueError(f"adapter {name!r} does not exist; there are {', '.join(self.peft_config)}.")
         if safe_merge:
-            with exchange.in_all_processes(self.model, "merging"):
+            with in_all_processes(self.model, "merging"):
                 for _, marker in markers(self.model):
                     marker.check_finite(names)
         return names
@@ -488,7 +468,7 @@ def _copies(kwargs: dict[str, Any]) -> int:
 
 
 def _remove_adapter(model: nn.Module, adapter_name: str) -> None:
-    exchange.constraints(model).pop(adapter_name).retire()
+    constraints(model).pop(adapter_name).retire()
     for _, marker in list(markers(model)):
         if adapter_name in marker.tuned:
             marker.unmerge_silently()

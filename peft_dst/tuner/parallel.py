@@ -15,8 +15,9 @@ from torch.nn.parallel import DistributedDataParallel
 from ..core import Constraint
 from ..core.free import watch
 from ..core.weights import join_checksums
+from ..core.wrappers import guard_constructor
 from ..delta import MARKER
-from .exchange import CONSTRAINTS, constraints, processes_of
+from .constraints import CONSTRAINTS, constraints, processes_of
 from .layer import markers_by_path
 
 
@@ -38,13 +39,16 @@ def keep_from_ddp() -> None:
     every process has the same ones by itself. Nor may it wait for gradients of what is trained of fixed subsets, of which
     autograd knows nothing.
     """
-    construct = DistributedDataParallel.__init__
-    if hasattr(construct, "keeps_records"):
-        return
+    guard_constructor(DistributedDataParallel.__module__, "DistributedDataParallel", _without_records)
 
-    # It looks on the module that it is given only, which may be any around a model, and keeps a copy of what is there.
+
+def _without_records(construct: Callable[..., None]) -> Callable[..., None]:
+    """DDP's constructor. It looks on the module that it is given only, which may be any around a model, and keeps a copy of
+    what is there.
+    """
+
     @functools.wraps(construct)
-    def construct_and_keep(self: DistributedDataParallel, module: nn.Module, *args: Any, **kwargs: Any) -> None:
+    def construct_without(self: DistributedDataParallel, module: nn.Module, *args: Any, **kwargs: Any) -> None:
         records = {
             f"{path}.{name}"
             for path, marker in markers_by_path(module)
@@ -55,8 +59,7 @@ def keep_from_ddp() -> None:
         construct(self, module, *args, **kwargs)
         self.parameters_to_ignore = _Ignored(self.parameters_to_ignore)
 
-    construct_and_keep.keeps_records = True  # type: ignore[attr-defined]
-    DistributedDataParallel.__init__ = construct_and_keep  # type: ignore[method-assign]
+    return construct_without
 
 
 def watch_forward(model: nn.Module) -> None:

@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ..delta import CONFIG_NAME, MARKER, WEIGHTS_NAME
-from .exchange import TOGETHER, processes_of
+from .constraints import processes_of
+from .exchange import TOGETHER
 from .states import EXTRA_STATE, expanded
 
 

@@ -19,7 +19,7 @@ from ..core import Constraint, SparseWeight, allocate_budgets, scatter
 from ..core.shards import check_held_alone
 from ..delta import SparseDelta, check_seed
 from ..subsets import choose, is_bias, load_scores, magnitude_scores, random_scores
-from . import exchange
+from .constraints import constraints
 from .layer import markers
 
 
@@ -288,7 +288,7 @@ def load_source(source: Source | str | os.PathLike[str]) -> Source:
 
 
 def _adapter(model: nn.Module, adapter_name: str) -> tuple[Constraint, DSTConfig]:
-    found = exchange.constraints(model)
+    found = constraints(model)
     if adapter_name not in found:
         raise ValueError(
             f"the model has no DST adapter {adapter_name!r}; there are {', '.join(found) or 'none'}. Add one with "

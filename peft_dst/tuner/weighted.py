@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..config import DSTConfig
 from ..core import SparseWeight
 from ..delta import Record
-from . import exchange
+from .constraints import constraints
 from .layer import markers
 
 
@@ -146,7 +146,7 @@ def check(
     Raises:
         ValueError: if one of them is none, or the adapters have different dense copies of a module.
     """
-    existing = exchange.constraints(model)
+    existing = constraints(model)
     if not adapters:
         raise ValueError("no adapters were given to combine. There are " + ", ".join(existing) + ".")
     for name in adapters:

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from peft_dst import DSTConfig
 from tests.distributed.accelerated import accelerator
-from tests.distributed.test_fsdp import assert_agree, optimizer_of, subsets
+from tests.distributed.sharded import assert_agree, optimizer_of, subsets
 from tests.models import BUILDERS, assert_same, batch
 
 

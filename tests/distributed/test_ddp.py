@@ -31,8 +31,8 @@ def share(rank, world, number):
     return {k: v[rank::world].contiguous() for k, v in batch("bert", number).items()}
 
 
-def subsets(model):
-    return {w.name: (w.indices, w.values()) for w in model.constraint().weights}
+def subsets(model, adapter="default"):
+    return {w.name: (w.indices, w.values()) for w in model.constraint(adapter).weights}
 
 
 def train(rank, world, options, own=False, accumulate=1, **ddp):
@@ -135,7 +135,14 @@ def save_in_the_middle(rank, world, folder, options, wrap):
     model = get_peft_model(base, DSTConfig(epsilon=0.02, modules_to_save=["classifier"], **options))
     if wrap == "after":
         checkpoint_layers(base)
-    wrapped = DistributedDataParallel(model)
+    steps_around_a_save(rank, world, model, DistributedDataParallel(model), folder)
+    if rank == 0:
+        model.save_pretrained(folder)
+    return weights(model.get_base_model()), logits(model, "bert")
+
+
+def steps_around_a_save(rank, world, model, wrapped, folder):
+    """Process 0 saves in the middle: the sizes of its records are others from then on than in the other process."""
     optimizer = optimizer_of(model, False)
     for number in range(4):
         wrapped(**share(rank, world, number)).loss.backward()
@@ -143,9 +150,6 @@ def save_in_the_middle(rank, world, folder, options, wrap):
         optimizer.zero_grad()
         if rank == 0 and number == 1:
             model.save_pretrained(folder)
-    if rank == 0:
-        model.save_pretrained(folder)
-    return weights(model.get_base_model()), logits(model, "bert")
 
 
 def checkpoint_layers(model):
@@ -187,15 +191,8 @@ def train_around(rank, world, around, options, folder):
         model = get_peft_model(base, config, "other")
         wrap = {"module": Outer, "compiled": lambda model: torch.compile(model, backend="eager")}[around]
         wrapped = DistributedDataParallel(wrap(model))
-    optimizer = optimizer_of(model, False)
-    for number in range(4):
-        wrapped(**share(rank, world, number)).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if rank == 0 and number == 1:
-            # Their sizes are others now than in the other process.
-            model.save_pretrained(folder)
-    return {w.name: (w.indices, w.values()) for w in model.constraint("other").weights}
+    steps_around_a_save(rank, world, model, wrapped, folder)
+    return subsets(model, "other")
 
 
 # DDP waits for gradients of whatever was to be trained when it was made.
@@ -258,7 +255,7 @@ def disagree(rank, world, how, divided, what):
         options = {"epsilon": 0.3, "siloing": "parameter", "selection": "random", "selection_seed": rank}
     model = get_peft_model(base, DSTConfig(**options))
     if divided:
-        from tests.distributed.test_fsdp import divide
+        from tests.distributed.sharded import divide
 
         divide(model)
         wrapped = model

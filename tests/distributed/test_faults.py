@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 
 from tests.distributed.conftest import Processes
-from tests.distributed.test_fsdp import make, optimizer_of, step, subsets
+from tests.distributed.sharded import make, optimizer_of, step, subsets
 from tests.models import BUILDERS
 
 

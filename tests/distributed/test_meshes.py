@@ -13,7 +13,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from peft_dst import DSTConfig
 from peft_dst.core.shards import box_of
 from peft_dst.core.shards import together as those_of
-from tests.distributed.test_fsdp import STEPS, assert_agree, divide, optimizer_of, subsets
+from tests.distributed.sharded import STEPS, assert_agree, divide, optimizer_of, subsets
 from tests.models import BUILDERS, batch
 
 

@@ -13,7 +13,7 @@ from transformers.distributed import DistributedConfig
 from peft_dst import DSTConfig
 from peft_dst.training import subset_metrics
 from tests.distributed.accelerated import environment
-from tests.distributed.test_fsdp import assert_agree, optimizer_of, subsets
+from tests.distributed.sharded import assert_agree, optimizer_of, subsets
 from tests.models import BUILDERS, batch
 
 

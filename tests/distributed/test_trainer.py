@@ -10,8 +10,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from peft_dst import DSTCallback, DSTConfig, DSTOptimizer, create_dst_optimizer
 from tests.distributed.accelerated import admit_cpus, environment
+from tests.distributed.sharded import assert_agree
 from tests.distributed.test_accelerate import FULL, SHARDED, trained
-from tests.distributed.test_fsdp import assert_agree
 from tests.models import BUILDERS, batch
 from tests.training.test_trainer import Rows
 

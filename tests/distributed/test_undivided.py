@@ -7,7 +7,7 @@ import torch
 from peft import get_peft_model
 
 from peft_dst import DSTConfig, DSTOptimizer, fix_subset, score_parameters, start_from
-from tests.distributed.test_fsdp import divide, make, optimizer_of, step, subsets
+from tests.distributed.sharded import divide, make, optimizer_of, step, subsets
 from tests.models import BUILDERS, batch
 
 
