@@ -27,10 +27,11 @@ DEVICES = "CUDA_VISIBLE_DEVICES"
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One run to do: a recipe and its folder."""
+    """One run to do: a recipe, its folder, and what it is called."""
 
     recipe: Recipe
     folder: Path
+    title: str = ""
 
 
 class Pool:

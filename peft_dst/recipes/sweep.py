@@ -10,7 +10,7 @@ import re
 import shutil
 import sys
 from collections import deque
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -85,15 +85,16 @@ class _Course:
         recipe = at(recipe, changes)
         if trial:
             recipe = replace(recipe, evaluation=replace(recipe.evaluation, splits=["validation"]))
-        return Run(recipe, self._place(recipe, group.point | changes))
+        name = title(group.point | changes)
+        return Run(recipe, self._place(recipe, name), name)
 
-    def _place(self, recipe: Recipe, point: Mapping[str, Any]) -> Path:
+    def _place(self, recipe: Recipe, name: str) -> Path:
         """The run's folder, that of before if there is one."""
         mark = digest(recipe)
         runs = self.folder / RUNS
         there = next(iter(sorted(runs.glob(f"*-{mark}"))), None)
-        name = re.sub(r"[^\w.=,+-]+", "_", title(point).replace(", ", ","))[:LONGEST]
-        return there or runs / f"{name}-{mark}"
+        short = re.sub(r"[^\w.=,+-]+", "_", name.replace(", ", ","))[:LONGEST]
+        return there or runs / f"{short}-{mark}"
 
 
 def groups(recipe: Recipe) -> list[Group]:
@@ -204,8 +205,7 @@ def _finished(run: Run) -> bool:
 
 
 def _line(run: Run, record: dict[str, Any] | None, error: str | None) -> str:
-    name = run.folder.name.rpartition("-")[0]
     if record is None:
-        return f"{name}: failed, see {run.folder / LOG}: {error}"
+        return f"{run.title}: failed, see {run.folder / LOG}: {error}"
     split = run.recipe.evaluation.splits[0]
-    return f"{name}: {split} {first_figure(record, split):.4f} in {record['seconds']['all']:.0f} s"
+    return f"{run.title}: {split} {first_figure(record, split):.4f} in {record['seconds']['all']:.0f} s"

@@ -180,6 +180,22 @@ def test_failures_are_told_and_tried_again(options, tmp_path, monkeypatch):
     assert not (folder / "error.txt").exists()
 
 
+def test_each_run_is_told_in_a_line(options, tmp_path, monkeypatch, capsys):
+    """By its whole point; its folder's name is cut."""
+    scripted(monkeypatch, lambda recipe: ValueError("!") if recipe.seed else 0.5)
+    options["sweep"] = {
+        "method.siloing": ["module_and_layer"], "method.distance": ["inverse_relative"], "method.epsilon": [1e-2],
+        "training.learning_rate": [2e-2], "seed": [0, 1],
+    }  # fmt: skip
+    summary = sweep(make_recipe(options), tmp_path / "sweep", workers=0, progress=True)
+    (failed,) = summary["failures"]
+    told = capsys.readouterr().err
+    point = "siloing=module_and_layer, distance=inverse_relative, epsilon=0.01, learning_rate=0.02, seed"
+    assert f"{point}=0: validation 0.5000 in 1 s\n" in told
+    assert f"{point}=1: failed, see {tmp_path / 'sweep' / 'runs' / failed / 'log.txt'}: ValueError: !\n" in told
+    assert "seed" not in failed
+
+
 def test_a_trial_that_fails_is_not_chosen(options, tmp_path, monkeypatch):
     scripted(monkeypatch, lambda recipe: ValueError("!") if recipe.training.learning_rate > 0.01 else 0.5)
     options["search"] = {"option": "training.learning_rate"}
