@@ -148,12 +148,12 @@ class DSTOptimizer(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        # torch casts state to the parameters' dtype, which float32 state of bfloat16 parameters would not survive.
+        # torch casts state to the parameters' dtype, which neither float32 state of bfloat16 parameters nor bytes survive.
         names = [name for group in state_dict["param_groups"] for name in group["params"]]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for name, parameter in zip(names, parameters, strict=True):
             for key, value in state_dict["state"].get(name, {}).items():
-                if _is_floating(value) and parameter.dtype in HALF:
+                if isinstance(value, Tensor) and value.dtype != self.state[parameter][key].dtype:
                     self.state[parameter][key] = value.to(parameter.device, copy=True)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -161,10 +161,6 @@ class DSTOptimizer(Optimizer):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__} of {super().__repr__().replace(type(self).__name__, type(self.engine).__name__)}"
-
-
-def _is_floating(value: object) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _check_separable(optimizer_cls: type[Optimizer], separable: bool) -> None:
