@@ -25,7 +25,7 @@ from ..core.free import VALUES
 from ..core.shards import like
 from ..core.weights import widened
 from .release import Release
-from .silo_by_silo import HALF, SiloBySilo
+from .silo_by_silo import SiloBySilo
 
 
 class DSTOptimizer(Optimizer):
