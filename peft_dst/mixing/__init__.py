@@ -34,7 +34,7 @@ PEFT's models come here through `mixed`, pools through `serving`; neither is kno
 from .batch import Host, Subsets
 from .changes import BASE, Changes, Reader, Readers, Whole, changes_of
 from .corrections import Entries
-from .hooks import check_not_compiled, serve
+from .hooks import check_not_compiled, mixed
 from .inputs import check_length, check_placeholders
 
 
@@ -51,5 +51,5 @@ __all__ = [
     "check_length",
     "check_not_compiled",
     "check_placeholders",
-    "serve",
+    "mixed",
 ]

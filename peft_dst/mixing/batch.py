@@ -68,6 +68,7 @@ class Subsets:
         modules: all modules of the model by their names.
         changes: by subset, what it changes.
         others: modules that differ between subsets in some other way.
+        writing: held whenever a subset's values stand in the live weights, for those who read the seed there meanwhile.
 
     Attributes:
         modules: all modules of the model by their names.
@@ -84,8 +85,9 @@ class Subsets:
         modules: Mapping[str, nn.Module],
         changes: Mapping[str, Mapping[Reader, Changes]],
         others: Sequence[Host] = (),
+        writing: contextlib.AbstractContextManager[Any] | None = None,
     ) -> None:
-        self.modules = modules
+        self.modules, self.writing = modules, writing or contextlib.nullcontext()
         readers = dict.fromkeys(reader for of_one in changes.values() for reader in of_one)
         self.hosts = [
             Host(reader, {name: of_one[reader] for name, of_one in changes.items() if reader in of_one})
@@ -98,7 +100,7 @@ class Subsets:
         self.arrangements: dict[Host, Arrangement] = {}
         self._batches: OrderedDict[tuple[str, ...], dict[Any, Any]] = OrderedDict()
 
-    def kept(self, names: Sequence[str]) -> dict[Any, Any]:
+    def made_for(self, names: Sequence[str]) -> dict[Any, Any]:
         """What was made for a batch of these samples; to be added to."""
         found = self._batches.pop(tuple(names), {})
         self._batches[tuple(names)] = found
@@ -118,6 +120,7 @@ class Batch:
         inside: the hosts that are being called.
         given: what the module was given that computes a bias for all samples.
         selected: tensors of the outermost call whose rows were selected by their values.
+        written: ids of the parameters that a host inside which this is has a subset's values in.
         at_once: norms by their names: whether they can run once for all samples.
         trial: while the layouts are found out: what each module was given and returned.
     """
@@ -129,10 +132,12 @@ class Batch:
         self.calls: list[tuple[nn.Module, Any, Any]] = []
         self.inside: list[Host] = []
         self.given: Tensor | None = None
+        self.written: set[int] = set()
         self.selected = Selected()
         self.trial: dict[Any, list[list[torch.Size]]] | None = None
+        self.writing = subsets.writing
         self._subsets = subsets
-        self._arrangements, self._kept = subsets.arrangements, subsets.kept(names)
+        self._arrangements, self._kept = subsets.arrangements, subsets.made_for(names)
         self.at_once = _AT_ONCE.setdefault(model, {})
         self._known = _LAYOUTS.setdefault(model, {})
         self._tried = False

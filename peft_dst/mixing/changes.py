@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
 from .corrections import Correction, Entries, correction_of
 
@@ -71,10 +71,13 @@ class Patch(NamedTuple):
 
 
 class Whole(NamedTuple):
-    """A tensor that takes the place of a parameter for a subset's samples."""
+    """What takes the place of a module's parameter for a subset's samples. Others that it is tied to keep it."""
 
+    module: nn.Module
+    attribute: str
     parameter: nn.Parameter
-    tensor: Tensor
+    tensor: nn.Parameter
+    tied: bool = False
 
 
 @dataclass(eq=False)
@@ -93,8 +96,9 @@ class Changes:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """Those that are changed."""
-        return [patch.entries.parameter for patch in self.patches] + [whole.parameter for whole in self.wholes]
+        """Those that are changed wherever they are read."""
+        entries = [patch.entries.parameter for patch in self.patches]
+        return entries + [whole.parameter for whole in self.wholes if not whole.tied]
 
     @property
     def nbytes(self) -> int:
@@ -116,8 +120,9 @@ def changes_of(readers: Readers, entries: Iterable[Entries], wholes: Sequence[Wh
         for reader, module, attribute in readers.of(of_one.parameter):
             found.setdefault(reader, Changes()).patches.append(Patch(module, attribute, of_one))
     for whole in wholes:
-        for reader, _, _ in readers.of(whole.parameter):
-            found.setdefault(reader, Changes()).wholes.append(whole)
+        having = readers.of(whole.parameter)
+        (reader,) = (r for r, module, attribute in having if (module, attribute) == (whole.module, whole.attribute))
+        found.setdefault(reader, Changes()).wholes.append(whole._replace(tied=len(having) > 1))
     for reader, changes in found.items():
         if reader.method == "forward" and not changes.wholes:
             own = {patch.attribute: patch.entries for patch in changes.patches}

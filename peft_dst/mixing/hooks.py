@@ -18,7 +18,7 @@ from .running import bias_by_sample, by_sample, corrected
 
 
 @contextlib.contextmanager
-def serve(model: nn.Module, subsets: Subsets, names: Sequence[str], copies: int = 1) -> Iterator[None]:
+def mixed(model: nn.Module, subsets: Subsets, names: Sequence[str], copies: int = 1) -> Iterator[None]:
     """While it lasts, each sample of a batch goes through a model with a subset of its own.
 
     The live weights must be the seed.

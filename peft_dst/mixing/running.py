@@ -28,6 +28,9 @@ _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device, torch.Si
 
 def corrected(host: Host, batch: Batch, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call a module once for all samples, and correct what it returns."""
+    if batch.alone and not batch.written.isdisjoint(host.parameters):
+        # Tied to what a module around it has: the values are written in already, and a correction would add them again.
+        return _run_tuned(host, batch, forward, batch.alone, args, kwargs)
     output, *more = host.kind.call(forward, *args, **kwargs)
     input = tensors_in((args, kwargs))[0]
     if batch.trial is not None:
@@ -51,7 +54,7 @@ def corrected(host: Host, batch: Batch, forward: Callable[..., Any], *args: Any,
 
 def by_sample(host: Host, batch: Batch, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call a module once a subset on its samples, and put the outputs together."""
-    run = host.run or functools.partial(_run_tuned, host, forward)
+    run = host.run or functools.partial(_run_tuned, host, batch, forward)
     leaves, spec = tree_flatten((args, kwargs))
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     if batch.trial is not None:
@@ -97,10 +100,6 @@ def _rows_of(names: Sequence[str]) -> dict[str, Rows]:
     }
 
 
-def count(rows: Rows) -> int:
-    return rows.stop - rows.start if isinstance(rows, slice) else rows.numel()
-
-
 def _check_plain(host: Host, arguments: Any) -> None:
     for leaf in tree_leaves(arguments):
         if not isinstance(leaf, (Tensor, *_PLAIN)):
@@ -112,22 +111,25 @@ def _check_plain(host: Host, arguments: Any) -> None:
 
 
 def _run_tuned(
-    host: Host, forward: Callable[..., Any], adapter: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    host: Host, batch: Batch, forward: Callable[..., Any], adapter: str, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """Call a host with a subset's values written in."""
     with contextlib.ExitStack() as stack:
+        stack.enter_context(batch.writing)
         for patch in (patch for change in host.changes.values() for patch in change.patches):
             if getattr(patch.module, "max_norm", None) is not None:
                 # Such an embedding shortens whole rows when it is called, with whatever values, beyond the entries.
                 stack.callback(patch.entries.data.copy_, patch.entries.data.clone())
         if (own := host.changes.get(adapter)) is not None:
-            for patch in own.patches:
-                entries = patch.entries
-                stack.callback(scatter, entries.data, entries.indices, entries.seeds)
-                scatter(entries.data, entries.indices, entries.values)
+            for _, _, entries in own.patches:
+                if (key := id(entries.parameter)) not in batch.written:
+                    batch.written.add(key)
+                    stack.callback(batch.written.remove, key)
+                    stack.callback(scatter, entries.data, entries.indices, entries.seeds)
+                    scatter(entries.data, entries.indices, entries.values)
             for whole in own.wholes:
-                stack.callback(setattr, whole.parameter, "data", whole.parameter.data)
-                whole.parameter.data = whole.tensor
+                stack.callback(setattr, whole.module, whole.attribute, whole.parameter)
+                setattr(whole.module, whole.attribute, whole.tensor)
         return forward(*args, **kwargs)
 
 
@@ -174,12 +176,12 @@ def bias_by_sample(host: Host, batch: Batch, method: Callable[..., Tensor], *arg
         batch.note(host, given)
         return method(*args, **kwargs)
     if batch.alone:
-        return _run_tuned(host, method, batch.alone, args, kwargs)
+        return _run_tuned(host, batch, method, batch.alone, args, kwargs)
     names = batch.names_for(host, batch.given, batch.layout(host, given)[0] if given else None)
     made = {}
     for adapter in dict.fromkeys(names):
         with batch.only(adapter):
-            made[adapter] = _run_tuned(host, method, adapter, args, kwargs)
+            made[adapter] = _run_tuned(host, batch, method, adapter, args, kwargs)
         if made[adapter].dim() != 4 or made[adapter].shape[0] not in (1, len(names)):
             raise NotImplementedError(
                 f"{host} computes a bias of shape {tuple(made[adapter].shape)}, where one of (batch, heads, queries, keys) "

@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..core.tiles import bits
 from ..delta import PEFT_PREFIX, DeltaError, SparseDelta, check_seed
 from ..mixing import Changes, Entries, Reader, Readers, Whole, changes_of
 from .storage import FlatStorage
@@ -44,13 +43,14 @@ class ReadDelta:
     """
 
     def __init__(self, delta: SparseDelta, pinned: bool = False) -> None:
-        if pinned:
-            tensors = {
-                name: replace(one, indices=one.indices.pin_memory(), values=one.values.pin_memory())
-                for name, one in delta.items()
-            }
-            delta = replace(delta, tensors=tensors, dense={key: one.pin_memory() for key, one in delta.dense.items()})
-        self.delta = delta
+        # What was read may be a mapping of a file, which others may change or cut.
+        copied = Tensor.pin_memory if pinned else Tensor.clone
+        tensors = {
+            name: replace(one, indices=copied(one.indices), values=copied(one.values)) for name, one in delta.items()
+        }
+        self.delta = delta = replace(
+            delta, tensors=tensors, dense={key: copied(one) for key, one in delta.dense.items()}
+        )
         self.nbytes = sum(one.indices.nbytes + one.values.nbytes for one in delta.values()) + sum(
             tensor.nbytes for tensor in delta.dense.values()
         )
@@ -66,7 +66,7 @@ class Placed:
     """
 
     parts: tuple[Part, ...]
-    dense: Mapping[str, Tensor] = field(default_factory=dict)
+    dense: Mapping[str, nn.Parameter] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -78,7 +78,7 @@ class Placed:
 
 
 #: The base itself.
-BASE = Placed(())
+UNCHANGED = Placed(())
 
 
 @torch.no_grad()
@@ -138,20 +138,41 @@ def _check_seed(name: str, delta: SparseDelta, seeds: Tensor) -> None:
         check_seed(name, summary, delta[name].record(), seeds)
 
 
-def _dense(delta: SparseDelta, storage: FlatStorage) -> dict[str, Tensor]:
+def _dense(delta: SparseDelta, storage: FlatStorage) -> dict[str, nn.Parameter]:
     """Dense tensors by the names of the parameters whose place they take."""
+    dense = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in delta.dense.items()}
     found = {}
-    for key, tensor in delta.dense.items():
-        name = key.removeprefix(PEFT_PREFIX)
+    for name, tensor in dense.items():
         if (parameter := storage.parameters.get(name)) is None:
             raise DeltaError(f"the delta brings a whole tensor for {name!r}, which this model does not have.")
-        if tensor.dim() != parameter.dim():
+        if tensor.shape != parameter.shape and not _is_resized(name, dense, storage):
             raise DeltaError(
                 f"the delta brings a tensor of shape {tuple(tensor.shape)} for {name!r}, which has "
                 f"{tuple(parameter.shape)} in this model."
             )
-        found[name] = tensor.to(parameter.device, parameter.dtype)
+        if tensor.is_floating_point() != parameter.is_floating_point() or tensor.is_complex():
+            raise DeltaError(
+                f"the delta brings a tensor of {tensor.dtype} for {name!r}, which is {parameter.dtype} here."
+            )
+        # A copy, as what was read may be a mapping of a file, which others may change or cut.
+        copied = tensor.to(parameter.device, parameter.dtype, copy=True)
+        found[name] = nn.Parameter(copied, requires_grad=False)
     return found
+
+
+def _is_resized(name: str, dense: Mapping[str, Tensor], storage: FlatStorage) -> bool:
+    """Whether a module's own tensors all come with the delta, longer or shorter along their first dimension alone.
+
+    So does a head of other classes. A vector by itself is none: norms and biases are as long as what they are added to.
+    """
+    module = storage.owners[name][0]
+    own = {other: storage.parameters[other] for other, (owner, _) in storage.owners.items() if owner is module}
+    return (
+        own.keys() <= dense.keys()
+        and len({dense[other].shape[:1] for other in own}) == 1
+        and all(dense[other].numel() and dense[other].shape[1:] == p.shape[1:] for other, p in own.items())
+        and any(p.dim() > 1 for p in own.values())
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,7 +197,7 @@ def mixable(placed: Placed, storage: FlatStorage, readers: Readers) -> Mixable:
         for part in placed.parts
         for parameter, data, at, start in storage.split(part.buffer, part.positions)
     ]
-    wholes = [Whole(storage.parameters[name], tensor) for name, tensor in placed.dense.items()]
+    wholes = [Whole(*storage.owners[name], storage.parameters[name], one) for name, one in placed.dense.items()]
     found = changes_of(readers, entries, wholes)
     # Its values and seeds are held by this, too.
     return Mixable(placed, found, placed.nbytes + sum(of_one.nbytes for of_one in found.values()))
@@ -186,10 +207,3 @@ def write(storage: FlatStorage, placed: Placed, seeds: bool = False) -> None:
     """Write a delta's values into the buffers, or the seed's in their place."""
     for part in placed.parts:
         storage.buffers[part.buffer].scatter_(0, part.positions, part.seeds if seeds else part.values)
-
-
-def is_written(storage: FlatStorage, placed: Placed) -> bool:
-    """Whether the buffers have a delta's values, bit for bit."""
-    return all(
-        torch.equal(bits(storage.buffers[part.buffer][part.positions]), bits(part.values)) for part in placed.parts
-    )

@@ -9,16 +9,36 @@ from dataclasses import dataclass
 from functools import partial
 from os import PathLike
 from types import TracebackType
+from typing import NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..delta import SparseDelta
-from ..mixing import BASE as SEED
-from ..mixing import Readers, Subsets, serve
-from .placed import BASE, Mixable, Placed, mixable, place, write
-from .shelf import Shelf, Source
+from ..mixing import BASE, Readers, Subsets, mixed
+from .placed import UNCHANGED, Mixable, Placed, mixable, place, write
+from .shelf import Shelf
 from .storage import FlatStorage
 from .turns import Turn
+
+
+class _Shown(NamedTuple):
+    """What is in the weights: a delta's name, its version, and what was written; the base has neither of the first."""
+
+    name: str | None = None
+    version: int | None = None
+    placed: Placed = UNCHANGED
+
+
+class _Mixed(NamedTuple):
+    """What the last mixed batch was made of."""
+
+    versions: dict[str, int]
+    deltas: dict[str, Mixable]
+    subsets: Subsets
+
+
+# What a thread has in use that computes a mixed batch.
+_MIXED = object()
 
 
 @dataclass(frozen=True)
@@ -62,8 +82,9 @@ class DeltaPool:
     another; who came first goes first.
 
     Locks: whose `Turn` it is may use the model; a switch is made at its beginning, when nobody else may come. `_weights`
-    guards the values in the weights: it is held while they are written, and while the base's are read from them to make a
-    delta ready, which takes no turn. Names and memory have the lock of the `Shelf`, under which no other one is taken.
+    guards the values in the weights: it is held while they are written (in a mixed batch, while a module runs with a
+    delta's), and while the base's are read from them to make a delta ready, which takes no turn. Names and memory have the
+    lock of the `Shelf`, under which no other one is taken.
 
     Errors: what goes wrong in the middle of a switch leaves the base's weights, bit for bit.
 
@@ -108,13 +129,13 @@ class DeltaPool:
         self._turn = Turn()
         # What this thread has in use.
         self._mine = threading.local()
-        self._weights = threading.Lock()
-        self._shown: tuple[str | None, Placed] = (None, BASE)
-        # The base's own data of parameters that a delta's whole tensors stand in for.
-        self._replaced: dict[str, Tensor] = {}
+        # A module that runs with a delta's values may call another one that does.
+        self._weights = threading.RLock()
+        self._shown = _Shown()
+        # The base's own parameters that a delta's whole tensors stand in for.
+        self._replaced: dict[str, nn.Parameter] = {}
         self._switches = 0
-        # The deltas of the last mixed batch, and what was arranged for them.
-        self._mixed: tuple[dict[str, Mixable], Subsets] | None = None
+        self._mixed: _Mixed | None = None
 
     # Names
 
@@ -150,11 +171,21 @@ class DeltaPool:
         with self._alone():
             self._shelf.remove(name)
             if self.shown == name:
-                self._switch(None, BASE)
+                self._switch(_Shown())
 
     def names(self) -> list[str]:
         """The deltas' names, in the order in which they were added."""
         return self._shelf.names()
+
+    def version(self, name: str) -> int:
+        """A number that tells a delta from others that have had its name: those who compute in several turns can see
+        whether it is still the same.
+
+        Raises:
+            KeyError: if there is none of that name.
+            RuntimeError: if the pool is closed.
+        """
+        return self._shelf.version(name)
 
     def __contains__(self, name: object) -> bool:
         return name in self._shelf
@@ -165,7 +196,7 @@ class DeltaPool:
     @property
     def shown(self) -> str | None:
         """The delta in the weights now; None for the base."""
-        return self._shown[0]
+        return self._shown.name
 
     @property
     def statistics(self) -> PoolStatistics:
@@ -189,18 +220,21 @@ class DeltaPool:
             DeltaError: if it cannot be read, or is another base's. The weights are as they were.
             RuntimeError: if the model's parameters were moved since the pool was made, or the pool is closed.
         """
-        if hasattr(self._mine, "name"):
-            if self._mine.name != name:
+        if hasattr(self._mine, "has"):
+            if self._mine.has != name:
                 raise RuntimeError(
-                    f"this thread uses {self._mine.name!r}, and would wait for itself to have {name!r}; leave that first."
+                    f"this thread {self._has()}, and would wait for itself to have {name!r}; leave that first."
                 )
             yield self.model
             return
-        sources = {} if name is None else {name: self._shelf.source(name)}
-        placed = BASE if name is None else self._shelf.ready(name)
+        wanted = _Shown()
+        if name is not None:
+            version, shown = self._shelf.version(name), self._shown
+            held = shown.placed if (shown.name, shown.version) == (name, version) else None
+            wanted = _Shown(name, version, self._shelf.ready(name, held))
 
         # Those who come to others find the delta in place: only the first one may write while nobody reads.
-        with self._turn.of(placed, partial(self._show, sources, name, placed)), self._noted(name):
+        with self._turn.of(wanted.placed, partial(self._show, wanted)), self._noted(name):
             yield self.model
 
     @contextmanager
@@ -228,25 +262,32 @@ class DeltaPool:
             with self.use(next(iter(wanted))) as model:
                 yield model
             return
-        sources = {name: self._shelf.source(name) for name in wanted if name is not None}
-        found = {name: self._shelf.mixable(name) for name in sources}
+        versions = {name: self._shelf.version(name) for name in wanted if name is not None}
+        before = self._mixed
+        held = (
+            {} if before is None else {n: d for n, d in before.deltas.items() if before.versions[n] == versions.get(n)}
+        )
+        found = {name: self._shelf.mixable(name, held.get(name)) for name in versions}
 
-        with self._alone(partial(self._show, sources, None, BASE)), self._noted(None):
-            given = [SEED if name is None else name for name in names]
+        with self._alone(partial(self._show, _Shown(), versions)), self._noted(_MIXED):
             # A generation asks for the same deltas again and again.
-            if self._mixed is None or self._mixed[0] != found:
+            if self._mixed is None or self._mixed.deltas != found:
                 changes = {name: one.changes for name, one in found.items()}
-                self._mixed = found, Subsets(self._readers.modules, changes)
-            with serve(self.model, self._mixed[1], given, copies):
+                self._mixed = _Mixed(versions, found, Subsets(self._readers.modules, changes, writing=self._weights))
+            given = [BASE if name is None else name for name in names]
+            with mixed(self.model, self._mixed.subsets, given, copies):
                 yield self.model
 
     @contextmanager
-    def _noted(self, name: str | None) -> Iterator[None]:
-        self._mine.name = name
+    def _noted(self, has: object) -> Iterator[None]:
+        self._mine.has = has
         try:
             yield
         finally:
-            del self._mine.name
+            del self._mine.has
+
+    def _has(self) -> str:
+        return "computes a mixed batch" if self._mine.has is _MIXED else f"uses {self._mine.has!r}"
 
     @contextmanager
     def _alone(self, enter: Callable[[], None] | None = None) -> Iterator[None]:
@@ -258,8 +299,8 @@ class DeltaPool:
         Raises:
             RuntimeError: if this thread itself uses them.
         """
-        if hasattr(self._mine, "name"):
-            raise RuntimeError(f"this thread uses {self._mine.name!r}; leave that first.")
+        if hasattr(self._mine, "has"):
+            raise RuntimeError(f"this thread {self._has()}; leave that first.")
         with self._turn.of(object(), enter):
             yield
 
@@ -294,7 +335,7 @@ class DeltaPool:
         """Put the base's weights back, and let everything go. Waits for what is in use."""
         with self._alone():
             if not self._shelf.closed:
-                self._switch(None, BASE)
+                self._switch(_Shown())
             self._shelf.close()
             self._mixed = None
 
@@ -310,39 +351,45 @@ class DeltaPool:
 
     def _place(self, delta: SparseDelta) -> Placed:
         with self._weights:
-            return place(delta, self.storage, self._shown[1], self.check)
+            return place(delta, self.storage, self._shown.placed, self.check)
 
-    def _show(self, sources: Mapping[str, Source], name: str | None, placed: Placed) -> None:
-        """At the beginning of a turn: have a delta in the weights, if the names still stand for what they did."""
-        if gone := [name for name, source in sources.items() if not self._shelf.is_source(name, source)]:
-            raise KeyError(f"the delta {gone[0]!r} was removed.")
-        if self._shown[1] is not placed:
-            self._switch(name, placed)
+    def _show(self, wanted: _Shown, versions: Mapping[str, int] | None = None) -> None:
+        """At the beginning of a turn: have a delta in the weights, if the names still stand for what they did.
 
-    def _switch(self, name: str | None, placed: Placed) -> None:
+        Args:
+            wanted: what is to be in the weights.
+            versions: of the deltas of a mixed batch, by name.
+        """
+        if wanted.name is not None and wanted.version is not None:
+            versions = {wanted.name: wanted.version}
+        for name, version in (versions or {}).items():
+            if not self._shelf.is_version(name, version):
+                raise KeyError(f"the delta {name!r} was removed.")
+        if self._shown.placed is not wanted.placed:
+            self._switch(wanted)
+
+    def _switch(self, wanted: _Shown) -> None:
         """Take out the delta that is in the weights, and put in another; nobody uses the model meanwhile."""
-        before = self._shown[1]
+        before, placed = self._shown.placed, wanted.placed
         self.storage.check(self._replaced.keys())
         with self._weights:
             try:
                 write(self.storage, before, seeds=True)
                 self._put_back()
-                self._replaced = {key: self.storage.parameters[key].data for key in placed.dense}
-                for key, tensor in placed.dense.items():
-                    self.storage.parameters[key].data = tensor
+                for key, parameter in placed.dense.items():
+                    self._replaced[key] = self.storage.replace(key, parameter)
                 write(self.storage, placed)
             except BaseException:
                 # Whatever was written of either, the base is below both.
                 write(self.storage, before, seeds=True)
                 write(self.storage, placed, seeds=True)
                 self._put_back()
-                self._shown = (None, BASE)
+                self._shown = _Shown()
                 raise
-            self._shown = (name, placed)
+            self._shown = wanted
         self._switches += 1
 
     def _put_back(self) -> None:
-        """The base's own tensors where a delta's whole ones are."""
-        for key, tensor in self._replaced.items():
-            self.storage.parameters[key].data = tensor
-        self._replaced = {}
+        """The base's own parameters where a delta's whole tensors are."""
+        while self._replaced:
+            self.storage.replace(*self._replaced.popitem())

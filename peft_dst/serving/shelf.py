@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from os import PathLike
 from pathlib import Path
+from typing import NamedTuple
 
 from ..delta import CONFIG_NAME, SparseDelta
+from ..mixing import BASE
 from .cache import Cache
 from .placed import Mixable, Placed, ReadDelta
 
@@ -17,12 +20,19 @@ from .placed import Mixable, Placed, ReadDelta
 Source = Path | SparseDelta
 
 
+class Known(NamedTuple):
+    """What a name stands for: where the delta comes from, and a number that no other one has had in this shelf."""
+
+    source: Source
+    version: int
+
+
 class Shelf:
     """Names, and what is held of them within budgets.
 
     A delta is read and made ready once, however many threads ask for it: the first one loads, others wait for the future.
     Names may go, and come again with another source, while that is under way. What was read is then still given to
-    those who wait for it, and not kept; whoever uses it compares the `source` of before (`is_source`).
+    those who wait for it, and not kept; whoever uses it compares the `version` of before (`is_version`).
 
     Locks: one guards names, caches, loadings, counts and whether this is closed. It is never held while something is read,
     placed, arranged or waited for.
@@ -49,7 +59,8 @@ class Shelf:
         workers: int,
     ) -> None:
         self._place, self._arrange, self._in_use, self._pinned = place, arrange, in_use, pinned
-        self._sources: dict[str, Source] = {}
+        self._known: dict[str, Known] = {}
+        self._versions = itertools.count(1)
         self._ready: Cache[Placed] = Cache(budget)
         self._mixables: Cache[Mixable] = Cache(budget)
         self._read: Cache[ReadDelta] = Cache(host_budget)
@@ -78,9 +89,11 @@ class Shelf:
     def _add(self, sources: Mapping[str, Source]) -> None:
         with self._lock:
             self._check_open()
-            if taken := sorted(sources.keys() & self._sources.keys()):
+            if taken := sorted(sources.keys() & self._known.keys()):
                 raise ValueError(f"there is a delta {taken[0]!r} already; remove it first.")
-            self._sources |= sources
+            if BASE in sources:
+                raise ValueError(f"{BASE!r} is what mixed batches call the base; give the delta another name.")
+            self._known |= {name: Known(source, next(self._versions)) for name, source in sources.items()}
 
     def remove(self, name: str) -> None:
         """Forget a delta.
@@ -89,8 +102,8 @@ class Shelf:
             KeyError: if there is none of that name.
         """
         with self._lock:
-            self._source(name)
-            del self._sources[name]
+            self._of(name)
+            del self._known[name]
             self._ready.drop(name)
             self._mixables.drop(name)
             self._read.drop(name)
@@ -99,34 +112,28 @@ class Shelf:
     def names(self) -> list[str]:
         """In the order in which they were added."""
         with self._lock:
-            return list(self._sources)
+            return list(self._known)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._sources
+        return name in self._known
 
     def __len__(self) -> int:
-        return len(self._sources)
+        return len(self._known)
 
-    def source(self, name: str) -> Source:
-        """Where a delta comes from.
+    def version(self, name: str) -> int:
+        """As `DeltaPool.version`."""
+        return self._look_up(name).version
 
-        Raises:
-            KeyError: if there is none of that name.
-            RuntimeError: if this is closed.
-        """
-        with self._lock:
-            self._check_open()
-            return self._source(name)
-
-    def is_source(self, name: str, source: Source) -> bool:
-        """Whether a name still stands for what `source` gave."""
-        return self._sources.get(name) is source
+    def is_version(self, name: str, version: int) -> bool:
+        """Whether a name still stands for what it did."""
+        known = self._known.get(name)
+        return known is not None and known.version == version
 
     def figures(self) -> dict[str, int]:
         """What `PoolStatistics` says of names and memory."""
         with self._lock:
             return {
-                "deltas": len(self._sources),
+                "deltas": len(self._known),
                 "ready": len(self._ready),
                 "nbytes": self._ready.nbytes + self._mixables.nbytes,
                 "host_nbytes": self._read.nbytes,
@@ -141,15 +148,19 @@ class Shelf:
         """Let everything go. Who waits for what a thread will prefetch is told that this is closed."""
         with self._lock:
             self._closed = True
-            self._sources.clear()
+            self._known.clear()
             self._ready, self._mixables, self._read = Cache(0), Cache(0), Cache(0)
         # What is queued is not cancelled but refused, as its futures may be waited for.
         self._prefetcher.shutdown(wait=False)
 
     # What is held
 
-    def ready(self, name: str) -> Placed:
+    def ready(self, name: str, held: Placed | None = None) -> Placed:
         """The delta, ready: from memory, from a loading that is under way, or from its source.
+
+        Args:
+            name: its name.
+            held: it, where the caller still has it from before.
 
         Raises:
             KeyError: if there is none of that name.
@@ -158,31 +169,35 @@ class Shelf:
         """
         with self._lock:
             self._check_open()
-            self._source(name)
-            if (placed := self._ready.get(name)) is not None:
+            self._of(name)
+            if (placed := self._ready.get(name) or held) is not None:
                 self._counts["hits"] += 1
                 return placed
-            future, mine = self._loading.get(name), False
-            if future is None:
-                future, mine = Future(), True
-                self._loading[name] = future
+            if (future := self._loading.get(name)) is None:
+                future = self._loading[name] = Future()
+            # One that waits for a thread to prefetch it is begun here.
+            mine = _begin(future)
         if mine:
             self._load(name, future)
         return future.result()
 
-    def mixable(self, name: str) -> Mixable:
+    def mixable(self, name: str, held: Mixable | None = None) -> Mixable:
         """The delta for mixed batches: from memory, or made of what is ready.
+
+        Args:
+            name: its name.
+            held: it, where the caller still has it from before.
 
         Raises:
             KeyError, DeltaError, RuntimeError: as `ready`.
         """
-        placed = self.ready(name)
+        placed = self.ready(name, None if held is None else held.placed)
         with self._lock:
-            if (found := self._mixables.get(name)) is not None and found.placed is placed:
+            if (found := self._mixables.get(name) or held) is not None and found.placed is placed:
                 return found
         found = self._arrange(placed)
         with self._lock:
-            if name in self._sources and not self._closed:
+            if name in self._known and not self._closed:
                 self._mixables.put(name, found)
         return found
 
@@ -190,14 +205,20 @@ class Shelf:
         """Have a delta made ready in the background.
 
         Raises:
-            KeyError, RuntimeError: as `source`.
+            KeyError, RuntimeError: as `ready`.
         """
         with self._lock:
             self._check_open()
-            self._source(name)
+            self._of(name)
             if name not in self._ready and name not in self._loading:
                 future = self._loading[name] = Future()
-                self._prefetcher.submit(self._load, name, future)
+                self._prefetcher.submit(self._prefetch, name, future)
+
+    def _prefetch(self, name: str, future: Future[Placed]) -> None:
+        with self._lock:
+            mine = _begin(future)
+        if mine:
+            self._load(name, future)
 
     def _load(self, name: str, future: Future[Placed]) -> None:
         """Make a delta ready; whoever waits for the future gets it, or the error.
@@ -205,8 +226,8 @@ class Shelf:
         It may be removed meanwhile, and another one of its name be added, whose loading is none of ours.
         """
         try:
-            source = self.source(name)
-            delta = source if isinstance(source, SparseDelta) else self._from_disk(name, source)
+            source, version = self._look_up(name)
+            delta = source if isinstance(source, SparseDelta) else self._from_disk(name, source, version)
             placed = self._place(delta)
         except BaseException as error:
             with self._lock:
@@ -218,31 +239,41 @@ class Shelf:
             if self._loading.get(name) is future:
                 del self._loading[name]
             self._counts["loads"] += 1
-            if self.is_source(name, source):
+            if self.is_version(name, version):
                 self._counts["evictions"] += len(self._ready.put(name, placed, keep={self._in_use() or ""}))
         future.set_result(placed)
 
-    def _from_disk(self, name: str, source: Path) -> SparseDelta:
+    def _from_disk(self, name: str, path: Path, version: int) -> SparseDelta:
         with self._lock:
             kept = self._read.get(name)
         if kept is not None:
             return kept.delta
-        delta = SparseDelta.load(source)
+        delta = SparseDelta.load(path)
         if self._read.budget:
             kept = ReadDelta(delta, self._pinned)
             delta = kept.delta
             with self._lock:
-                if self.is_source(name, source):
+                if self.is_version(name, version):
                     self._read.put(name, kept)
         return delta
 
+    def _look_up(self, name: str) -> Known:
+        with self._lock:
+            self._check_open()
+            return self._of(name)
+
     # With the lock held
 
-    def _source(self, name: str) -> Source:
-        if name not in self._sources:
+    def _of(self, name: str) -> Known:
+        if name not in self._known:
             raise KeyError(f"there is no delta {name!r}; add it first.")
-        return self._sources[name]
+        return self._known[name]
 
     def _check_open(self) -> None:
         if self._closed:
             raise RuntimeError("the pool is closed.")
+
+
+def _begin(future: Future[Placed]) -> bool:
+    """Take a loading on oneself, if nobody has; with the lock held."""
+    return not future.running() and not future.done() and future.set_running_or_notify_cancel()

@@ -40,8 +40,12 @@ class FlatStorage:
     Args:
         model: any module; changed in place.
 
+    Raises:
+        ValueError: for a model that was made under torch.inference_mode, whose parameters cannot be written elsewhere.
+
     Attributes:
         parameters: all of the model's, by each of their names; also those that stay where they are.
+        owners: by each of these names the module that has the parameter, and what it is called there.
         buffers: one for each dtype and device, (n,).
         places: where parameters are in them, by each of their names.
     """
@@ -49,6 +53,12 @@ class FlatStorage:
     @torch.no_grad()
     def __init__(self, model: nn.Module) -> None:
         self.parameters = dict(model.named_parameters(remove_duplicate=False))
+        if made := next((name for name, parameter in self.parameters.items() if parameter.is_inference()), None):
+            raise ValueError(
+                f"{made} was made under torch.inference_mode, and can only be written there. Make the model outside."
+            )
+        paths = ((name, *name.rpartition(".")[::2]) for name in self.parameters)
+        self.owners = {name: (model.get_submodule(path), attribute) for name, path, attribute in paths}
         self.buffers: list[Tensor] = []
         self.places: dict[str, Place] = {}
         names: dict[int, list[str]] = {}
@@ -66,7 +76,8 @@ class FlatStorage:
             for key in members:
                 starts.append(end)
                 end += -(-owners[key].numel() // step) * step
-            buffer = torch.zeros(end, dtype=dtype, device=device)
+            with torch.inference_mode(False):
+                buffer = torch.zeros(end, dtype=dtype, device=device)
             for key, start in zip(members, starts, strict=True):
                 parameter = owners[key]
                 view = buffer[start : start + parameter.numel()].view(parameter.shape)
@@ -76,7 +87,7 @@ class FlatStorage:
                     self.places[name] = Place(len(self.buffers), start, parameter.shape)
             self.buffers.append(buffer)
         self._looked = 0
-        self._watched = [(name, self.parameters[name], self._pointer(place)) for name, place in self.places.items()]
+        self._watched = [(name, *self.owners[name], self._pointer(place)) for name, place in self.places.items()]
 
     def _pointer(self, place: Place) -> int:
         buffer = self.buffers[place.buffer]
@@ -116,6 +127,18 @@ class FlatStorage:
     def _view(self, place: Place) -> Tensor:
         return self.buffers[place.buffer][place.start : place.start + place.shape.numel()].view(place.shape)
 
+    def replace(self, name: str, parameter: nn.Parameter) -> nn.Parameter:
+        """Put a parameter in the place of one of the model's, under this name only: what it is tied to stays.
+
+        Returns:
+            What was there.
+        """
+        module, attribute = self.owners[name]
+        before = module._parameters[attribute]
+        assert before is not None
+        module._parameters[attribute] = parameter
+        return before
+
     def check(self, replaced: Collection[str] = ()) -> None:
         """Check that the model still computes with these buffers.
 
@@ -128,11 +151,13 @@ class FlatStorage:
         Raises:
             RuntimeError: if another parameter was moved, cast or replaced.
         """
-        expected = {id(self.parameters[name]) for name in replaced}
         end = self._looked + LOOKED_AT
         watched, self._looked = self._watched[self._looked : end], end if end < len(self._watched) else 0
-        for name, parameter, pointer in watched:
-            if parameter.data_ptr() != pointer and parameter.numel() and id(parameter) not in expected:
+        for name, module, attribute, pointer in watched:
+            parameter = module._parameters.get(attribute)
+            # What was pruned or parametrised is no parameter any more.
+            there = parameter is not None and (parameter.data_ptr() == pointer or not parameter.numel())
+            if not there and name not in replaced:
                 raise RuntimeError(
                     f"{name} was moved, cast or replaced since the pool was made, so that deltas would be written into "
                     "weights nobody uses. Move and cast the model first, then make the pool."

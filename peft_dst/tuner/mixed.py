@@ -13,7 +13,7 @@ import torch
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
-from ..mixing import BASE, Changes, Entries, Host, Reader, Readers, Subsets, changes_of, serve
+from ..mixing import BASE, Changes, Entries, Host, Reader, Readers, Subsets, changes_of, mixed
 from . import exchange
 from .constraints import constraints
 from .layer import SparseLayer
@@ -53,7 +53,7 @@ def mixed_batch(model: nn.Module, names: Sequence[str], copies: int = 1) -> Iter
             for name, module in readers.modules.items()
             if isinstance(module, ModulesToSaveWrapper)
         ]
-        with serve(model, Subsets(readers.modules, changes, copied), names, copies):
+        with mixed(model, Subsets(readers.modules, changes, copied), names, copies):
             yield
 
 

@@ -43,7 +43,9 @@ def applied(base: nn.Module, folder: Path) -> nn.Module:
     delta = SparseDelta.load(folder)
     delta.apply(model)
     for key, tensor in delta.dense.items():
-        model.get_parameter(key.removeprefix("base_model.model.")).data = tensor
+        path, _, attribute = key.removeprefix("base_model.model.").rpartition(".")
+        # What it is tied to stays: modules_to_save are copies.
+        setattr(model.get_submodule(path), attribute, nn.Parameter(tensor))
     return model
 
 

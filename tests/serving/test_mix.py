@@ -9,13 +9,25 @@ import weakref
 
 import pytest
 import torch
+from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import DynamicCache
+from transformers import (
+    AlbertConfig,
+    AlbertForMaskedLM,
+    BertConfig,
+    BertForMaskedLM,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    RobertaConfig,
+    RobertaForMaskedLM,
+)
 
-from peft_dst.delta import SparseDelta, SparseTensor
+from peft_dst import DSTConfig
+from peft_dst.delta import DeltaError, SparseDelta, SparseTensor
 from peft_dst.mixing import batch as mixing_batch
 from peft_dst.serving import DeltaPool
-from tests.models import BUILDERS
+from tests.models import BUILDERS, VOCABULARY, train
 from tests.serving.helpers import applied, bits_of, deltas_of, same
 from tests.test_mixed import inputs
 
@@ -315,3 +327,129 @@ def test_one_trial_is_enough(late, monkeypatch):
         wanted = one_by_one(plain, names, {"input_ids": ids})
         assert torch.allclose(found, wanted, rtol=1e-9, atol=1e-11)
     assert tried == [2]
+
+
+CONFIG = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
+TIED = {
+    "bert": lambda: BertForMaskedLM(BertConfig(**CONFIG)),
+    "roberta": lambda: RobertaForMaskedLM(RobertaConfig(**CONFIG)),
+    "albert": lambda: AlbertForMaskedLM(AlbertConfig(**CONFIG, embedding_size=8)),
+}
+
+
+@pytest.mark.parametrize("name", TIED)
+def test_a_bias_that_a_head_shares_with_its_own_linear_layer_counts_once(name):
+    """The head runs once a subset with its values written in; its layer is not to correct them again."""
+    torch.manual_seed(0)
+    base = TIED[name]().double().eval()
+    shared = [n for n, p in base.named_parameters(remove_duplicate=False) if n.endswith("bias") and p.shape == (40,)]
+    assert len(shared) == 2
+    before = {n: p.detach().clone() for n, p in base.named_parameters()}
+    deltas = {
+        "bias": {n: p + torch.randn_like(p) * (n in shared) for n, p in before.items()},
+        "all": {n: p + torch.randn_like(p) * (torch.rand_like(p) < 0.1) for n, p in before.items()},
+    }
+    plain = {None: copy.deepcopy(base)}
+    ids = torch.randint(3, 40, (4, 7))
+    with DeltaPool(base) as pool:
+        for task, after in deltas.items():
+            pool.add(task, delta := SparseDelta.between(before, after))
+            delta.apply(twin := copy.deepcopy(plain[None]))
+            plain[task] = twin
+        names = ["bias", None, "all", "bias"]
+        with pool.mix(names) as model:
+            found = model(input_ids=ids).logits
+    assert torch.allclose(found, one_by_one(plain, names, {"input_ids": ids}), rtol=1e-9, atol=1e-11)
+    assert all(torch.equal(p, before[n]) for n, p in base.named_parameters())
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
+def test_a_whole_tensor_in_the_place_of_one_of_two_that_are_tied(module, tmp_path):
+    torch.manual_seed(0)
+    base = (
+        LlamaForCausalLM(LlamaConfig(**CONFIG | {"vocab_size": VOCABULARY}, tie_word_embeddings=True)).double().eval()
+    )
+    model = get_peft_model(copy.deepcopy(base), DSTConfig(epsilon=0.05, modules_to_save=[module]))
+    train(model, "llama")
+    model.save_pretrained(tmp_path / "task")
+    ids = torch.randint(3, 40, (2, 7))
+    with torch.no_grad():
+        seed = base(input_ids=ids).logits
+        wanted = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "task").eval()(input_ids=ids).logits
+    with DeltaPool(base) as pool, torch.no_grad():
+        pool.add_folder(tmp_path)
+        with pool.use("task"):
+            assert torch.allclose(base(input_ids=ids).logits, wanted, rtol=1e-9)
+        with pool.mix(["task", None]):
+            found = base(input_ids=ids).logits
+        assert torch.allclose(found[:1], wanted[:1], rtol=1e-9)
+        assert torch.allclose(found[1:], seed[1:], rtol=1e-9)
+        with pool.use(None):
+            assert torch.equal(base(input_ids=ids).logits, seed)
+    assert base.lm_head.weight is base.model.embed_tokens.weight
+
+
+def test_a_delta_is_read_while_another_stands_in_a_module(tmp_path):
+    """A convolution runs with a delta's values written in; the seed is not read meanwhile."""
+    torch.manual_seed(0)
+
+    class Convolution(nn.Conv1d):
+        def forward(self, input):
+            if not torch.equal(self.weight, before["0.weight"]):
+                threads.append(threading.Thread(target=read))
+                threads[-1].start()
+                threads[-1].join(0.2)
+            return super().forward(input)
+
+    base = nn.Sequential(Convolution(4, 8, 3), nn.Flatten(), nn.Linear(8, 2)).eval()
+    before = {n: p.detach().clone() for n, p in base.named_parameters()}
+    for task in ("one", "two", "new"):
+        after = {n: p + torch.randn_like(p) for n, p in before.items()}
+        SparseDelta.between(before, after).described().save(tmp_path / task)
+    errors, threads = [], []
+
+    def read() -> None:
+        try:
+            pool.verify(SparseDelta.load(tmp_path / "new"))
+        except DeltaError as error:
+            errors.append(error)
+
+    with DeltaPool(base) as pool:
+        pool.add_folder(tmp_path)
+        with pool.mix(["one", "two"]) as model:
+            model(torch.randn(2, 4, 3))
+        for thread in threads:
+            thread.join(60)
+    assert len(threads) == 2
+    assert not errors
+
+
+def test_a_mixed_batch_is_left_before_another_use(served):
+    """Else what runs inside would be mixed, under the name of the base."""
+    pool, _ = served
+    with pool.mix(["task0", "task1"]):
+        for use in (pool.use(None), pool.use("task0"), pool.mix([None, None]), pool.mix(["task1", "task0"])):
+            with pytest.raises(RuntimeError, match="this thread computes a mixed batch"), use:
+                pass
+
+
+def test_without_a_budget_nothing_is_read_twice_in_a_row(served):
+    pool, _ = served
+    with DeltaPool(copy.deepcopy(pool.model), budget=0) as small:
+        for name in ("task0", "task1"):
+            small.add(name, pool._shelf._known[name].source)
+        for _ in range(3):
+            with small.mix(["task0", "task1"]):
+                pass
+        assert small.statistics.loads == 2
+        for _ in range(3):
+            with small.use("task0"):
+                pass
+        assert small.statistics.loads == 3

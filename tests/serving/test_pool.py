@@ -76,7 +76,8 @@ def test_heads_of_other_shapes(tmp_path):
 def test_a_delta_is_placed_while_a_head_of_another_shape_stands_in():
     torch.manual_seed(0)
     base = bert()
-    two = SparseDelta({}, dense={"base_model.model.classifier.weight": torch.rand(2, 16)})
+    head = {"weight": torch.rand(2, 16), "bias": torch.rand(2)}
+    two = SparseDelta({}, dense={f"base_model.model.classifier.{name}": tensor for name, tensor in head.items()})
     index = torch.tensor([40])
     other = SparseDelta({"classifier.weight": SparseTensor((3, 16), index, torch.ones(1))})
     with DeltaPool(base) as made:
@@ -245,3 +246,90 @@ def test_a_closed_pool(served):
         with pytest.raises(RuntimeError, match="the pool is closed"):
             call()
     served.close()
+
+
+@pytest.mark.parametrize("host_budget", [0, 2**20])
+def test_a_file_that_is_overwritten_changes_nothing_that_was_read(host_budget, tmp_path):
+    """As `cp` does, in place: whole tensors and what is kept in the host's memory are copies."""
+    base, folder = deltas_of("bert", tmp_path, count=1, modules_to_save=["classifier"])
+    with DeltaPool(base, budget=2**20 - host_budget, host_budget=host_budget) as made:
+        made.add("task", folder)
+        with made.use("task"):
+            want = answer(base)
+        with made.use(None):
+            pass
+        file = folder / "adapter_model.safetensors"
+        size = file.stat().st_size
+        with file.open("r+b") as stream:
+            stream.write(bytes(size))
+        with made.use("task"):
+            assert torch.equal(answer(base), want)
+        assert made.statistics.loads == 1 + bool(host_budget)
+
+
+def test_the_base_s_name_in_mixed_batches_is_no_delta_s(served, tasks):
+    with pytest.raises(ValueError, match="'__base__' is what mixed batches call the base; give the delta another name"):
+        served.add("__base__", tasks[1])
+
+
+def test_a_version_is_another_one_s_after_a_delta_was_added_again(served, tasks):
+    _, folder, *_ = tasks
+    first = served.version("task0")
+    assert first == served.version("task0") != served.version("task1")
+    served.remove("task0")
+    with pytest.raises(KeyError, match="there is no delta 'task0'"):
+        served.version("task0")
+    served.add("task0", folder)
+    assert served.version("task0") > first
+
+
+def test_parameters_that_were_assigned_anew_are_told(tasks):
+    base, *folders = tasks
+    made = DeltaPool(base)
+    for folder in folders:
+        made.add(folder.name, folder)
+    base.load_state_dict({name: tensor.clone() for name, tensor in base.state_dict().items()}, assign=True)
+
+    def switch() -> None:
+        for _ in range(len(made.storage.places)):
+            for name in ("task0", "task1"):
+                with made.use(name):
+                    pass
+
+    with pytest.raises(RuntimeError, match="was moved, cast or replaced since the pool was made"):
+        switch()
+
+
+@pytest.mark.parametrize(
+    ("dense", "message"),
+    [
+        ({"classifier.weight": torch.zeros(0, 16), "classifier.bias": torch.zeros(0)}, r"a tensor of shape \(0, 16\)"),
+        ({"classifier.weight": torch.zeros(2, 16)}, r"a tensor of shape \(2, 16\) for 'classifier.weight'"),
+        ({"classifier.weight": torch.zeros(2, 16), "classifier.bias": torch.zeros(4)}, r"a tensor of shape \(2, 16\)"),
+        ({"classifier.weight": torch.zeros(3, 8), "classifier.bias": torch.zeros(3)}, r"a tensor of shape \(3, 8\)"),
+        ({"bert.embeddings.LayerNorm.weight": torch.zeros(7)}, r"a tensor of shape \(7,\)"),
+        (
+            {"bert.embeddings.LayerNorm.weight": torch.zeros(7), "bert.embeddings.LayerNorm.bias": torch.zeros(7)},
+            r"a tensor of shape \(7,\)",
+        ),
+        ({"classifier.bias": torch.zeros(3, dtype=torch.int64)}, "a tensor of torch.int64 for 'classifier.bias'"),
+        ({"classifier.bias": torch.zeros(3, dtype=torch.complex64)}, "a tensor of torch.complex64"),
+    ],
+)
+def test_whole_tensors_that_do_not_fit_are_refused(served, dense, message):
+    delta = SparseDelta({}, dense={f"base_model.model.{name}": tensor for name, tensor in dense.items()})
+    with pytest.raises(DeltaError, match=message):
+        served.verify(delta)
+
+
+def test_a_pool_that_is_made_in_inference_mode_serves_outside(tasks):
+    base, folder, *_ = tasks
+    with torch.inference_mode():
+        made = DeltaPool(base)
+        made.add("task0", folder)
+    with made, made.use("task0"):
+        pass
+    with torch.inference_mode():
+        inside = bert()
+    with pytest.raises(ValueError, match=r"was made under torch\.inference_mode"):
+        DeltaPool(inside)

@@ -117,30 +117,30 @@ def test_a_new_delta_of_an_old_name_while_that_is_read(served, tasks, monkeypatc
             assert torch.equal(found, values)
 
 
-def test_who_waits_for_a_prefetch_is_told_when_the_pool_is_closed(served, monkeypatch):
-    """It has not begun, since another delta is being read, and never will."""
-    reading, go = threading.Event(), threading.Event()
-    load, errors = SparseDelta.load, []
+def test_who_needs_what_has_not_begun_does_it(served, monkeypatch):
+    """A prefetch that waits for others to be read keeps nobody waiting, and reads nothing again."""
+    reading, go, read = threading.Event(), threading.Event(), []
+    load = SparseDelta.load
 
     def slowly(path):
-        reading.set()
-        go.wait(60)
+        read.append(path.name)
+        if path.name == "task0":
+            reading.set()
+            if not go.wait(20):
+                raise TimeoutError
         return load(path)
-
-    def ask() -> None:
-        try:
-            served.ready("task1")
-        except RuntimeError as error:
-            errors.append(str(error))
 
     monkeypatch.setattr(SparseDelta, "load", slowly)
     served.prefetch("task0", "task1")
     assert reading.wait(60)
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    # Time to come to the future.
-    thread.join(0.1)
-    served.close()
-    go.set()
-    thread.join(20)
-    assert errors == ["the pool is closed."]
+    try:
+        with served.use("task1"):
+            assert not go.is_set()
+    finally:
+        go.set()
+    with served.use("task0"):
+        pass
+    # The thread comes to the one that was taken over before this one.
+    served.prefetch("task2")
+    until(lambda: served.statistics.loads == 3)
+    assert read == ["task0", "task1", "task2"]
