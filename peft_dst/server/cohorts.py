@@ -26,7 +26,8 @@ class Continuation:
         ends: tokens that end it; such a one is not part of the answer.
         on_token: called with each new token; whoever is called must not take long.
         tokens: the answer so far.
-        finished: why it ended: "stop" or "length"; "cancelled"; None before.
+        finished: why it ended: "stop" or "length"; "cancelled"; "error"; None before.
+        error: what went wrong, if that was it.
         cancelled: set by whoever no longer wants it; nothing more is computed for it then.
     """
 
@@ -37,6 +38,7 @@ class Continuation:
     on_token: Callable[[int], None] = lambda token: None
     tokens: list[int] = field(default_factory=list)
     finished: str | None = None
+    error: Exception | None = None
     cancelled: bool = False
 
     def __post_init__(self) -> None:
@@ -47,15 +49,50 @@ class Continuation:
         self.generator = self.sampling.generator()
 
     def take(self, logits: Tensor) -> None:
-        """Pick the next token, float (v,) → one more in `tokens`, or the end."""
-        token = pick(logits, self.sampling, self.generator)
-        if token in self.ends:
-            self.finished = "stop"
+        """Pick the next token, float (v,) → one more in `tokens`, or the end.
+
+        Whatever goes wrong in that is the end of this one alone, whoever else is in its batch.
+        """
+        if self.cancelled:
+            self.finished = "cancelled"
             return
-        self.tokens.append(token)
-        self.on_token(token)
+        try:
+            token = pick(logits, self.sampling, self.generator)
+            if token in self.ends:
+                self.finished = "stop"
+                return
+            self.tokens.append(token)
+            self.on_token(token)
+        except Exception as error:
+            self.finished, self.error = "error", error
+            return
         if len(self.tokens) == self.limit:
             self.finished = "length"
+
+
+@torch.no_grad()
+def check_model(model: Any) -> None:
+    """Find out by a few tokens whether a model continues texts side by side as it does each alone.
+
+    Raises:
+        ValueError: if it does not; it says why.
+    """
+    name = type(model).__name__
+    text = Continuation([0], 2)
+    try:
+        # Beside a longer one, so that there is padding.
+        cohort = Cohort(model, [text, Continuation([0, 1, 0], 2)])
+        beside = cohort._next()[0]
+        device = cohort.mask.device
+        alone = model(input_ids=torch.tensor([[*text.prompt, *text.tokens]], device=device)).logits[0, -1]
+    except Exception as error:
+        raise ValueError(f"{name} cannot continue texts side by side. {type(error).__name__}: {error}") from error
+    rounding = max(torch.finfo(kind).eps for kind in (alone.dtype, torch.float32)) ** 0.5
+    if not (beside - alone).abs().max() <= rounding * (alone.max() - alone.min()):
+        raise ValueError(
+            f"{name} gives other logits for a text that is padded on the left and read token by token than for the text "
+            "alone; such models cannot be served."
+        )
 
 
 class Cohort:
@@ -67,6 +104,9 @@ class Cohort:
     Args:
         model: a causal model of transformers.
         members: what to continue; their prompts are read now, in one forward pass.
+
+    Attributes:
+        width: of the logits.
 
     Raises:
         ValueError: if the model keeps something else than plain keys and values, which cannot be cut and joined.
@@ -87,22 +127,29 @@ class Cohort:
             self.mask[row, longest - len(text) :] = 1
         self.mask = self.mask.to(device)
         self.cache = DynamicCache(config=model.config)
-        self._forward(ids.to(device), (self.mask.cumsum(1) - 1).clamp(min=0))
+        logits = self._forward(ids.to(device), (self.mask.cumsum(1) - 1).clamp(min=0))
         for layer in self.cache.layers:
             if type(layer) is not DynamicLayer:
                 raise ValueError(
                     f"{type(model).__name__} keeps a {type(layer).__name__} of what it has read, where only plain keys and "
                     "values can be served."
                 )
+        if self.cache.get_seq_length() != longest:
+            raise ValueError(f"{type(model).__name__} does not keep keys and values of what it has read.")
+        self._take(logits)
 
     @torch.no_grad()
     def step(self) -> None:
         """One more token for each. Those that are finished leave."""
+        self._take(self._next())
+
+    def _next(self) -> Tensor:
+        """Read the last token of each; logits of the next ones, floating (members, v)."""
         ids = torch.tensor([[member.tokens[-1]] for member in self.members], device=self.mask.device)
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.members), 1)], 1)
-        self._forward(ids, self.mask.sum(1, keepdim=True) - 1)
+        return self._forward(ids, self.mask.sum(1, keepdim=True) - 1)
 
-    def _forward(self, ids: Tensor, positions: Tensor) -> None:
+    def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
         output = self.model(
             input_ids=ids,
             attention_mask=self.mask,
@@ -110,14 +157,17 @@ class Cohort:
             past_key_values=self.cache,
             use_cache=True,
         )
-        for member, logits in zip(self.members, output.logits[:, -1], strict=True):
-            if member.cancelled:
-                member.finished = member.finished or "cancelled"
-            else:
-                member.take(logits)
-        self._leave()
+        logits: Tensor = output.logits[:, -1]
+        return logits
 
-    def _leave(self) -> None:
+    def _take(self, logits: Tensor) -> None:
+        self.width = logits.shape[-1]
+        for member, of_one in zip(self.members, logits, strict=True):
+            member.take(of_one)
+        self.leave()
+
+    def leave(self) -> None:
+        """Let go of those that are finished."""
         staying = [row for row, member in enumerate(self.members) if member.finished is None]
         if len(staying) == len(self.members):
             return

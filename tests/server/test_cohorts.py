@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers as hf
 
-from peft_dst.server.cohorts import Cohort, Continuation
+from peft_dst.server.cohorts import Cohort, Continuation, check_model
 from peft_dst.server.sampling import Sampling, pick
 from tests.models import BUILDERS
 
@@ -172,3 +172,97 @@ def test_what_was_interrupted_goes_on(model):
     cohort.step()
     run(Cohort(model, members))
     assert [member.tokens for member in members] == [alone(model, m.prompt, m.limit) for m in members]
+
+
+def test_next_to_no_temperature_takes_the_most_probable():
+    logits = torch.tensor([0.5, 2.0, 1.0, -torch.inf])
+    for temperature in (1e-320, 1e-30):
+        assert pick(logits, Sampling(temperature), torch.Generator()) == 1
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0)])
+def test_logits_that_are_no_numbers(bad, sampling):
+    with pytest.raises(ArithmeticError, match=f"the model's largest logit is {bad}"):
+        pick(torch.tensor([0.5, bad, 1.0]), sampling, torch.Generator())
+
+
+@pytest.mark.parametrize("wrong", ["logits", "on_token"])
+def test_an_error_of_one_is_not_that_of_others(model, wrong):
+    def fails(token):
+        raise RuntimeError("nobody listens")
+
+    members = [Continuation(prompt, 6) for prompt in PROMPTS]
+    cohort = Cohort(model, members)
+    cohort.step()
+    if wrong == "on_token":
+        members[1].on_token = fails
+    else:
+
+        def spoil(module, args, output):
+            output[1] = torch.nan
+
+        hook = model.lm_head.register_forward_hook(spoil)
+    cohort.step()
+    assert (members[1].finished, members[1] in cohort.members) == ("error", False)
+    assert isinstance(members[1].error, RuntimeError if wrong == "on_token" else ArithmeticError)
+    if wrong == "logits":
+        hook.remove()
+    run(cohort)
+    for member in (members[0], *members[2:]):
+        assert member.tokens == alone(model, member.prompt, 6)
+
+
+SMALL = {"vocab_size": 61, "hidden_size": 16, "num_hidden_layers": 1}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (hf.MistralConfig(**SMALL, intermediate_size=32, num_attention_heads=2, num_key_value_heads=2), "SlidingWindow"),
+        (
+            hf.Gemma2Config(
+                **SMALL, intermediate_size=32, num_attention_heads=2, num_key_value_heads=2, head_dim=8,
+                layer_types=["sliding_attention"],
+            ),
+            "SlidingWindow",
+        ),
+        (hf.MambaConfig(**SMALL), "LinearAttentionLayer"),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)  # fmt: skip
+def test_models_that_cannot_be_continued_here(config, message):
+    model = hf.AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(ValueError, match=message):
+        check_model(model)
+    told: list[int] = []
+    with pytest.raises(ValueError, match=message):
+        Cohort(model, [Continuation([1], 3, on_token=told.append)])
+    assert told == []
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        # It reads in both directions: from the second layer on, what it keeps of earlier tokens does not know the later ones.
+        (
+            hf.BertConfig(**SMALL | {"num_hidden_layers": 2}, intermediate_size=32, num_attention_heads=2, initializer_range=1.0),
+            "gives other logits",
+        ),
+        (
+            hf.T5Config(vocab_size=61, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0),
+            "T5ForConditionalGeneration cannot continue texts side by side",
+        ),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+def test_models_that_are_not_causal(config, message):
+    kind = hf.AutoModelForSeq2SeqLM if config.is_encoder_decoder else hf.AutoModelForCausalLM
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match=message):
+        check_model(kind.from_config(config).eval())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_models_that_can(model, dtype):
+    check_model(model.to(dtype))
