@@ -2,6 +2,7 @@
 
 * `sampling` how the next token is picked
 * `cohorts`  sequences that are continued together
+* `classifier` texts that are classified together
 * `engine`   the one thread that computes
 * `protocol` what clients send
 * `service`  texts, limits, deltas that come and go

@@ -23,7 +23,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from ..delta import CONFIG_NAME, WEIGHTS_NAME, DeltaError
-from .engine import Full
+from .engine import Unavailable
 from .protocol import ChatRequest, ClassifyRequest, CompletionRequest, error_body
 from .sampling import Sampling
 from .service import Piece, Refused, Service
@@ -198,7 +198,7 @@ def _told(error: Exception) -> tuple[int, dict[str, Any]]:
     code = None
     if isinstance(error, Refused):
         status, message, code = error.status, str(error), error.code
-    elif isinstance(error, Full):
+    elif isinstance(error, Unavailable):
         status, message, code = 503, str(error), "overloaded"
     elif isinstance(error, DeltaError):
         status, message, code = 422, str(error), "bad_delta"
@@ -224,7 +224,7 @@ def _errors(app: FastAPI) -> None:
         status, body = _told(error)
         return JSONResponse(body, status, {"Retry-After": "1"} if status == 503 else None)
 
-    ours = (Refused, Full, DeltaError, KeyError)
+    ours = (Refused, Unavailable, DeltaError, KeyError)
     for kind in (*ours, HTTPException, RequestValidationError, ClientDisconnect, Exception):
         app.add_exception_handler(kind, respond)
 

@@ -6,20 +6,22 @@ import logging
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..delta import DeltaError
 from ..serving import DeltaPool, Planner
+from .classifier import classify
 from .cohorts import Cohort, Continuation
 
 
 LOG = logging.getLogger(__name__)
+# A delta's name and version.
+Key = tuple[str | None, int | None]
 # Steps after which it is decided anew whether deltas go together; when requests come, it is decided at once.
 STEPS = 16
 
@@ -31,10 +33,24 @@ class Request:
     Attributes:
         delta: its name; None for the base.
         on_end: called once: with None when it is done, or with what went wrong.
+        version: of the delta, as it was submitted.
+        group: what was submitted together has the same.
     """
 
     delta: str | None
     on_end: Callable[[BaseException | None], None]
+    version: int | None = field(default=None, init=False)
+    group: object = field(default=None, init=False)
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether nobody wants it any more."""
+        raise NotImplementedError
+
+    @property
+    def key(self) -> Key:
+        """What it is computed with."""
+        return self.delta, self.version
 
 
 @dataclass(eq=False)
@@ -42,6 +58,10 @@ class Generate(Request):
     """Continue a text; its tokens come to the continuation's own `on_token`."""
 
     continuation: Continuation
+
+    @property
+    def cancelled(self) -> bool:
+        return self.continuation.cancelled
 
 
 @dataclass(eq=False)
@@ -56,8 +76,16 @@ class Classify(Request):
 R = TypeVar("R", bound=Request)
 
 
-class Full(Exception):
+class Unavailable(Exception):
+    """A request that is not computed now, through no fault of its own."""
+
+
+class Full(Unavailable):
     """There are more requests than may wait."""
+
+
+class Stopped(Unavailable):
+    """The engine was stopped, or broke down."""
 
 
 class Engine:
@@ -65,24 +93,35 @@ class Engine:
 
     Continuations make batches, into which new ones come between two tokens: one batch of all deltas, or a batch for each,
     which then take turns token by token. Whatever took less time so far is done (`Planner`), for reading prompts, for
-    continuing them and for classifying, each by itself. A model that cannot mix deltas gets a batch for each.
+    continuing them and for classifying, each by itself.
+
+    Errors: what goes wrong with one sequence alone, as in sampling, ends that one. After an error of a batch of several
+    deltas each half of them is computed by itself, and so on, down to single deltas. Requests of one that fails alone end with
+    its error, and it is computed alone from then on. So are two that fail together and not alone, as at least one of them
+    changes what cannot be mixed; but if their outputs have different shapes (heads of different sizes), then each goes on in
+    batches of its own shape. Others are mixed as before.
+
+    A request is for the delta that had its name when it was submitted: if that is removed, it ends with a KeyError, also
+    when another one has come in its place.
 
     Args:
         pool: of the model that computes, which is in evaluation mode.
-        padding: token that pads what is classified.
         capacity: sequences in computation at most.
         queue: requests that may wait beside them.
     """
 
-    def __init__(self, pool: DeltaPool, *, padding: int = 0, capacity: int = 32, queue: int = 256) -> None:
-        self.pool, self.padding, self.capacity, self.queue = pool, padding, capacity, queue
-        # Until the model turns out to be one that cannot mix deltas.
-        self.mixes = True
+    def __init__(self, pool: DeltaPool, *, capacity: int = 32, queue: int = 256) -> None:
+        self.pool, self.capacity, self.queue = pool, capacity, queue
         self._waiting: deque[Request] = deque()
+        # Those that were submitted and have not ended.
+        self._open: set[Request] = set()
         self._changed = threading.Condition()
         self._stopping = False
+        self._lost = False
         self._cohorts: list[Cohort] = []
         self._owners: dict[Continuation, Generate] = {}
+        # With which others a delta may be in a batch: those of the same value. It is its outputs' shape, or its own key.
+        self._companies: dict[Key, Hashable] = {}
         # Steps until it is asked again whether deltas go together.
         self._settled = 0
         self.planners = {"read": Planner(), "step": Planner(), "classify": Planner()}
@@ -90,36 +129,48 @@ class Engine:
         self._thread = threading.Thread(target=self._work, name="peft-dst-engine", daemon=True)
         self._thread.start()
 
-    def submit(self, request: Request) -> None:
-        """Have a request computed.
+    def submit(self, *requests: Request) -> None:
+        """Have requests computed. Those that are submitted together count as one of those that wait.
 
         Raises:
+            KeyError: if there is no such delta.
             Full: if too many wait.
-            RuntimeError: if the engine was stopped.
+            Stopped: if the engine does not run any more.
         """
+        group = object()
+        for request in requests:
+            request.version = None if request.delta is None else self.pool.version(request.delta)
+            request.group = group
         with self._changed:
             if self._stopping:
-                raise RuntimeError("the engine was stopped.")
-            if len(self._waiting) >= self.queue:
-                raise Full(f"{len(self._waiting)} requests are waiting already; try again later.")
-            self._waiting.append(request)
+                raise Stopped("the engine was stopped.")
+            if (waiting := self.waiting) >= self.queue:
+                raise Full(f"{waiting} requests are waiting already; try again later.")
+            self._waiting.extend(requests)
+            self._open.update(requests)
             self._changed.notify()
 
     @property
     def waiting(self) -> int:
-        """Requests that nothing is computed for yet."""
-        return len(self._waiting)
+        """Requests that nothing is computed for yet; without those that went away."""
+        with self._changed:
+            return len({request.group for request in self._waiting if not request.cancelled})
 
     @property
     def running(self) -> int:
         """Sequences in computation."""
         return len(self._owners)
 
+    @property
+    def alive(self) -> bool:
+        """Whether it computes; not when it was stopped, or its thread broke down."""
+        return self._thread.is_alive()
+
     def stop(self, timeout: float | None = None) -> bool:
-        """Take no more requests, and wait for those that are there.
+        """Take no more requests, and wait for those that are there. It may be called several times.
 
         Args:
-            timeout: seconds to wait; then what is left is given up.
+            timeout: seconds to wait; then what is left ends with `Stopped`.
 
         Returns:
             Whether all were computed.
@@ -128,28 +179,48 @@ class Engine:
             self._stopping = True
             self._changed.notify()
         self._thread.join(timeout)
-        if not self._thread.is_alive():
-            return True
-        error = RuntimeError("the engine was stopped before this was computed.")
+        if self._thread.is_alive():
+            self._give_up("the server was stopped before this was computed.")
+        return not self._lost
+
+    def _give_up(self, why: str) -> None:
+        """Take nothing more, and end all that is there."""
         with self._changed:
-            left = [*self._waiting]
+            self._stopping = True
             self._waiting.clear()
+            left = list(self._open)
+            self._lost = self._lost or bool(left)
         for request in left:
+            self._end(request, Stopped(why))
+
+    def _end(self, request: Request, error: BaseException | None) -> None:
+        """Tell a request's end, once."""
+        with self._changed:
+            if request not in self._open:
+                return
+            self._open.remove(request)
+        try:
             request.on_end(error)
-        for continuation, request in list(self._owners.items()):
-            continuation.cancelled = True
-            request.on_end(error)
-        return False
+        except Exception:
+            # Whoever asked is gone, which is nobody else's concern.
+            LOG.warning("the end of a request could not be told", exc_info=True)
 
     # In the thread
 
     def _work(self) -> None:
-        while (new := self._take()) is not None:
-            self._read([request for request in new if isinstance(request, Generate)])
-            self._classify([request for request in new if isinstance(request, Classify) and not request.cancelled])
-            self._arrange(bool(new))
-            for cohort in list(self._cohorts):
-                self._step(cohort)
+        try:
+            while (new := self._take()) is not None:
+                try:
+                    self._round(new)
+                except Exception as error:
+                    LOG.exception("a round failed, and with it all that was in computation")
+                    self._cohorts.clear()
+                    for request in (*new, *self._owners.values()):
+                        self._end(request, error)
+                    self._owners.clear()
+        except BaseException:
+            LOG.critical("the engine broke down", exc_info=True)
+            self._give_up("the engine broke down; the server's log has more.")
 
     def _take(self) -> list[Request] | None:
         """New requests, as many as there is room for; None when the engine has stopped and nothing is left."""
@@ -157,31 +228,155 @@ class Engine:
             self._changed.wait_for(lambda: self._waiting or self._owners or self._stopping)
             if self._stopping and not self._waiting and not self._owners:
                 return None
+            gone = [request for request in self._waiting if request.cancelled]
+            self._waiting = deque(request for request in self._waiting if not request.cancelled)
             room = max(0, self.capacity - self.running)
-            return [self._waiting.popleft() for _ in range(min(room, len(self._waiting)))]
+            new = [self._waiting.popleft() for _ in range(min(room, len(self._waiting)))]
+        self._present(gone)
+        return new
 
-    def _read(self, requests: list[Generate]) -> None:
-        """Begin continuations; not of those that went away while they waited."""
+    def _round(self, new: list[Request]) -> None:
+        """Begin what is new, and have everybody's next token made."""
+        begun = [request for request in new if isinstance(request, Generate)]
+        self._owners |= {request.continuation: request for request in begun}
+        for together in self._plan("read", begun, lambda request: len(request.continuation.prompt)):
+            self._compute(self._begin, together)
+        texts = [request for request in new if isinstance(request, Classify)]
+        for together in self._plan("classify", texts, lambda request: len(request.tokens)):
+            self._compute(self._classify, together)
+        self._arrange(bool(new))
+        for cohort in list(self._cohorts):
+            self._step(cohort)
+
+    def _present(self, requests: Sequence[R]) -> list[R]:
+        """Those that are still wanted, and whose delta is still there; for others it is the end."""
+        staying = []
         for request in requests:
-            if request.continuation.cancelled:
-                request.continuation.finished = "cancelled"
-                request.on_end(None)
-        requests = [request for request in requests if not request.continuation.finished]
-        self._owners |= {request.continuation: request for request in requests}
-        for part in self._plan("read", requests, lambda request: len(request.continuation.prompt)):
-            self._begin([request.continuation for request in part])
+            if request.cancelled or request not in self._open:
+                self._drop(request, None)
+            elif self._is_removed(request):
+                self._drop(request, KeyError(f"the delta {request.delta!r} was removed."))
+            else:
+                staying.append(request)
+        return staying
 
-    def _begin(self, members: list[Continuation]) -> None:
-        """Read what these have so far, and have them continued; of several deltas one by one, if they cannot be mixed."""
-        deltas = [self._owners[member].delta for member in members]
-        lengths = [len(member.prompt) + len(member.tokens) for member in members]
+    def _drop(self, request: Request, error: BaseException | None) -> None:
+        """The end of a request that is not done."""
+        if isinstance(request, Generate):
+            request.continuation.finished = "cancelled" if error is None else "error"
+            self._owners.pop(request.continuation, None)
+        self._end(request, error)
+
+    def _is_removed(self, request: Request) -> bool:
         try:
-            with self._measured("read", deltas, lengths), self.pool.mix(deltas) as model:
-                self._cohorts.append(Cohort(model, members))
+            return request.delta is not None and self.pool.version(request.delta) != request.version
+        except KeyError:
+            return True
+
+    @contextmanager
+    def _model(self, kind: str, requests: Sequence[Request], sizes: Sequence[int]) -> Iterator[nn.Module]:
+        """The model with the deltas of these, in their order; what is done with it is measured.
+
+        Raises:
+            KeyError: if one was removed; while one has the model, none is.
+        """
+        with self._measured(kind, [request.delta for request in requests], sizes):
+            with self.pool.mix([request.delta for request in requests]) as model:
+                for request in requests:
+                    if self._is_removed(request):
+                        raise KeyError(f"the delta {request.delta!r} was removed.")
+                yield model
+
+    def _begin(self, requests: list[Generate]) -> None:
+        """Read what these have so far, and have them continued."""
+        members = [request.continuation for request in requests]
+        lengths = [len(member.prompt) + len(member.tokens) for member in members]
+        with self._model("read", requests, lengths) as model:
+            cohort = Cohort(model, members)
+        self._learn(requests, cohort.width)
+        self._cohorts.append(cohort)
+        self._tell(requests)
+
+    def _classify(self, requests: list[Classify]) -> None:
+        longest = max(len(request.tokens) for request in requests)
+        with self._model("classify", requests, [longest] * len(requests)) as model:
+            logits = classify(model, [request.tokens for request in requests])
+        self._learn(requests, logits.shape[1:])
+        for request, of_one in zip(requests, logits, strict=True):
+            request.logits = of_one
+            self._end(request, None)
+
+    def _step(self, cohort: Cohort) -> None:
+        """The next token of a batch."""
+        self._present([self._owners[member] for member in cohort.members])
+        cohort.leave()
+        requests = [self._owners[member] for member in cohort.members]
+        try:
+            if requests:
+                with self._model("step", requests, [1] * len(requests)):
+                    cohort.step()
         except Exception as error:
-            self._failed(members, error)
+            self._cohorts.remove(cohort)
+            self._divide(self._begin, requests, error)
             return
-        self._tell(members)
+        self._tell(requests)
+
+    def _compute(self, compute: Callable[[list[R]], None], requests: list[R]) -> bool:
+        """Have requests computed, in one batch if that is possible; those that went away are not.
+
+        Returns:
+            Whether none ended with an error.
+        """
+        requests = self._present(requests)
+        try:
+            if requests:
+                compute(requests)
+        except Exception as error:
+            return self._divide(compute, requests, error)
+        return True
+
+    def _divide(self, compute: Callable[[list[R]], None], requests: list[R], error: Exception) -> bool:
+        """After an error of a batch: compute it in two, so that it is known whose it was; as `_compute`."""
+        # Those that ended in the very step have their answers.
+        self._tell(requests)
+        parts = _by_delta([request for request in requests if request in self._open])
+        if len(parts) < 2:
+            for request in [request for part in parts for request in part]:
+                if not isinstance(error, KeyError):
+                    self._keep_apart(request, error)
+                self._drop(request, error)
+            return False
+        half = len(parts) // 2
+        fine = [self._compute(compute, [r for part in some for r in part]) for some in (parts[:half], parts[half:])]
+        one, other = parts[0][0], parts[-1][0]
+        # What is about a delta is so when it is alone.
+        if len(parts) == 2 and all(fine) and not isinstance(error, KeyError | DeltaError):
+            if self._company(one) == self._company(other):
+                self._keep_apart(one, error)
+                self._keep_apart(other, error)
+        return all(fine)
+
+    def _company(self, request: Request) -> Hashable:
+        """With whom it may be in a batch; what was never computed is taken to go with the base."""
+        return self._companies.get(request.key, self._companies.get((None, None)))
+
+    def _learn(self, requests: Sequence[Request], shape: Hashable) -> None:
+        for request in requests:
+            self._companies.setdefault(request.key, shape)
+
+    def _keep_apart(self, request: Request, error: Exception) -> None:
+        """Compute a delta alone from now on, after an error."""
+        if request.delta is not None and self._companies.get(request.key) != request.key:
+            self._companies[request.key] = request.key
+            LOG.warning("%r is computed alone now, after %s: %s", request.delta, type(error).__name__, error)
+
+    def _tell(self, requests: Sequence[Request]) -> None:
+        """Let those know that are finished; batches without members go."""
+        self._cohorts = [cohort for cohort in self._cohorts if cohort.members]
+        for request in requests:
+            if isinstance(request, Generate) and request.continuation.finished is not None:
+                self._owners.pop(request.continuation, None)
+                self._end(request, request.continuation.error)
 
     def _arrange(self, new: bool) -> None:
         """Put batches together, or part them, as it is best now."""
@@ -189,98 +384,30 @@ class Engine:
         if not self._cohorts or (self._settled > 0 and not new):
             return
         self._settled = STEPS
-        rows = Counter(self._owners[member].delta for cohort in self._cohorts for member in cohort.members)
-        mix = self.mixes and self.planners["step"].mixes(list(rows.values()))
-        if not mix:
-            self._cohorts = [part for cohort in self._cohorts for part in cohort.divide(self._deltas(cohort))]
-        found: dict[str | None, Cohort] = {}
+        requests = [self._owners[member] for cohort in self._cohorts for member in cohort.members]
+        place = {
+            request.continuation: number
+            for number, together in enumerate(self._plan("step", requests, lambda request: 1))
+            for request in together
+        }
+        found: dict[int, Cohort] = {}
         for cohort in self._cohorts:
-            key = None if mix else self._deltas(cohort)[0]
-            if key in found:
-                found[key].join(cohort)
-            else:
-                found[key] = cohort
+            for part in cohort.divide([place[member] for member in cohort.members]):
+                key = place[part.members[0]]
+                if key in found:
+                    found[key].join(part)
+                else:
+                    found[key] = part
         self._cohorts = list(found.values())
 
-    def _step(self, cohort: Cohort) -> None:
-        members, deltas = list(cohort.members), self._deltas(cohort)
-        try:
-            with self._measured("step", deltas, [1] * len(members)), self.pool.mix(deltas):
-                cohort.step()
-        except Exception as error:
-            self._cohorts.remove(cohort)
-            self._failed(members, error)
-            return
-        self._tell(members)
-
-    def _failed(self, members: list[Continuation], error: Exception) -> None:
-        """After an error: read those of each delta by themselves, so that it is known whose it was."""
-        # Those that ended in the very step have their answers.
-        self._tell(members)
-        requests = [self._owners[member] for member in members if member.finished is None]
-        parts = _by_delta(requests)
-        if len(parts) > 1:
-            self._doubt(error)
-            for part in parts:
-                self._begin([request.continuation for request in part])
-            return
-        for request in requests:
-            del self._owners[request.continuation]
-            request.on_end(error)
-
-    def _doubt(self, error: Exception) -> None:
-        """After an error of a mixed batch: if it is not about a delta, the model may be one that cannot be mixed."""
-        if not isinstance(error, KeyError | DeltaError):
-            self.mixes = False
-            LOG.warning("deltas are not mixed any more, because of %s: %s", type(error).__name__, error)
-
-    def _deltas(self, cohort: Cohort) -> list[str | None]:
-        return [self._owners[member].delta for member in cohort.members]
-
-    def _tell(self, members: list[Continuation]) -> None:
-        """Let those know that are finished; batches without members go."""
-        self._cohorts = [cohort for cohort in self._cohorts if cohort.members]
-        for member in members:
-            if member.finished is not None:
-                self._owners.pop(member).on_end(None)
-
-    def _classify(self, requests: list[Classify]) -> None:
-        for part in self._plan("classify", requests, lambda request: len(request.tokens)):
-            self._classify_together(part)
-
-    @torch.no_grad()
-    def _classify_together(self, requests: list[Classify]) -> None:
-        longest = max(len(request.tokens) for request in requests)
-        ids = torch.full((len(requests), longest), self.padding)
-        mask = torch.zeros_like(ids)
-        for row, request in enumerate(requests):
-            ids[row, : len(request.tokens)] = torch.tensor(request.tokens)
-            mask[row, : len(request.tokens)] = 1
-        deltas = [request.delta for request in requests]
-        try:
-            with self._measured("classify", deltas, [longest] * len(requests)), self.pool.mix(deltas) as model:
-                device = next(model.parameters()).device
-                logits = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits.cpu()
-        except Exception as error:
-            parts = _by_delta(requests)
-            if len(parts) > 1:
-                self._doubt(error)
-                for part in parts:
-                    self._classify_together(part)
-                return
-            for request in requests:
-                request.on_end(error)
-            return
-        for row, request in enumerate(requests):
-            request.logits = logits[row]
-            request.on_end(None)
-
-    def _plan(self, kind: str, requests: list[R], size: Callable[[R], int]) -> list[list[R]]:
-        """What goes together: everything, or those of one delta."""
-        parts = _by_delta(requests)
-        if self.mixes and self.planners[kind].mixes([sum(map(size, part)) for part in parts]):
-            return [requests]
-        return parts
+    def _plan(self, kind: str, requests: Sequence[R], size: Callable[[R], int]) -> list[list[R]]:
+        """What goes together: everything of a company, or those of one delta."""
+        plan: list[list[R]] = []
+        for company in _grouped(requests, self._company):
+            parts = _by_delta(company)
+            together = self.planners[kind].mixes([sum(map(size, part)) for part in parts])
+            plan += [company] if together else parts
+        return plan
 
     @contextmanager
     def _measured(self, kind: str, deltas: Sequence[str | None], sizes: Sequence[int]) -> Iterator[None]:
@@ -299,7 +426,11 @@ class Engine:
 
 
 def _by_delta(requests: Sequence[R]) -> list[list[R]]:
-    found: dict[str | None, list[R]] = {}
+    return _grouped(requests, lambda request: request.key)
+
+
+def _grouped(requests: Sequence[R], key: Callable[[R], Hashable]) -> list[list[R]]:
+    found: dict[Hashable, list[R]] = {}
     for request in requests:
-        found.setdefault(request.delta, []).append(request)
+        found.setdefault(key(request), []).append(request)
     return list(found.values())

@@ -103,8 +103,7 @@ class Service:
             self.pool.add_folder(folder)
         if name in self.pool:
             raise ValueError(f"the base is called {name!r}, and so is a delta; rename one of them.")
-        padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-        self.engine = Engine(self.pool, padding=padding, capacity=capacity, queue=queue)
+        self.engine = Engine(self.pool, capacity=capacity, queue=queue)
         longest = getattr(model.config, "max_position_embeddings", None) or self.limits.tokens
         self.longest = min(self.limits.tokens, longest)
         ends = model.generation_config.eos_token_id if self.generates else None
@@ -220,9 +219,8 @@ class Service:
                 def tell(error: BaseException | None, future: asyncio.Future[None] = future) -> None:
                     loop.call_soon_threadsafe(_settle, future, error)
 
-                request = Classify(delta, tell, tokens)
-                self.engine.submit(request)
-                made.append((request, future))
+                made.append((Classify(delta, tell, tokens), future))
+            self.engine.submit(*(request for request, _ in made))
             await asyncio.wait_for(asyncio.gather(*(future for _, future in made)), self.limits.seconds)
         except asyncio.TimeoutError:  # Python 3.10 has two of them
             raise Refused(f"not finished within {self.limits.seconds:g} seconds.", 504, "timeout") from None

@@ -246,11 +246,15 @@ def test_models_that_cannot_be_continued_here(config, message):
     [
         # It reads in both directions: from the second layer on, what it keeps of earlier tokens does not know the later ones.
         (
-            hf.BertConfig(**SMALL | {"num_hidden_layers": 2}, intermediate_size=32, num_attention_heads=2, initializer_range=1.0),
+            hf.BertConfig(
+                **SMALL | {"num_hidden_layers": 2}, intermediate_size=32, num_attention_heads=2, initializer_range=1.0
+            ),
             "gives other logits",
         ),
         (
-            hf.T5Config(vocab_size=61, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0),
+            hf.T5Config(
+                vocab_size=61, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0
+            ),
             "T5ForConditionalGeneration cannot continue texts side by side",
         ),
     ],
