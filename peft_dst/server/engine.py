@@ -96,10 +96,10 @@ class Engine:
     continuing them and for classifying, each by itself.
 
     Errors: what goes wrong with one sequence alone, as in sampling, ends that one. After an error of a batch of several
-    deltas each half of them is computed by itself, and so on, down to single deltas. Requests of one that fails alone end with
-    its error, and it is computed alone from then on. So are two that fail together and not alone, as at least one of them
-    changes what cannot be mixed; but if their outputs have different shapes (heads of different sizes), then each goes on in
-    batches of its own shape. Others are mixed as before.
+    deltas each half of them is computed by itself, and so on, down to single deltas. Requests of a delta that fails alone
+    end with its error, and it is computed alone from then on. So are two that fail together and not alone, as at least one
+    of them changes what cannot be mixed; but if their outputs have different shapes (heads of different sizes), each goes
+    on with those of its own shape. Others are mixed as before.
 
     A request is for the delta that had its name when it was submitted: if that is removed, it ends with a KeyError, also
     when another one has come in its place.
@@ -239,11 +239,11 @@ class Engine:
         """Begin what is new, and have everybody's next token made."""
         begun = [request for request in new if isinstance(request, Generate)]
         self._owners |= {request.continuation: request for request in begun}
-        for together in self._plan("read", begun, lambda request: len(request.continuation.prompt)):
-            self._compute(self._begin, together)
-        texts = [request for request in new if isinstance(request, Classify)]
-        for together in self._plan("classify", texts, lambda request: len(request.tokens)):
-            self._compute(self._classify, together)
+        for prompts in self._plan("read", begun, lambda request: len(request.continuation.prompt)):
+            self._compute(self._begin, prompts)
+        asked = [request for request in new if isinstance(request, Classify)]
+        for texts in self._plan("classify", asked, lambda request: len(request.tokens)):
+            self._compute(self._classify, texts)
         self._arrange(bool(new))
         for cohort in list(self._cohorts):
             self._step(cohort)
@@ -254,8 +254,8 @@ class Engine:
         for request in requests:
             if request.cancelled or request not in self._open:
                 self._drop(request, None)
-            elif self._is_removed(request):
-                self._drop(request, KeyError(f"the delta {request.delta!r} was removed."))
+            elif error := self._removed(request):
+                self._drop(request, error)
             else:
                 staying.append(request)
         return staying
@@ -267,11 +267,14 @@ class Engine:
             self._owners.pop(request.continuation, None)
         self._end(request, error)
 
-    def _is_removed(self, request: Request) -> bool:
+    def _removed(self, request: Request) -> KeyError | None:
+        """What to tell it if its delta has gone, or is another one now."""
         try:
-            return request.delta is not None and self.pool.version(request.delta) != request.version
+            if request.delta is None or self.pool.version(request.delta) == request.version:
+                return None
         except KeyError:
-            return True
+            pass
+        return KeyError(f"the delta {request.delta!r} was removed.")
 
     @contextmanager
     def _model(self, kind: str, requests: Sequence[Request], sizes: Sequence[int]) -> Iterator[nn.Module]:
@@ -280,12 +283,12 @@ class Engine:
         Raises:
             KeyError: if one was removed; while one has the model, none is.
         """
-        with self._measured(kind, [request.delta for request in requests], sizes):
-            with self.pool.mix([request.delta for request in requests]) as model:
-                for request in requests:
-                    if self._is_removed(request):
-                        raise KeyError(f"the delta {request.delta!r} was removed.")
-                yield model
+        deltas = [request.delta for request in requests]
+        with self._measured(kind, deltas, sizes), self.pool.mix(deltas) as model:
+            for request in requests:
+                if error := self._removed(request):
+                    raise error
+            yield model
 
     def _begin(self, requests: list[Generate]) -> None:
         """Read what these have so far, and have them continued."""
@@ -350,10 +353,10 @@ class Engine:
         fine = [self._compute(compute, [r for part in some for r in part]) for some in (parts[:half], parts[half:])]
         one, other = parts[0][0], parts[-1][0]
         # What is about a delta is so when it is alone.
-        if len(parts) == 2 and all(fine) and not isinstance(error, KeyError | DeltaError):
-            if self._company(one) == self._company(other):
-                self._keep_apart(one, error)
-                self._keep_apart(other, error)
+        together = len(parts) == 2 and all(fine) and not isinstance(error, KeyError | DeltaError)
+        if together and self._company(one) == self._company(other):
+            self._keep_apart(one, error)
+            self._keep_apart(other, error)
         return all(fine)
 
     def _company(self, request: Request) -> Hashable:

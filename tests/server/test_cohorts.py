@@ -244,7 +244,7 @@ def test_models_that_cannot_be_continued_here(config, message):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        # It reads in both directions: from the second layer on, what it keeps of earlier tokens does not know the later ones.
+        # It reads in both directions: what its second layer keeps of earlier tokens does not know the later ones.
         (
             hf.BertConfig(
                 **SMALL | {"num_hidden_layers": 2}, intermediate_size=32, num_attention_heads=2, initializer_range=1.0
