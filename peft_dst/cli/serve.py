@@ -32,6 +32,9 @@ def _serve(
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a prompt and its answer together.")] = 2048,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for an answer.")] = 120.0,
+    grace: Annotated[
+        float, typer.Option(min=0, help="Seconds that requests have left when it is told to stop.")
+    ] = 30.0,
     max_upload: Annotated[int, typer.Option(min=1, help="MiB of an uploaded delta.")] = 64,
     budget: Annotated[int, typer.Option(min=0, help="MiB of deltas held ready.")] = 1024,
     capacity: Annotated[int, typer.Option(min=1, help="Sequences in computation at most.")] = 32,
@@ -60,6 +63,7 @@ def _serve(
         port=port,
         token=token,
         limits=limits,
+        grace=grace,
         budget=budget * 2**20,
         capacity=capacity,
         queue=queue,

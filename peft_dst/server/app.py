@@ -11,7 +11,6 @@ import shutil
 import time
 import uuid
 from collections.abc import AsyncIterator
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +70,7 @@ def create_app(service: Service, *, token: str | None = None, grace: float = 30.
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
         done = await asyncio.to_thread(service.close, grace)
-        LOGGER.info(log_line(event="stopped", all_answered=done))
+        LOGGER.info("stopped", extra={"fields": {"all_answered": done}})
 
     app = FastAPI(title="peft-dst", lifespan=lifespan)
     _errors(app)
@@ -80,6 +79,8 @@ def create_app(service: Service, *, token: str | None = None, grace: float = 30.
 
     @app.get("/health")
     async def health() -> dict[str, str]:
+        if not service.engine.alive:
+            raise Refused("nothing is computed any more.", 503)
         return {"status": "ok"}
 
     @app.get("/metrics")
@@ -160,11 +161,6 @@ def create_app(service: Service, *, token: str | None = None, grace: float = 30.
     return app
 
 
-def log_line(**values: Any) -> str:
-    """A line of the log: what happened when, as JSON."""
-    return json.dumps({"time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), **values})
-
-
 class _Observed:
     """Counts and logs each request when its answer has ended, also of a stream."""
 
@@ -190,7 +186,7 @@ class _Observed:
             self.metrics.requests.labels(path, str(status)).inc()
             self.metrics.seconds.labels(path).observe(seconds)
             line = {"method": scope["method"], "path": path, "status": status, "seconds": round(seconds, 4)}
-            LOGGER.info(log_line(**line, **scope.get("state", {}).get("noted", {})))
+            LOGGER.info("answered", extra={"fields": line | scope.get("state", {}).get("noted", {})})
 
 
 def _told(error: Exception) -> tuple[int, dict[str, Any]]:

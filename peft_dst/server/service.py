@@ -126,7 +126,11 @@ class Service:
         return model
 
     def close(self, seconds: float) -> bool:
-        """Finish what was begun, for so long at most; then put the base's weights back."""
+        """Finish what was begun, for so many seconds at most; then put the base's weights back. It may be called again.
+
+        Returns:
+            Whether all was finished; what was not ends with `Stopped`.
+        """
         done = self.engine.stop(seconds)
         if done:
             self.pool.close()

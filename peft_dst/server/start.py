@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-import logging
+import asyncio
+import contextlib
+import math
+import os
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,23 +20,75 @@ from transformers import (
     AutoTokenizer,
 )
 
-from .app import LOGGER, create_app, log_line
+from .app import create_app
+from .cohorts import check_model
+from .logs import log_to_stderr
 from .service import Limits, Service
 
 
 TASKS = ("completions", "classify")
+# Seconds to send the last answers in, when the grace is over.
+SENDING = 5
 
 
-class JsonLines(logging.Formatter):
-    """A JSON object a line, whoever writes it."""
+class Server(uvicorn.Server):
+    """Ends what was asked of a service within a grace; what is left then is told so.
 
-    def format(self, record: logging.LogRecord) -> str:
-        text = record.getMessage()
-        if record.name == LOGGER.name and record.levelno == logging.INFO:
-            # It is one already.
-            return text
-        error = {"error": self.formatException(record.exc_info)} if record.exc_info else {}
-        return log_line(level=record.levelname, logger=record.name, message=text, **error)
+    Args:
+        config: uvicorn's; its own limit becomes one that comes later.
+        service: what the application serves.
+        grace: seconds that requests have left when it is told to stop.
+    """
+
+    def __init__(self, config: uvicorn.Config, service: Service, grace: float) -> None:
+        super().__init__(config)
+        config.timeout_graceful_shutdown = math.ceil(grace) + SENDING
+        self.service, self.grace = service, grace
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn does it, the service closing meanwhile: the application's own end comes after its last answer."""
+        closing = asyncio.ensure_future(asyncio.to_thread(self.service.close, self.grace))
+        await super().shutdown(sockets)
+        await closing
+
+
+def load(base: str, task: str | None, dtype: str, device: str | None) -> Any:
+    """A base's model, in evaluation mode.
+
+    Args:
+        base: hub id or folder.
+        task: one of TASKS; read off the base's config if not given.
+        dtype: torch's name, or "auto" for the checkpoint's.
+        device: where to compute; the first accelerator if there is one.
+
+    Raises:
+        ValueError: if it is neither a causal model nor a classifier of sequences, if its files do not have all of its
+            weights, or if it cannot continue texts as it is done here.
+    """
+    kind = next(iter(AutoConfig.from_pretrained(base).architectures or []), "a model without a name")
+    if task is None:
+        if kind.endswith(("ForCausalLM", "LMHeadModel")):
+            task = "completions"
+        elif kind.endswith("ForSequenceClassification"):
+            task = "classify"
+        else:
+            raise ValueError(
+                f"{base} is {kind}, where a causal model (…ForCausalLM) or a classifier (…ForSequenceClassification) can "
+                "be served. If it has the weights of one, say which by --task."
+            )
+    auto = AutoModelForCausalLM if task == "completions" else AutoModelForSequenceClassification
+    model, found = auto.from_pretrained(
+        base, dtype=dtype if dtype == "auto" else getattr(torch, dtype), output_loading_info=True
+    )
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(
+            f"{base} ({kind}) has no {', '.join(missing[:3])}{' …' if missing[3:] else ''}, which {type(model).__name__} "
+            "needs and would have random values for. Save the base with that model's save_pretrained, and serve this."
+        )
+    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval().requires_grad_(False)
+    if task == "completions":
+        check_model(model)
+    return model
 
 
 def serve(
@@ -53,39 +109,35 @@ def serve(
     """Load a base and serve it until the process is told to stop.
 
     Args:
-        base: hub id or folder.
+        base: as in `load`.
         folder: of deltas.
-        name: what the base is called; the last part of `base` if not given.
-        task: one of TASKS; read off the base's config if not given.
-        dtype: torch's name, or "auto" for the checkpoint's.
-        device: where to compute; the first accelerator if there is one.
+        name: what the base is called; the last part of `base`, or its folder's name, if not given.
+        task: as in `load`.
+        dtype: as in `load`.
+        device: as in `load`.
         host: address to listen on.
         port: there.
         token: what uploads must send.
         limits: of requests.
-        grace: seconds that requests have left at the end.
+        grace: seconds that requests have left when the process is told to stop; then what is left gets 503.
         **options: of `Service`.
 
     Raises:
-        ValueError: for a task or dtype that does not exist.
+        ValueError: for a task or dtype that does not exist, or a model that cannot be served.
     """
     if task not in (None, *TASKS):
         raise ValueError(f"there is no task {task!r}; use one of {', '.join(TASKS)}.")
     if dtype not in ("auto", "float64", "float32", "bfloat16", "float16"):
         raise ValueError(f"there is no dtype {dtype!r}; use auto, float32, bfloat16, float16 or float64.")
-    kinds = AutoConfig.from_pretrained(base).architectures or [""]
-    if task is None:
-        task = "completions" if kinds[0].endswith(("ForCausalLM", "LMHeadModel")) else "classify"
-    kind = AutoModelForCausalLM if task == "completions" else AutoModelForSequenceClassification
-    model = kind.from_pretrained(base, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
-    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval().requires_grad_(False)
+    log_to_stderr()
+    model = load(base, task, dtype, device)
     tokenizer = AutoTokenizer.from_pretrained(base)
-    service = Service(model, tokenizer, name or Path(base).name, folder, limits=limits, **options)
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonLines())
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
-    # One line a request is our own.
-    for other in ("uvicorn.access", "httpx"):
-        logging.getLogger(other).setLevel(logging.WARNING)
+    # Also of "." and what ends in a slash.
+    name = name or Path(os.path.abspath(base)).name
+    service = Service(model, tokenizer, name, folder, limits=limits, **options)
     app = create_app(service, token=token, grace=grace)
-    uvicorn.run(app, host=host, port=port, log_config=None, timeout_graceful_shutdown=round(grace))
+    server = Server(uvicorn.Config(app, host=host, port=port, log_config=None), service, grace)
+    with contextlib.suppress(KeyboardInterrupt):
+        server.run()
+    if not server.started:
+        sys.exit(uvicorn.main.STARTUP_FAILURE)

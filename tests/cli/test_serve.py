@@ -31,8 +31,8 @@ def test_serve(tmp_path, forkserver):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    arguments = ("serve", "llama", "--deltas", "deltas", "--port", str(port))
-    process = multiprocessing.get_context("forkserver").Process(target=serve, args=(tmp_path, arguments))
+    arguments = ("serve", ".", "--deltas", "../deltas", "--port", str(port))
+    process = multiprocessing.get_context("forkserver").Process(target=serve, args=(tmp_path / "llama", arguments))
     process.start()
     try:
         url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 120
@@ -41,7 +41,7 @@ def test_serve(tmp_path, forkserver):
                 assert httpx.get(f"{url}/health").json() == {"status": "ok"}
                 break
             except httpx.TransportError:
-                assert process.is_alive(), (tmp_path / "log").read_text()
+                assert process.is_alive(), (tmp_path / "llama" / "log").read_text()
                 assert time.monotonic() < deadline
                 time.sleep(0.1)
         assert [model["id"] for model in httpx.get(f"{url}/v1/models").json()["data"]] == ["llama"]
@@ -56,13 +56,12 @@ def test_serve(tmp_path, forkserver):
     finally:
         process.kill()
         process.join()
-    text = (tmp_path / "log").read_text()
-    # Before it there are transformers' bars.
-    lines = [json.loads(line) for line in text[text.index('{"time"') :].splitlines()]
-    ours = [line for line in lines if "message" not in line]
+    # Every line, from the first on.
+    lines = [json.loads(line) for line in (tmp_path / "llama" / "log").read_text().splitlines()]
+    ours = [line for line in lines if line["logger"] == "peft_dst.server"]
     assert {"method": "POST", "path": "/v1/completions", "status": 200, "model": "llama"}.items() <= ours[-3].items()
-    assert (ours[-1]["event"], ours[-1]["all_answered"]) == ("stopped", True)
-    assert any(line.get("logger") == "uvicorn.error" for line in lines)
+    assert (ours[-1]["message"], ours[-1]["all_answered"]) == ("stopped", True)
+    assert any(line["logger"] == "uvicorn.error" for line in lines)
 
 
 def test_serve_says_what_is_wrong(desk, run, monkeypatch):

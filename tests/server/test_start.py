@@ -1,0 +1,115 @@
+"""What is served and what is not, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+import torch
+import transformers as hf
+import uvicorn
+
+from peft_dst.server.app import create_app
+from peft_dst.server.logs import JsonLines
+from peft_dst.server.service import Service
+from peft_dst.server.start import Server, load
+from tests import toys
+from tests.models import BUILDERS, bert
+from tests.server.test_cohorts import SMALL
+
+
+def test_what_a_base_is_is_read_off_its_config(tmp_path):
+    for name, model in (("gpt2", BUILDERS["gpt2"]()), ("llama", BUILDERS["llama"]()), ("bert", bert())):
+        model.save_pretrained(tmp_path / name)
+    for name in ("gpt2", "llama"):
+        assert load(str(tmp_path / name), None, "auto", "cpu").can_generate()
+    model = load(str(tmp_path / "bert"), None, "bfloat16", "cpu")
+    assert type(model) is hf.BertForSequenceClassification
+    assert (model.dtype, model.training) == (torch.bfloat16, False)
+
+
+HEADS = {"intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("model", "task", "message"),
+    [
+        (BUILDERS["t5"], None, "is T5ForConditionalGeneration, where a causal model"),
+        (BUILDERS["t5"], "classify", "which T5ForSequenceClassification needs and would have random values for"),
+        (BUILDERS["llama"], "classify", r"\(LlamaForCausalLM\) has no score.weight, which LlamaForSequenceClassification"),
+        (lambda: bert().bert, None, "is BertModel, where a causal model"),
+        (lambda: bert().bert, "classify", "has no classifier.bias, classifier.weight, which BertForSequenceClassification"),
+        (lambda: hf.MistralForCausalLM(hf.MistralConfig(**SMALL, **HEADS)), None, "keeps a DynamicSlidingWindowLayer"),
+        (lambda: hf.MambaForCausalLM(hf.MambaConfig(**SMALL)), None, "keeps a LinearAttentionLayer"),
+    ],
+)  # fmt: skip
+def test_what_is_not_served(tmp_path, model, task, message):
+    model().save_pretrained(tmp_path / "base")
+    with pytest.raises(ValueError, match=message):
+        load(str(tmp_path / "base"), task, "auto", "cpu")
+
+
+def test_what_is_left_when_the_grace_is_over_is_told_so(tmp_path, caplog):
+    """In OpenAI's form, a whole answer by its status, a stream by its last event; and the log does not say otherwise."""
+    toys.model(tmp_path / "llama", "llama")
+    base = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "llama").eval()
+    base.generation_config.eos_token_id = None
+    tokenizer = hf.AutoTokenizer.from_pretrained(tmp_path / "llama")
+    service = Service(base, tokenizer, "base")
+    hanging, over = threading.Event(), threading.Event()
+
+    def hang(*_):
+        if hanging.is_set():
+            over.wait(60)
+
+    base.register_forward_pre_hook(hang)
+    caplog.set_level(logging.INFO, "peft_dst.server")
+    config = uvicorn.Config(create_app(service, grace=0.2), port=0, log_level="error")
+    server = Server(config, service, 0.2)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/v1/completions"
+    body = {"model": "base", "prompt": "who", "max_tokens": 1000}
+    try:
+        with ThreadPoolExecutor(2) as threads:
+            streaming = httpx.stream("POST", url, json=body | {"stream": True}, timeout=60)
+            with streaming as stream:
+                lines = (line for line in stream.iter_lines() if line)
+                assert "choices" in next(lines)
+                hanging.set()
+                whole = threads.submit(httpx.post, url, json=body, timeout=60)
+                while service.engine.waiting + service.engine.running < 2:
+                    time.sleep(0.01)
+                server.should_exit = True
+                *_, last = lines
+            answer = whole.result()
+        assert json.loads(last[6:])["error"]["type"] == "server_error"
+        assert "the server was stopped" in json.loads(last[6:])["error"]["message"]
+        assert (answer.status_code, answer.json()["error"]["type"]) == (503, "server_error")
+    finally:
+        server.should_exit = True
+        over.set()
+        thread.join(60)
+    assert not thread.is_alive()
+    (stopped,) = (record for record in caplog.records if record.getMessage() == "stopped")
+    assert stopped.fields == {"all_answered": False}
+
+
+def test_lines_of_the_log():
+    record = logging.LogRecord("some.one", logging.WARNING, "", 0, "%s times", (3,), None)
+    record.fields = {"status": 200}
+    line = json.loads(JsonLines().format(record))
+    assert line.pop("time").endswith("+00:00")
+    assert line == {"level": "WARNING", "logger": "some.one", "message": "3 times", "status": 200}
+    try:
+        raise KeyError("this")
+    except KeyError as error:
+        record.exc_info = (type(error), error, None)
+    assert json.loads(JsonLines().format(record))["error"] == "KeyError: 'this'"
