@@ -7,5 +7,6 @@
 * `protocol` what clients send
 * `service`  texts, limits, deltas that come and go
 * `app`      routes, errors, metrics
+* `logs`     what is written to stderr
 * `start`    from a command's options to a running server
 """

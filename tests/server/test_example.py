@@ -81,7 +81,7 @@ def shell(made):
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         server.wait(60)
-    assert '"event": "stopped", "all_answered": true' in log.read_text()
+    assert '"message": "stopped", "all_answered": true' in log.read_text()
 
 
 def test_what_the_readme_says(made, shell):
