@@ -33,7 +33,7 @@ class Request:
     Attributes:
         delta: its name; None for the base.
         on_end: called once: with None when it is done, or with what went wrong.
-        version: of the delta, as it was submitted.
+        version: of the delta, when it was submitted; None for the base, and if there was none.
         group: what was submitted together has the same.
     """
 
@@ -133,19 +133,17 @@ class Engine:
         """Have requests computed. Those that are submitted together count as one of those that wait.
 
         Raises:
-            KeyError: if there is no such delta.
             Full: if too many wait.
             Stopped: if the engine does not run any more.
         """
         group = object()
-        for request in requests:
-            request.version = None if request.delta is None else self.pool.version(request.delta)
-            request.group = group
         with self._changed:
             if self._stopping:
                 raise Stopped("the engine was stopped.")
             if (waiting := self.waiting) >= self.queue:
                 raise Full(f"{waiting} requests are waiting already; try again later.")
+            for request in requests:
+                request.version, request.group = self._version(request.delta), group
             self._waiting.extend(requests)
             self._open.update(requests)
             self._changed.notify()
@@ -269,12 +267,18 @@ class Engine:
 
     def _removed(self, request: Request) -> KeyError | None:
         """What to tell it if its delta has gone, or is another one now."""
-        try:
-            if request.delta is None or self.pool.version(request.delta) == request.version:
-                return None
-        except KeyError:
-            pass
+        if request.delta is None:
+            return None
+        if request.version is not None and self._version(request.delta) == request.version:
+            return None
         return KeyError(f"the delta {request.delta!r} was removed.")
+
+    def _version(self, delta: str | None) -> int | None:
+        """Of a delta now; None for the base, and for one that there is not."""
+        try:
+            return None if delta is None else self.pool.version(delta)
+        except KeyError:
+            return None
 
     @contextmanager
     def _model(self, kind: str, requests: Sequence[Request], sizes: Sequence[int]) -> Iterator[nn.Module]:
