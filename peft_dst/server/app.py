@@ -10,9 +10,9 @@ import logging
 import shutil
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -27,6 +27,8 @@ from .protocol import ChatRequest, ClassifyRequest, CompletionRequest, error_bod
 from .sampling import Sampling
 from .service import Piece, Refused, Service
 
+
+T = TypeVar("T")
 
 LOGGER = logging.getLogger("peft_dst.server")
 FILES = (CONFIG_NAME, WEIGHTS_NAME)
@@ -130,7 +132,7 @@ def create_app(service: Service, *, token: str | None = None, grace: float = 30.
         if service.generates:
             raise Refused("this model continues texts; use /v1/completions.")
         texts = [body.input] if isinstance(body.input, str) else body.input
-        scores = await service.classify(service.delta(body.model), texts)
+        scores = await _unless_gone(request, service.classify(service.delta(body.model), texts))
         request.state.noted = {"model": body.model, "texts": len(texts)}
         data = [
             {"index": i, "label": max(found, key=lambda label: found[label]), "scores": found}
@@ -279,20 +281,10 @@ async def _complete(
 
     if body.stream:
         # What is wrong shows before the first piece, and can still be told by the status.
-        first = await anext(pieces)
+        first = await _unless_gone(request, anext(pieces))
         return StreamingResponse(_stream(first, pieces, answer, note), media_type="text/event-stream")
     async with contextlib.aclosing(pieces):
-        answering = asyncio.ensure_future(_gather(pieces))
-        leaving = asyncio.ensure_future(_disconnected(request))
-        try:
-            await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            if not answering.done():
-                raise Refused("the client went away.", 499)
-            text, last = answering.result()
-        finally:
-            for task in (answering, leaving):
-                task.cancel()
-            await asyncio.gather(answering, leaving, return_exceptions=True)
+        text, last = await _unless_gone(request, _gather(pieces))
     note(last)
     return answer.whole(text, last)
 
@@ -300,6 +292,25 @@ async def _complete(
 async def _gather(pieces: AsyncIterator[Piece]) -> tuple[str, Piece]:
     found = [piece async for piece in pieces]
     return "".join(piece.text for piece in found), found[-1]
+
+
+async def _unless_gone(request: Request, wanted: Awaitable[T]) -> T:
+    """Wait for something for as long as the client does.
+
+    Raises:
+        Refused: if it goes away before.
+    """
+    answering = asyncio.ensure_future(wanted)
+    leaving = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not answering.done():
+            raise Refused("the client went away.", 499)
+        return answering.result()
+    finally:
+        for task in (answering, leaving):
+            task.cancel()
+        await asyncio.gather(answering, leaving, return_exceptions=True)
 
 
 async def _disconnected(request: Request) -> None:

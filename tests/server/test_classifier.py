@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 import torch
 import transformers as hf
 
 from peft_dst.server.classifier import classify
+from peft_dst.server.service import Service
+from tests import toys
 from tests.models import bert
 
 
@@ -46,3 +50,14 @@ def test_together_as_alone(name):
     for text, row in zip(TEXTS, want, strict=True):
         torch.testing.assert_close(classify(model, [text])[0], row)
     assert model.config.pad_token_id == before
+
+
+def test_more_texts_than_may_wait(tmp_path):
+    """A request is one, however many texts it has."""
+    toys.model(tmp_path / "bert", "bert")
+    torch.manual_seed(0)
+    base = hf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "bert", num_labels=3).eval()
+    tokenizer = hf.AutoTokenizer.from_pretrained(tmp_path / "bert")
+    service = Service(base, tokenizer, "base", capacity=4, queue=2)
+    assert len(asyncio.run(service.classify(None, ["who is the cat"] * 50))) == 50
+    assert service.close(60)

@@ -14,6 +14,7 @@ import torch
 import transformers as hf
 import uvicorn
 
+from benchmarks.load import served
 from peft_dst.server.app import create_app
 from peft_dst.server.logs import JsonLines
 from peft_dst.server.service import Service
@@ -52,6 +53,18 @@ def test_what_is_not_served(tmp_path, model, task, message):
     model().save_pretrained(tmp_path / "base")
     with pytest.raises(ValueError, match=message):
         load(str(tmp_path / "base"), task, "auto", "cpu")
+
+
+def test_health_is_that_of_what_computes(tmp_path):
+    toys.model(tmp_path / "llama", "llama")
+    base = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "llama").eval()
+    service = Service(base, hf.AutoTokenizer.from_pretrained(tmp_path / "llama"), "base")
+    with served(service) as url:
+        assert (httpx.get(f"{url}/health").status_code, service.engine.alive) == (200, True)
+        assert service.engine.stop(60)
+        assert httpx.get(f"{url}/health").status_code == 503
+        answer = httpx.post(f"{url}/v1/completions", json={"model": "base", "prompt": "who"})
+        assert (answer.status_code, answer.json()["error"]["message"]) == (503, "the engine was stopped.")
 
 
 def test_what_is_left_when_the_grace_is_over_is_told_so(tmp_path, caplog):
