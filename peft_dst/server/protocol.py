@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -55,8 +55,3 @@ class ChatRequest(_Generation):
 class ClassifyRequest(_Body):
     model: str
     input: str | Annotated[list[str], Field(min_length=1, max_length=256)]
-
-
-def error_body(message: str, kind: str, code: str | None = None) -> dict[str, Any]:
-    """An error as OpenAI's clients read it."""
-    return {"error": {"message": message, "type": kind, "param": None, "code": code}}

@@ -16,8 +16,10 @@ from transformers import (
     AutoTokenizer,
 )
 
-from .app import LOGGER, create_app, log_line
-from .service import Limits, Service
+from .app import create_app
+from .limits import Limits
+from .observing import LOGGER, log_line
+from .service import Service
 
 
 TASKS = ("completions", "classify")

@@ -21,7 +21,8 @@ from peft import get_peft_model
 from benchmarks import load
 from peft_dst import DSTConfig
 from peft_dst.delta import SparseDelta
-from peft_dst.server.service import Limits, Service
+from peft_dst.server.limits import Limits
+from peft_dst.server.service import Service
 from tests import toys
 from tests.server.test_engine import noisy
 

@@ -1,0 +1,71 @@
+"""What is known of the server's work from outside: metrics, and a line of the log for each request."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from datetime import datetime, timezone
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from .service import Service
+
+
+LOGGER = logging.getLogger("peft_dst.server")
+
+
+class Metrics:
+    """What Prometheus asks for."""
+
+    def __init__(self, service: Service) -> None:
+        self.registry = CollectorRegistry()
+        options: dict[str, Any] = {"registry": self.registry}
+        self.requests = Counter("peft_dst_requests", "Requests answered.", ["path", "status"], **options)
+        self.seconds = Histogram("peft_dst_request_seconds", "Time to the end of an answer.", ["path"], **options)
+        self.tokens = Counter("peft_dst_tokens", "Tokens read and made.", ["kind"], **options)
+        for name, text, value in (
+            ("waiting", "Requests that wait.", lambda: service.engine.waiting),
+            ("running", "Sequences in computation.", lambda: service.engine.running),
+            ("batches", "Batches computed.", lambda: service.engine.computed["batches"]),
+            ("mixed_batches", "Of them those of several deltas.", lambda: service.engine.computed["mixed_batches"]),
+            ("deltas", "Deltas known.", lambda: len(service.pool)),
+            ("deltas_ready", "Deltas held in memory.", lambda: service.pool.statistics.ready),
+            ("deltas_bytes", "Bytes of those.", lambda: service.pool.statistics.nbytes),
+            ("delta_switches", "Switches of the delta in the weights.", lambda: service.pool.statistics.switches),
+        ):
+            Gauge(f"peft_dst_{name}", text, **options).set_function(value)
+
+
+def log_line(**values: Any) -> str:
+    """A line of the log: what happened when, as JSON."""
+    return json.dumps({"time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), **values})
+
+
+class Observed:
+    """Counts and logs each request when its answer has ended, also of a stream."""
+
+    def __init__(self, app: Any, metrics: Metrics) -> None:
+        self.app, self.metrics = app, metrics
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        begin, status = time.perf_counter(), 500
+
+        async def noting(message: Any) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        try:
+            await self.app(scope, receive, noting)
+        finally:
+            seconds = time.perf_counter() - begin
+            path = scope["route"].path if scope.get("route") is not None else "unknown"
+            self.metrics.requests.labels(path, str(status)).inc()
+            self.metrics.seconds.labels(path).observe(seconds)
+            line = {"method": scope["method"], "path": path, "status": status, "seconds": round(seconds, 4)}
+            LOGGER.info(log_line(**line, **scope.get("state", {}).get("noted", {})))
