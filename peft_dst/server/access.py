@@ -9,6 +9,19 @@ from fastapi import Request
 from .limits import Refused
 
 
+def check_token(token: str | None) -> None:
+    """Check that clients can send a token in a header.
+
+    Raises:
+        ValueError: if it is empty, or has a character that is not printable ASCII, or a space.
+    """
+    if token is not None and not (token and all("!" <= character <= "~" for character in token)):
+        raise ValueError(
+            "the token must be printable ASCII without spaces, one character at least, so that clients can send it. To "
+            "take no deltas at all, give none."
+        )
+
+
 def authorise(request: Request, token: str | None) -> None:
     """Check that a request has the token.
 

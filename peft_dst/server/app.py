@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import shutil
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -12,13 +11,13 @@ from fastapi import FastAPI, Request
 from fastapi.responses import PlainTextResponse, Response, StreamingResponse
 from prometheus_client import generate_latest
 
-from .access import authorise
+from .access import authorise, check_token
 from .answers import Answer, events, whole
 from .errors import handle_errors
 from .limits import Refused
 from .observing import LOGGER, Metrics, Observed, log_line
 from .protocol import ChatRequest, ClassifyRequest, CompletionRequest
-from .receiving import receive
+from .receiving import UPLOADS, Bounded, receive
 from .sampling import Sampling
 from .service import Piece, Service
 
@@ -30,17 +29,24 @@ def create_app(service: Service, *, token: str | None = None, grace: float = 30.
         service: what it serves; closed when the application ends.
         token: what clients must send (Authorization: Bearer …) to upload and remove deltas. None: nobody may.
         grace: seconds that requests have left when the application ends.
+
+    Raises:
+        ValueError: for a token that no client could send.
     """
+    check_token(token)
     metrics = Metrics(service)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        LOGGER.info(log_line(event="started", base=service.name, deltas=len(service.pool)))
+        service.deltas.report()
         yield
         done = await asyncio.to_thread(service.close, grace)
         LOGGER.info(log_line(event="stopped", all_answered=done))
 
     app = FastAPI(title="peft-dst", lifespan=lifespan)
     handle_errors(app)
+    app.add_middleware(Bounded, limits=service.limits)
     app.add_middleware(Observed, metrics=metrics)
 
     @app.get("/health")
@@ -62,14 +68,17 @@ def create_app(service: Service, *, token: str | None = None, grace: float = 30.
 
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Any:
-        prompt = service.prompts.read(body.prompt, body.max_tokens)
-        return await _complete(request, service, metrics, body, prompt, body.max_tokens)
+        delta = _generating(service, body.model)
+        prompt = await asyncio.to_thread(service.prompts.read, body.prompt, body.max_tokens)
+        return await _complete(request, service, metrics, body, delta, prompt, body.max_tokens)
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Any:
-        messages = [message.model_dump(exclude_none=True) for message in body.messages]
-        prompt, limit = service.prompts.read_chat(messages, body.max_completion_tokens or body.max_tokens)
-        return await _complete(request, service, metrics, body, prompt, limit)
+        delta = _generating(service, body.model)
+        messages = [message.for_template() for message in body.messages]
+        room = body.max_completion_tokens or body.max_tokens
+        prompt, limit = await asyncio.to_thread(service.prompts.read_chat, messages, room)
+        return await _complete(request, service, metrics, body, delta, prompt, limit)
 
     @app.post("/v1/classify")
     async def classify(body: ClassifyRequest, request: Request) -> dict[str, Any]:
@@ -84,21 +93,17 @@ def create_app(service: Service, *, token: str | None = None, grace: float = 30.
         ]
         return {"object": "list", "model": body.model, "data": data}
 
-    @app.put("/v1/deltas/{name}")
+    @app.put(UPLOADS + "{name}")
     async def upload(name: str, request: Request) -> dict[str, Any]:
         authorise(request, token)
         service.deltas.check_name(name)
-        folder = service.deltas.incoming()
-        try:
-            await receive(request, folder, service.limits.upload)
+        with service.deltas.incoming() as folder:
+            await receive(request, folder)
             delta = await asyncio.to_thread(service.deltas.take, name, folder)
-        finally:
-            # Of an upload that was taken there is nothing left here.
-            await asyncio.to_thread(shutil.rmtree, folder, True)
         request.state.noted = {"model": name, "entries": delta.num_entries}
         return {"id": name, "object": "model", "entries": delta.num_entries}
 
-    @app.delete("/v1/deltas/{name}")
+    @app.delete(UPLOADS + "{name}")
     async def remove(name: str, request: Request) -> dict[str, Any]:
         authorise(request, token)
         await asyncio.to_thread(service.deltas.remove, name)
@@ -111,19 +116,26 @@ def _model(name: str) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": 0, "owned_by": "peft-dst"}
 
 
+def _generating(service: Service, model: str) -> str | None:
+    """The delta of a request that wants a text continued."""
+    if not service.generates:
+        raise Refused("this model classifies texts; use /v1/classify.")
+    return service.delta(model)
+
+
 async def _complete(
     request: Request,
     service: Service,
     metrics: Metrics,
     body: CompletionRequest | ChatRequest,
+    delta: str | None,
     prompt: list[int],
     limit: int,
 ) -> Any:
-    if not service.generates:
-        raise Refused("this model classifies texts; use /v1/classify.")
+    chat = isinstance(body, ChatRequest)
     sampling = Sampling(body.temperature, body.top_p, body.seed)
-    pieces = service.generate(service.delta(body.model), prompt, limit, sampling, body.stops)
-    answer = Answer(isinstance(body, ChatRequest), body.model, len(prompt), body.with_usage)
+    pieces = service.generate(delta, prompt, limit, sampling, body.stop, alone=chat)
+    answer = Answer(chat, body.model, len(prompt), body.stream_options.include_usage)
 
     def note(last: Piece) -> None:
         metrics.tokens.labels("read").inc(len(prompt))

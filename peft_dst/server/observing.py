@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Iterator
 from datetime import datetime, timezone
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from .service import Service
 
@@ -25,17 +27,33 @@ class Metrics:
         self.requests = Counter("peft_dst_requests", "Requests answered.", ["path", "status"], **options)
         self.seconds = Histogram("peft_dst_request_seconds", "Time to the end of an answer.", ["path"], **options)
         self.tokens = Counter("peft_dst_tokens", "Tokens read and made.", ["kind"], **options)
-        for name, text, value in (
-            ("waiting", "Requests that wait.", lambda: service.engine.waiting),
-            ("running", "Sequences in computation.", lambda: service.engine.running),
-            ("batches", "Batches computed.", lambda: service.engine.computed["batches"]),
-            ("mixed_batches", "Of them those of several deltas.", lambda: service.engine.computed["mixed_batches"]),
-            ("deltas", "Deltas known.", lambda: len(service.pool)),
-            ("deltas_ready", "Deltas held in memory.", lambda: service.pool.statistics.ready),
-            ("deltas_bytes", "Bytes of those.", lambda: service.pool.statistics.nbytes),
-            ("delta_switches", "Switches of the delta in the weights.", lambda: service.pool.statistics.switches),
+        self.registry.register(_Figures(service))
+
+
+class _Figures:
+    """What the engine and the pool count themselves, as it is when it is asked for."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+
+    def collect(self) -> Iterator[Any]:
+        engine, pool = self.service.engine, self.service.pool.statistics
+        for kind, name, text, value in (
+            (GaugeMetricFamily, "waiting", "Requests that wait.", engine.waiting),
+            (GaugeMetricFamily, "running", "Sequences in computation.", engine.running),
+            (CounterMetricFamily, "batches", "Batches computed.", engine.computed["batches"]),
+            (
+                CounterMetricFamily,
+                "mixed_batches",
+                "Of them those of several deltas.",
+                engine.computed["mixed_batches"],
+            ),
+            (GaugeMetricFamily, "deltas", "Deltas known.", pool.deltas),
+            (GaugeMetricFamily, "deltas_ready", "Deltas held in memory.", pool.ready),
+            (GaugeMetricFamily, "deltas_bytes", "Bytes of those.", pool.nbytes),
+            (CounterMetricFamily, "delta_switches", "Switches of the delta in the weights.", pool.switches),
         ):
-            Gauge(f"peft_dst_{name}", text, **options).set_function(value)
+            yield kind(f"peft_dst_{name}", text, value=value)
 
 
 def log_line(**values: Any) -> str:

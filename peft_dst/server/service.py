@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import contextmanager
+import logging
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..delta import DeltaError
 from ..serving import DeltaPool
 from .cohorts import Continuation
 from .engine import Classify, Engine, Generate
@@ -16,7 +18,10 @@ from .folder import DeltaFolder
 from .labels import scores
 from .limits import Limits, Refused
 from .sampling import Sampling
-from .texts import Prompts, Telling
+from .texts import Decoding, Prompts, Telling, longest
+
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -74,9 +79,9 @@ class Service:
         self.deltas = DeltaFolder(self.pool, folder, name)
         padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
         self.engine = Engine(self.pool, padding=padding, capacity=capacity, queue=queue)
-        longest = getattr(model.config, "max_position_embeddings", None) or self.limits.tokens
         size = model.get_input_embeddings().num_embeddings
-        self.prompts = Prompts(tokenizer, size, min(self.limits.tokens, longest))
+        most = longest(model, tokenizer, self.limits.tokens)
+        self.prompts = Prompts(tokenizer, size, most, self.limits.characters)
         ends = model.generation_config.eos_token_id if self.generates else None
         self.ends = frozenset([ends] if isinstance(ends, int) else ends or [])
 
@@ -104,25 +109,40 @@ class Service:
         return done
 
     async def generate(
-        self, delta: str | None, prompt: list[int], limit: int, sampling: Sampling, stops: list[str]
+        self,
+        delta: str | None,
+        prompt: list[int],
+        limit: int,
+        sampling: Sampling,
+        stops: list[str],
+        alone: bool = False,
     ) -> AsyncGenerator[Piece, None]:
         """Continue a prompt.
+
+        Args:
+            delta: with what; None for the base.
+            prompt: tokens.
+            limit: new tokens at most.
+            sampling: how they are picked.
+            stops: texts that end the answer.
+            alone: whether the answer is a text of its own, and not the end of the prompt's.
 
         Yields:
             The answer, piece by piece; the last one is finished, and may be empty.
 
         Raises:
-            Refused: if there is not enough time.
-            Full, KeyError, DeltaError: as the engine has them.
+            Refused: if there is not enough time, or the delta is gone or damaged.
+            Full: if too many wait.
         """
         loop = asyncio.get_running_loop()
         came: asyncio.Queue[BaseException | int | None] = asyncio.Queue()
 
         def tell(what: BaseException | int | None) -> None:
-            loop.call_soon_threadsafe(came.put_nowait, what)
+            _into(loop, came.put_nowait, what)
 
         continuation = Continuation(prompt, limit, sampling, self.ends, tell)
-        telling = Telling(self.tokenizer, stops)
+        telling = Telling(Decoding(self.tokenizer, [] if alone else prompt), stops)
+        tokens = 0
         # Not asyncio.timeout around it all: each piece may be asked for by another task.
         end = loop.time() + self.limits.seconds
         try:
@@ -131,11 +151,12 @@ class Service:
                 with self._in_time():
                     what = await asyncio.wait_for(came.get(), end - loop.time())
                 if isinstance(what, BaseException):
-                    raise what
+                    raise self._as_told(what, delta)
+                tokens += what is not None
                 text, stopped = telling.tell(what)
                 finished = "stop" if stopped else continuation.finished if what is None else None
                 if text or finished:
-                    yield Piece(text, len(telling.tokens), finished)
+                    yield Piece(text, tokens, finished)
                 if finished:
                     return
         finally:
@@ -145,17 +166,19 @@ class Service:
         """Scores of each text: label → probability.
 
         Raises:
-            Refused: if a text is too long, or there is not enough time.
+            Refused: if a text is too long, there is not enough time, or the delta is gone or damaged.
+            Full: if too many wait.
         """
         loop = asyncio.get_running_loop()
-        prompts = [self.prompts.read(text, 0) for text in texts]
+        prompts = await asyncio.to_thread(lambda: [self.prompts.read(text, 0) for text in texts])
         made = []
         try:
             for tokens in prompts:
                 future: asyncio.Future[None] = loop.create_future()
 
                 def tell(error: BaseException | None, future: asyncio.Future[None] = future) -> None:
-                    loop.call_soon_threadsafe(_settle, future, error)
+                    told = error and self._as_told(error, delta)
+                    _into(loop, _settle, future, told)
 
                 request = Classify(delta, tell, tokens)
                 self.engine.submit(request)
@@ -178,6 +201,22 @@ class Service:
             yield
         except asyncio.TimeoutError:  # Python 3.10 has two of them
             raise Refused(f"not finished within {self.limits.seconds:g} seconds.", 504, "timeout") from None
+
+    def _as_told(self, error: BaseException, delta: str | None) -> BaseException:
+        """What clients are told of an error of the engine's."""
+        if isinstance(error, DeltaError):
+            LOG.error("the delta %r cannot be used: %s", delta, error)
+            return Refused(f"the delta {delta!r} cannot be used; the server's log says why.", 500, "bad_delta")
+        # Not any KeyError: the pool's names the delta.
+        if isinstance(error, KeyError) and any(repr(delta) in str(said) for said in error.args):
+            return Refused(f"the delta {delta!r} is not there any more.", 404, "model_not_found")
+        return error
+
+
+def _into(loop: asyncio.AbstractEventLoop, call: Callable[..., None], *arguments: Any) -> None:
+    """Have a call made in a loop, from the engine's thread. Where the loop has ended, nobody waits for it any more."""
+    with suppress(RuntimeError):
+        loop.call_soon_threadsafe(call, *arguments)
 
 
 def _settle(future: asyncio.Future[None], error: BaseException | None) -> None:

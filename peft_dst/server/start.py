@@ -16,6 +16,7 @@ from transformers import (
     AutoTokenizer,
 )
 
+from .access import check_token
 from .app import create_app
 from .limits import Limits
 from .observing import LOGGER, log_line
@@ -69,8 +70,9 @@ def serve(
         **options: of `Service`.
 
     Raises:
-        ValueError: for a task or dtype that does not exist.
+        ValueError: for a task or dtype that does not exist, or a token that no client could send.
     """
+    check_token(token)
     if task not in (None, *TASKS):
         raise ValueError(f"there is no task {task!r}; use one of {', '.join(TASKS)}.")
     if dtype not in ("auto", "float64", "float32", "bfloat16", "float16"):

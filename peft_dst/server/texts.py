@@ -2,27 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
+
+from torch import nn
 
 from .limits import Refused
 
 
 # What a tokenizer makes of bytes that are not yet, or never, a character.
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+# Tokens before an answer that its first ones are decoded with: at least, and at most to find the beginning of a character.
+CONTEXT, FAR = 8, 64
+# Tokens that may be waited for until they are characters; those of one are four at most.
+PENDING = 16
+
+
+def longest(model: Any, tokenizer: Any, limit: int) -> int:
+    """Tokens that a prompt and its answer may have together, by the limit, the tokenizer and the model's positions."""
+    sizes = [limit, tokenizer.model_max_length]
+    if size := getattr(model.config, "max_position_embeddings", None):
+        sizes.append(size)
+    for name, module in model.named_modules():
+        # RoBERTa and its kin count positions from behind that of the padding.
+        if (
+            isinstance(module, nn.Embedding)
+            and "position" in name.rpartition(".")[2]
+            and module.padding_idx is not None
+        ):
+            sizes.append(module.num_embeddings - module.padding_idx - 1)
+    return min(sizes)
 
 
 class Prompts:
-    """Reads what is asked.
+    """Reads what is asked; blocking, and by any thread.
 
     Args:
         tokenizer: the model's.
         size: tokens that the model knows.
         longest: tokens of a prompt and its answer together.
+        characters: of a text; one that has more is not read at all.
     """
 
-    def __init__(self, tokenizer: Any, size: int, longest: int) -> None:
-        self.tokenizer, self.size, self.longest = tokenizer, size, longest
+    def __init__(self, tokenizer: Any, size: int, longest: int, characters: int) -> None:
+        self.tokenizer, self.size, self.longest, self.characters = tokenizer, size, longest, characters
+        # The first call puts off truncation and padding that tokenizer.json may have; others beside it would stumble.
+        tokenizer("")
 
     def read(self, text: str | list[int], room: int) -> list[int]:
         """A prompt's tokens, with room for so many more behind them.
@@ -30,7 +56,7 @@ class Prompts:
         Raises:
             Refused: if there is nothing in it, it is too long, or has tokens that there are not.
         """
-        tokens = list(self.tokenizer(text)["input_ids"]) if isinstance(text, str) else text
+        tokens = self._tokens(text) if isinstance(text, str) else text
         if not tokens:
             raise Refused("the prompt has no tokens.")
         if any(not 0 <= token < self.size for token in tokens):
@@ -60,23 +86,85 @@ class Prompts:
         except Exception as error:  # whatever a template has to say
             raise Refused(f"the chat template does not take these messages: {error}") from None
         # The template writes the special tokens itself.
-        tokens = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        tokens = self._tokens(text, add_special_tokens=False)
         room = room or max(1, self.longest - len(tokens))
         return self.read(tokens, room), room
+
+    def _tokens(self, text: str, **options: bool) -> list[int]:
+        if len(text) > self.characters:
+            raise Refused(
+                f"a prompt of {len(text):,} characters is not read: it has more than the {self.longest} tokens that are "
+                "allowed.",
+                code="context_length_exceeded",
+            )
+        return list(self.tokenizer(text, **options)["input_ids"])
+
+
+class Decoding:
+    """The text of an answer, token by token; each costs the same, however long the answer is.
+
+    New tokens are decoded together with some before them, and what that adds is their text: a tokenizer may drop the space
+    before the first of what it decodes, and the bytes of a character may be several tokens.
+
+    Args:
+        tokenizer: the model's.
+        before: what the answer continues; nothing, if it is a text of its own.
+    """
+
+    def __init__(self, tokenizer: Any, before: Sequence[int] = ()) -> None:
+        # Cleaned up, the text before would change with what comes after it.
+        self._decode: Callable[[Sequence[int]], str] = partial(
+            tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        # The first `_done` of them are `_known`.
+        self._tokens, self._known = self._context(before)
+        self._done = len(self._tokens)
+
+    def _context(self, before: Sequence[int]) -> tuple[list[int], str]:
+        size = CONTEXT
+        while True:
+            tokens = list(before[-size:])
+            text = self._decode(tokens)
+            # Special tokens are no text, and bytes from the middle of a character would spoil those behind them.
+            if (text and text[0] != UNFINISHED) or size >= min(len(before), FAR):
+                return tokens, text.rstrip(UNFINISHED)
+            size += 1
+
+    def add(self, token: int) -> str:
+        """What a token adds; nothing as long as it ends in the middle of a character."""
+        self._tokens.append(token)
+        text = self._decode(self._tokens)
+        late = len(self._tokens) - self._done >= PENDING
+        if text.endswith(UNFINISHED) and not late:
+            return ""
+        if new := self._new(text):
+            self._tokens = self._tokens[self._done :]
+            self._done, self._known = len(self._tokens), self._decode(self._tokens)
+        elif late:
+            # Special ones, that no text comes of.
+            del self._tokens[self._done :]
+        return new
+
+    def end(self) -> str:
+        """What there is of characters that were not finished."""
+        return self._new(self._decode(self._tokens))
+
+    def _new(self, text: str) -> str:
+        # Bytes that are no character may spoil those before them, which were told.
+        return text[len(self._known) :] if text.startswith(self._known) else self._decode(self._tokens[self._done :])
 
 
 class Telling:
     """What of an answer can be told, while its tokens come.
 
     Args:
-        tokenizer: the model's.
-        stops: texts that end the answer, and are no part of it.
+        decoding: of the answer.
+        stops: texts that end it, and are no part of it.
     """
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str]) -> None:
-        self.tokenizer, self.stops = tokenizer, stops
-        self.tokens: list[int] = []
-        self._told = ""
+    def __init__(self, decoding: Decoding, stops: Sequence[str]) -> None:
+        self.decoding, self.stops = decoding, stops
+        self._kept = ""
 
     def tell(self, token: int | None) -> tuple[str, bool]:
         """Take in a token, or the end of the answer (None).
@@ -84,27 +172,17 @@ class Telling:
         Returns:
             What is new, and whether a stop ends it.
         """
-        if token is not None:
-            self.tokens.append(token)
-        text = self.tokenizer.decode(self.tokens, skip_special_tokens=True)
+        text = self._kept + (self.decoding.end() if token is None else self.decoding.add(token))
         at = min((found for stop in self.stops if (found := text.find(stop)) >= 0), default=None)
         if at is not None:
-            text = text[:at]
-        elif token is not None:
-            # What may be the beginning of a stop, or of a character, is kept back.
-            text = text[: _safe(text, self.stops)]
-        new = text[len(self._told) :]
-        if new or at is not None or token is None:
-            self._told = text
-        return new, at is not None
+            return text[:at], True
+        # What may be the beginning of a stop is kept back.
+        end = len(text) if token is None else len(text) - max((_begun(text, stop) for stop in self.stops), default=0)
+        self._kept = text[end:]
+        return text[:end], False
 
 
-def _safe(text: str, stops: Sequence[str]) -> int:
-    """How much of a text can be told, when more is to come."""
-    end = len(text.rstrip(UNFINISHED)) if text.endswith(UNFINISHED) else len(text)
-    for stop in stops:
-        for size in range(min(len(stop) - 1, end), 0, -1):
-            if text[:end].endswith(stop[:size]):
-                end -= size
-                break
-    return end
+def _begun(text: str, stop: str) -> int:
+    """How many characters at the end of a text are the beginning of a stop."""
+    sizes = range(min(len(stop) - 1, len(text)), 0, -1)
+    return next((size for size in sizes if text.endswith(stop[:size])), 0)
