@@ -137,10 +137,9 @@ class DeltaFolder:
         Raises:
             Refused: if it is no name, or taken.
         """
-        if not NAME.fullmatch(name) or len(name.encode()) > 255:
+        if not NAME.fullmatch(name):
             raise Refused(
-                f"{name[:80]!r} is no name: letters, digits, '_', '.' and '-', 64 at most (255 bytes), a letter or digit "
-                "first."
+                f"{name[:80]!r} is no name: letters, digits, '_', '.' and '-', 64 at most, a letter or digit first."
             )
         if name == self.base or name in self.pool:
             raise _taken(name)

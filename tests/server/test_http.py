@@ -25,9 +25,6 @@ from tests import toys
 from tests.server.test_app import TEMPLATE, TOKEN, put, served, write_deltas
 
 
-AUTHORISED = {"Authorization": f"Bearer {TOKEN}"}
-
-
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
     """A tiny causal model and its tokenizer."""
