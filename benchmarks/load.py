@@ -165,7 +165,10 @@ def served(service: Service, **options: Any) -> Iterator[str]:
 
 @torch.no_grad()
 def offline(model: Any, tokenizer: Any, folder: Path, ask: Ask) -> str:
-    """What the model answers by itself, with the delta written into its weights for that."""
+    """What the model answers by itself, with the delta written into its weights for that.
+
+    A completion is what it adds to the prompt's text, a chat's answer a text of its own.
+    """
     text = ask.text
     if ask.chat:
         messages = [{"role": "user", "content": text}]
@@ -175,7 +178,11 @@ def offline(model: Any, tokenizer: Any, folder: Path, ask: Ask) -> str:
     made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=ask.limit, do_sample=False)
     if undo is not None:
         undo.apply(model, check=False)
-    return tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
+    if ask.chat:
+        return tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
+    return tokenizer.decode(made[0], skip_special_tokens=True).removeprefix(
+        tokenizer.decode(ids[0], skip_special_tokens=True)
+    )
 
 
 def percentiles(seconds: Sequence[float]) -> dict[str, float]:

@@ -27,11 +27,12 @@ def _serve(
     token: Annotated[
         str | None,
         typer.Option(
-            envvar="PEFT_DST_TOKEN", help="What clients must send to upload and remove deltas; none: nobody may."
+            envvar="PEFT_DST_TOKEN",
+            help="What clients must send to upload and remove deltas, printable ASCII; none: nobody may.",
         ),
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a prompt and its answer together.")] = 2048,
-    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for an answer.")] = 120.0,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for a request to come, and for its answer.")] = 120.0,
     grace: Annotated[
         float, typer.Option(min=0, help="Seconds that requests have left when it is told to stop.")
     ] = 30.0,

@@ -1,49 +1,108 @@
-"""What clients send, in the words of OpenAI's API where it has them. Unknown fields are refused: nothing is ignored."""
+"""What clients send, in the words of OpenAI's API where it has them.
+
+What would be ignored is refused; what asks for nothing (null, a penalty of 0) is taken.
+"""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    model_validator,
+)
+
+
+def _writable(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("it has half of a surrogate pair, which is no character") from None
+    return text
+
+
+def _one_prompt(value: Any) -> Any:
+    """A list of one prompt is that prompt."""
+    if isinstance(value, list) and any(isinstance(prompt, str | list) for prompt in value):
+        if len(value) > 1:
+            raise ValueError("one prompt a request is served; send a request for each")
+        return value[0]
+    return value
+
+
+def _off(value: bool) -> bool:
+    if value:
+        raise ValueError("this is not served")
+    return value
+
+
+Text = Annotated[str, AfterValidator(_writable)]
+Stop = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_writable)]
+Off = Annotated[StrictBool, AfterValidator(_off)]
+Zero = Annotated[float, Field(ge=0, le=0)]
 
 
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, data: Any) -> Any:
+        """Null asks for nothing."""
+        return {key: value for key, value in data.items() if value is not None} if isinstance(data, dict) else data
+
+
+class StreamOptions(_Body):
+    include_usage: bool = False
+    include_obfuscation: Off = False
+
 
 class _Generation(_Body):
     """What both kinds of completion have."""
 
-    model: str
+    model: Text
     temperature: Annotated[float, Field(ge=0, le=100)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    seed: int | None = None
-    stop: str | list[Annotated[str, Field(min_length=1)]] | None = None
+    seed: Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: Annotated[
+        list[Stop], Field(max_length=16), BeforeValidator(lambda stop: [stop] if isinstance(stop, str) else stop)
+    ] = []
     stream: bool = False
-    stream_options: dict[Literal["include_usage"], bool] | None = None
+    stream_options: StreamOptions = StreamOptions()
     n: Literal[1] = 1
-    user: str | None = None
-
-    @property
-    def stops(self) -> list[str]:
-        return [self.stop] if isinstance(self.stop, str) else self.stop or []
-
-    @property
-    def with_usage(self) -> bool:
-        return bool((self.stream_options or {}).get("include_usage"))
+    frequency_penalty: Zero = 0.0
+    presence_penalty: Zero = 0.0
+    logprobs: Off = False
+    user: Text | None = None
 
 
 class CompletionRequest(_Generation):
-    prompt: str | list[int]
+    prompt: Annotated[Text | list[StrictInt], BeforeValidator(_one_prompt)]
     max_tokens: Annotated[int, Field(ge=1)] = 16
     echo: Literal[False] = False
     best_of: Literal[1] = 1
 
 
+class TextPart(_Body):
+    type: Literal["text"]
+    text: Text
+
+
 class Message(_Body):
-    role: str
-    content: str
-    name: str | None = None
+    role: Text
+    content: Text | list[TextPart]
+    name: Text | None = None
+
+    def for_template(self) -> dict[str, str]:
+        """As chat templates take it."""
+        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": self.role, "content": content} | ({"name": self.name} if self.name is not None else {})
 
 
 class ChatRequest(_Generation):
@@ -53,10 +112,5 @@ class ChatRequest(_Generation):
 
 
 class ClassifyRequest(_Body):
-    model: str
-    input: str | Annotated[list[str], Field(min_length=1, max_length=256)]
-
-
-def error_body(message: str, kind: str, code: str | None = None) -> dict[str, Any]:
-    """An error as OpenAI's clients read it."""
-    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
+    model: Text
+    input: Text | Annotated[list[Text], Field(min_length=1, max_length=256)]

@@ -20,10 +20,12 @@ from transformers import (
     AutoTokenizer,
 )
 
+from .access import check_token
 from .app import create_app
 from .cohorts import check_model
+from .limits import Limits
 from .logs import log_to_stderr
-from .service import Limits, Service
+from .service import Service
 
 
 TASKS = ("completions", "classify")
@@ -123,8 +125,10 @@ def serve(
         **options: of `Service`.
 
     Raises:
-        ValueError: for a task or dtype that does not exist, or a model that cannot be served.
+        ValueError: for a task or dtype that does not exist, a model that cannot be served, or a token that no client could
+            send.
     """
+    check_token(token)
     if task not in (None, *TASKS):
         raise ValueError(f"there is no task {task!r}; use one of {', '.join(TASKS)}.")
     if dtype not in ("auto", "float64", "float32", "bfloat16", "float16"):

@@ -69,6 +69,8 @@ def test_serve_says_what_is_wrong(desk, run, monkeypatch):
     assert (code, err) == (1, "error: there is no task 'chat'; use one of completions, classify.")
     code, _, err = run("serve", "base", "--dtype", "int3")
     assert (code, "there is no dtype 'int3'" in err) == (1, True)
+    code, _, err = run("serve", "base", "--token", "")
+    assert (code, "the token must be printable ASCII" in err) == (1, True)
     for name in [name for name in sys.modules if name.startswith("peft_dst.server")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "uvicorn", None)

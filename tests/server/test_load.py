@@ -164,7 +164,7 @@ def check_metrics(text: str, answers: list[Answer]) -> None:
         assert float(found[f'peft_dst_request_seconds_count{{path="{path}"}}']) == len(statuses)
     assert float(found['peft_dst_requests_total{path="/v1/deltas/{name}",status="499"}']) == len(NEW)
     assert float(found["peft_dst_waiting"]) == float(found["peft_dst_running"]) == 0
-    assert float(found["peft_dst_mixed_batches"]) > 0
+    assert float(found["peft_dst_mixed_batches_total"]) > 0
     figures = load.summary(answers)
     assert 0 < figures["latency"]["p50"] <= figures["latency"]["p90"] <= figures["latency"]["p99"]
     assert figures["first_token"]["p50"] < figures["latency"]["p99"]

@@ -1,0 +1,82 @@
+"""What is known of the server's work from outside: metrics, and a line of the log for each request."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+from .service import Service
+
+
+LOGGER = logging.getLogger("peft_dst.server")
+
+
+class Metrics:
+    """What Prometheus asks for."""
+
+    def __init__(self, service: Service) -> None:
+        self.registry = CollectorRegistry()
+        options: dict[str, Any] = {"registry": self.registry}
+        self.requests = Counter("peft_dst_requests", "Requests answered.", ["path", "status"], **options)
+        self.seconds = Histogram("peft_dst_request_seconds", "Time to the end of an answer.", ["path"], **options)
+        self.tokens = Counter("peft_dst_tokens", "Tokens read and made.", ["kind"], **options)
+        self.registry.register(_Figures(service))
+
+
+class _Figures:
+    """What the engine and the pool count themselves, as it is when it is asked for."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+
+    def collect(self) -> Iterator[Any]:
+        engine, pool = self.service.engine, self.service.pool.statistics
+        for kind, name, text, value in (
+            (GaugeMetricFamily, "waiting", "Requests that wait.", engine.waiting),
+            (GaugeMetricFamily, "running", "Sequences in computation.", engine.running),
+            (CounterMetricFamily, "batches", "Batches computed.", engine.computed["batches"]),
+            (
+                CounterMetricFamily,
+                "mixed_batches",
+                "Of them those of several deltas.",
+                engine.computed["mixed_batches"],
+            ),
+            (GaugeMetricFamily, "deltas", "Deltas known.", pool.deltas),
+            (GaugeMetricFamily, "deltas_ready", "Deltas held in memory.", pool.ready),
+            (GaugeMetricFamily, "deltas_bytes", "Bytes of those.", pool.nbytes),
+            (CounterMetricFamily, "delta_switches", "Switches of the delta in the weights.", pool.switches),
+        ):
+            yield kind(f"peft_dst_{name}", text, value=value)
+
+
+class Observed:
+    """Counts and logs each request when its answer has ended, also of a stream."""
+
+    def __init__(self, app: Any, metrics: Metrics) -> None:
+        self.app, self.metrics = app, metrics
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        begin, status = time.perf_counter(), 500
+
+        async def noting(message: Any) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        try:
+            await self.app(scope, receive, noting)
+        finally:
+            seconds = time.perf_counter() - begin
+            path = scope["route"].path if scope.get("route") is not None else "unknown"
+            self.metrics.requests.labels(path, str(status)).inc()
+            self.metrics.seconds.labels(path).observe(seconds)
+            line = {"method": scope["method"], "path": path, "status": status, "seconds": round(seconds, 4)}
+            LOGGER.info("answered", extra={"fields": line | scope.get("state", {}).get("noted", {})})

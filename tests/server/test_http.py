@@ -1,0 +1,310 @@
+"""What a server makes of clients that are odd, slow or hostile, and what it tells them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import copy
+import json
+import socket
+import struct
+import threading
+
+import httpx
+import pytest
+import torch
+import transformers as hf
+from safetensors.torch import save
+
+from peft_dst.delta.packed import DESCRIPTION
+from peft_dst.server.app import create_app
+from peft_dst.server.limits import Limits
+from peft_dst.server.sampling import Sampling
+from peft_dst.server.service import Service
+from tests import toys
+from tests.server.test_app import TEMPLATE, TOKEN, put, served, write_deltas
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """A tiny causal model and its tokenizer."""
+    folder = tmp_path_factory.mktemp("serving")
+    toys.model(folder, "llama")
+    tokenizer = hf.AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = TEMPLATE
+    return hf.AutoModelForCausalLM.from_pretrained(folder).eval(), tokenizer
+
+
+@pytest.fixture
+def service(parts, tmp_path):
+    """The model with two deltas, in tmp_path/deltas; tmp_path/new/task7 is another one."""
+    base, tokenizer = copy.deepcopy(parts[0]), parts[1]
+    write_deltas(base, tmp_path / "deltas", 2)
+    write_deltas(base, tmp_path / "new", 1, start=7)
+    return Service(base, tokenizer, "base", tmp_path / "deltas", limits=Limits(seconds=20.0))
+
+
+@pytest.fixture
+def url(service):
+    with served(service) as address:
+        yield address
+
+
+def ask(url, **changes):
+    body = {"model": "base", "prompt": "who is", "max_tokens": 2, "temperature": 0} | changes
+    # Written by hand: httpx refuses what is no text.
+    return httpx.post(f"{url}/v1/completions", content=json.dumps(body), headers={"Content-Type": "application/json"})
+
+
+def chat(url, **changes):
+    body = {"model": "base", "messages": [{"role": "user", "content": "who is"}], "max_tokens": 2, "temperature": 0}
+    return httpx.post(f"{url}/v1/chat/completions", json=body | changes)
+
+
+def message(response):
+    return response.json()["error"]["message"]
+
+
+# What is taken and what is refused
+
+
+def test_what_asks_for_nothing_is_taken(url):
+    plain = ask(url).json()["choices"]
+    nulls = dict.fromkeys(("n", "top_p", "stream", "stream_options", "logprobs", "stop", "seed", "suffix", "user"))
+    # What is meant then is not what `ask` would ask for.
+    assert ask(url, max_tokens=None, temperature=None).status_code == 200
+    for changes in (
+        nulls,
+        {"frequency_penalty": 0, "presence_penalty": 0.0, "logprobs": False, "echo": False, "best_of": 1, "n": 1},
+        {"stop": [], "stream_options": {"include_usage": True, "include_obfuscation": False}},
+        {"prompt": ["who is"]},
+    ):
+        answer = ask(url, **changes)
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["choices"] == plain
+    plain = chat(url).json()["choices"]
+    said = {"role": "user", "name": None, "refusal": None, "tool_calls": None}
+    for content in (
+        "who is",
+        [{"type": "text", "text": "who is"}],
+        [{"type": "text", "text": t} for t in ("who ", "is")],
+    ):
+        answer = chat(url, messages=[said | {"content": content}], max_completion_tokens=2, max_tokens=None, tools=None)
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["choices"] == plain
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"prompt": ["12", "34"]}, "prompt: Value error, one prompt a request is served; send a request for each"),
+        ({"prompt": [[3], [4]]}, "prompt: Value error, one prompt a request is served; send a request for each"),
+        ({"prompt": [True, False]}, "prompt"),
+        ({"prompt": [12.0]}, "prompt"),
+        ({"prompt": None}, "prompt: Field required"),
+        ({"prompt": "\ud800"}, "half of a surrogate pair"),
+        ({"model": "\ud800"}, "model: Value error, it has half of a surrogate pair"),
+        ({"\ud800": 1}, "Input should be a valid string"),
+        ({"stop": ""}, "stop.0: String should have at least 1 character"),
+        ({"stop": ["a", ""]}, "stop.1: String should have at least 1 character"),
+        ({"stop": ["a"] * 17}, "stop: List should have at most 16 items"),
+        ({"seed": 2**70}, "seed: Input should be less than"),
+        ({"seed": True}, "seed: Input should be a valid integer"),
+        ({"presence_penalty": 0.1}, "presence_penalty: Input should be less than or equal to 0"),
+        ({"logprobs": 0}, "logprobs: Input should be a valid boolean"),
+        ({"logprobs": True}, "logprobs: Value error, this is not served"),
+        ({"stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation: Value error"),
+        ({"suffix": "."}, "suffix: Extra inputs are not permitted"),
+    ],
+)
+def test_what_would_be_ignored_or_misread_is_refused(url, changes, said):
+    answer = ask(url, **changes)
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["type"] == "invalid_request_error"
+    assert said in message(answer)
+
+
+def test_other_parts_than_texts_are_refused(url):
+    part = {"type": "image_url", "image_url": {"url": "data:"}}
+    answer = chat(url, messages=[{"role": "user", "content": [part]}])
+    assert (answer.status_code, message(answer).startswith("messages.0.content")) == (400, True)
+
+
+# Sizes and times
+
+
+def test_a_request_has_a_limit_of_bytes(parts):
+    base, tokenizer = parts
+    calls = []
+
+    class Watched(type(tokenizer)):
+        def __call__(self, text, **options):
+            calls.append((len(text), threading.current_thread().name))
+            return super().__call__(text, **options)
+
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.__class__ = Watched
+    with served(Service(copy.deepcopy(base), tokenizer, "base")) as url:
+        calls.clear()
+        for changes in ({"prompt": "who " * 2**19}, {"model": "none", "prompt": "who " * 2**19}):
+            answer = ask(url, **changes)
+            assert (answer.status_code, message(answer)) == (413, "a request may have 1,048,576 bytes.")
+
+        def chunks():
+            yield b'{"model": "base", "prompt": "'
+            for _ in range(20):
+                yield b"who " * 2**14
+
+        # Without a length: counted as it comes.
+        answer = httpx.post(f"{url}/v1/completions", content=chunks(), headers={"Content-Type": "application/json"})
+        assert answer.status_code == 413
+        # Less than that, but more than can be the tokens that are allowed; of an unknown model; no text of tokens at all.
+        assert ask(url, prompt="who " * 2**17).json()["error"]["code"] == "context_length_exceeded"
+        assert chat(url, messages=[{"role": "user", "content": "who " * 2**17}]).status_code == 400
+        assert ask(url, model="none").status_code == 404
+        assert chat(url, model="none").status_code == 404
+        assert calls == []
+        assert ask(url).status_code == chat(url).status_code == 200
+    assert [size for size, _ in calls] == [len("who is"), len("user who is answer: ")]
+    # Not in the server's own thread, where others would wait.
+    assert all("asyncio" in name for _, name in calls)
+
+
+def test_a_request_that_does_not_come_to_its_end(parts, tmp_path):
+    base, tokenizer = parts
+    service = Service(copy.deepcopy(base), tokenizer, "base", tmp_path, limits=Limits(seconds=0.5))
+    with served(service) as url:
+        host, port = url.removeprefix("http://").split(":")
+        form = f"Content-Type: multipart/form-data; boundary=x\r\nAuthorization: Bearer {TOKEN}"
+        for head in (
+            "POST /v1/completions HTTP/1.1\r\nContent-Type: application/json",
+            f"PUT /v1/deltas/new HTTP/1.1\r\n{form}",
+        ):
+            with socket.create_connection((host, int(port)), 30) as connection:
+                connection.sendall(f"{head}\r\nHost: x\r\nContent-Length: 100\r\n\r\n-".encode())
+                # Until the server closes it.
+                answer = b"".join(iter(lambda connection=connection: connection.recv(2**16), b""))
+            assert answer.startswith(b"HTTP/1.1 408 ")
+            assert b"connection: close" in answer.lower()
+            assert b"the request has not come within 0.5 seconds." in answer
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_an_upload_whose_description_is_too_large_is_not_parsed(url, tmp_path, monkeypatch):
+    folder = tmp_path / "new" / "task7"
+    parsed = []
+    real = json.loads
+    monkeypatch.setattr(json, "loads", lambda text, **options: parsed.append(len(text)) or real(text, **options))
+    header = json.dumps({"__metadata__": {"dst_records": "[" + "[]," * 2**21 + "0]"}}).encode()
+    answer = put(url, "new", folder, **{"adapter_model.safetensors": ("x", struct.pack("<Q", len(header)) + header)})
+    assert (answer.status_code, "the header of adapter_model.safetensors may have" in answer.text) == (413, True)
+    blob = save({DESCRIPTION: torch.zeros(10**6, dtype=torch.uint8)})
+    answer = put(url, "new", folder, **{"adapter_model.safetensors": ("x", blob)})
+    assert (answer.status_code, DESCRIPTION in answer.text) == (413, True)
+    answer = put(url, "new", folder, **{"adapter_config.json": ("x", b" " * (2**20 + 1))})
+    assert (answer.status_code, "adapter_config.json may have 1,048,576 bytes" in answer.text) == (413, True)
+    assert max(parsed, default=0) < 2**20
+
+
+# Errors
+
+
+def test_a_connection_survives_an_error(service):
+    def fail(*_):
+        raise ZeroDivisionError("of our own")
+
+    with served(service) as url, httpx.Client(base_url=url) as client:
+        service.prompts.read = fail
+        body = {"model": "base", "prompt": "who"}
+        sockets = []
+        for _ in range(3):
+            with client.stream("POST", "/v1/completions", json=body) as answer:
+                sockets.append(answer.extensions["network_stream"].get_extra_info("socket").getsockname())
+                answer.read()
+            assert answer.status_code == 500
+            assert "of our own" not in answer.text
+            assert answer.json()["error"]["type"] == "server_error"
+        assert len(set(sockets)) == 1
+        lines = client.get("/metrics").text.splitlines()
+    assert 'peft_dst_requests_total{path="/v1/completions",status="500"} 3.0' in lines
+
+
+def test_headers_of_errors(url):
+    answer = httpx.get(f"{url}/v1/completions")
+    assert (answer.status_code, answer.headers["allow"]) == (405, "POST")
+    answer = httpx.delete(f"{url}/v1/deltas/task0")
+    assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
+
+
+def test_a_damaged_delta_is_the_server_s_fault(service, tmp_path, caplog):
+    path = tmp_path / "deltas" / "task0" / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    with served(service) as url:
+        for answer in (ask(url, model="task0"), ask(url, model="task0", stream=True)):
+            assert answer.status_code == 500
+            error = answer.json()["error"]
+            assert (error["type"], error["code"]) == ("server_error", "bad_delta")
+            assert error["message"] == "the delta 'task0' cannot be used; the server's log says why."
+        assert ask(url, model="task1").status_code == 200
+        # Of an upload it is the client's; nothing is said of where the server keeps it.
+        answer = put(url, "new", tmp_path / "new" / "task7", **{"adapter_model.safetensors": ("x", path.read_bytes())})
+        assert answer.status_code == 422
+        assert str(tmp_path) not in answer.text
+        answer = put(url, "new", tmp_path / "new" / "task7", **{"adapter_config.json": ("x", b"{")})
+        assert (answer.status_code, message(answer).startswith("adapter_config.json cannot be read")) == (422, True)
+        assert str(tmp_path) not in answer.text
+    assert str(path) in caplog.text
+
+
+def test_not_every_key_error_is_an_unknown_model(service):
+    def fail(*_):
+        raise KeyError
+
+    with served(service) as url:
+        service.model.register_forward_pre_hook(fail)
+        answer = ask(url, model="task0")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (500, None)
+    told = service._as_told(KeyError("the delta 'task0' was removed."), "task0")
+    assert (told.status, told.code) == (404, "model_not_found")
+    assert isinstance(service._as_told(KeyError(), "task0"), KeyError)
+
+
+# Tokens
+
+
+@pytest.mark.parametrize("token", ["", "tök", "two words", "line\n"])
+def test_a_token_that_no_client_could_send_is_refused(service, token):
+    with pytest.raises(ValueError, match="must be printable ASCII without spaces"):
+        create_app(service, token=token)
+    service.close(10)
+
+
+# Metrics and the log
+
+
+def test_metrics_have_their_kinds(url):
+    assert ask(url, model="task1").status_code == 200
+    lines = httpx.get(f"{url}/metrics").text.splitlines()
+    for kind, names in (("counter", ("batches", "mixed_batches", "delta_switches")), ("gauge", ("waiting", "deltas"))):
+        for name in names:
+            suffix = "_total" if kind == "counter" else ""
+            assert f"# TYPE peft_dst_{name}{suffix} {kind}" in lines
+    assert "peft_dst_delta_switches_total 1.0" in lines
+    assert "peft_dst_deltas 2.0" in lines
+
+
+def test_the_engine_outlives_a_client_s_loop(service):
+    service.model.generation_config.eos_token_id, service.ends = None, frozenset()
+
+    async def leave():
+        answer = service.generate(None, [5, 6], 200, Sampling(), [])
+        await anext(answer)
+        return answer
+
+    # Its generator is not closed before the loop is.
+    loop = asyncio.new_event_loop()
+    answer = loop.run_until_complete(leave())
+    loop.close()
+    assert service.close(30)
+    with contextlib.suppress(StopIteration):
+        answer.aclose().send(None)
