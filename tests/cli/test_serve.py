@@ -60,6 +60,8 @@ def test_serve(tmp_path, forkserver):
     # Before it there are transformers' bars.
     lines = [json.loads(line) for line in text[text.index('{"time"') :].splitlines()]
     ours = [line for line in lines if "message" not in line]
+    assert {"event": "started", "base": "llama", "deltas": 0}.items() <= ours[0].items()
+    assert any(line.get("message", "").startswith("there are no deltas in ") for line in lines)
     assert {"method": "POST", "path": "/v1/completions", "status": 200, "model": "llama"}.items() <= ours[-3].items()
     assert (ours[-1]["event"], ours[-1]["all_answered"]) == ("stopped", True)
     assert any(line.get("logger") == "uvicorn.error" for line in lines)
