@@ -37,7 +37,7 @@ def told(error: Exception) -> tuple[int, dict[str, Any]]:
     elif isinstance(error, RequestValidationError):
         found = error.errors()[0]
         where = [str(part) for part in found["loc"][1:] if isinstance(part, int) or part.isidentifier()]
-        status, message = 400, f"{'.'.join(where)}: {found['msg']}"
+        status, message = 400, ": ".join(filter(None, [".".join(where), found["msg"]]))
     elif isinstance(error, ClientDisconnect):
         status, message = 499, "the client went away."
     else:

@@ -32,7 +32,9 @@ def _one_prompt(value: Any) -> Any:
     if isinstance(value, list) and any(isinstance(prompt, str | list) for prompt in value):
         if len(value) > 1:
             raise ValueError("one prompt a request is served; send a request for each")
-        return value[0]
+        value = value[0]
+    if not isinstance(value, str) and not (isinstance(value, list) and all(type(token) is int for token in value)):
+        raise ValueError("a prompt is a text, or its tokens as integers")
     return value
 
 
@@ -83,7 +85,7 @@ class _Generation(_Body):
 
 
 class CompletionRequest(_Generation):
-    prompt: Annotated[Text | list[StrictInt], BeforeValidator(_one_prompt)]
+    prompt: Annotated[Text | list[int], BeforeValidator(_one_prompt)]
     max_tokens: Annotated[int, Field(ge=1)] = 16
     echo: Literal[False] = False
     best_of: Literal[1] = 1

@@ -58,7 +58,9 @@ def test_serve(tmp_path, forkserver):
         process.join()
     # Every line, from the first on.
     lines = [json.loads(line) for line in (tmp_path / "llama" / "log").read_text().splitlines()]
+    assert any(line["message"].startswith("there are no deltas in ") for line in lines)
     ours = [line for line in lines if line["logger"] == "peft_dst.server"]
+    assert {"message": "started", "base": "llama", "deltas": 0}.items() <= ours[0].items()
     assert {"method": "POST", "path": "/v1/completions", "status": 200, "model": "llama"}.items() <= ours[-3].items()
     assert (ours[-1]["message"], ours[-1]["all_answered"]) == ("stopped", True)
     assert any(line["logger"] == "uvicorn.error" for line in lines)

@@ -99,8 +99,8 @@ def test_what_asks_for_nothing_is_taken(url):
     [
         ({"prompt": ["12", "34"]}, "prompt: Value error, one prompt a request is served; send a request for each"),
         ({"prompt": [[3], [4]]}, "prompt: Value error, one prompt a request is served; send a request for each"),
-        ({"prompt": [True, False]}, "prompt"),
-        ({"prompt": [12.0]}, "prompt"),
+        ({"prompt": [True, False]}, "prompt: Value error, a prompt is a text, or its tokens as integers"),
+        ({"prompt": [12.0]}, "prompt: Value error, a prompt is a text, or its tokens as integers"),
         ({"prompt": None}, "prompt: Field required"),
         ({"prompt": "\ud800"}, "half of a surrogate pair"),
         ({"model": "\ud800"}, "model: Value error, it has half of a surrogate pair"),
@@ -122,6 +122,11 @@ def test_what_would_be_ignored_or_misread_is_refused(url, changes, said):
     assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["type"] == "invalid_request_error"
     assert said in message(answer)
+
+
+def test_a_body_that_is_no_object_is_refused(url):
+    answer = httpx.post(f"{url}/v1/completions", json=["who"])
+    assert (answer.status_code, message(answer).startswith("Input should be")) == (400, True)
 
 
 def test_other_parts_than_texts_are_refused(url):
