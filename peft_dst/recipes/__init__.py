@@ -17,6 +17,7 @@ Needs the extra `recipes`. Nothing but the command line imports this, and that o
 * `rates`    a learning rate where none is given
 * `search`   a value chosen on validation data
 * `summary`  what came of many runs
+* `cache`    what several sweeps of a folder share
 * `processes` runs side by side
 * `sweep`    many runs
 * `report/`  a page and pictures of what came of them

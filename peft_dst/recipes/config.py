@@ -139,6 +139,12 @@ def value_of(recipe: Recipe, name: str) -> Any:
     return values
 
 
+def is_integer(name: str) -> bool:
+    """Whether an option takes integers alone."""
+    kind = str(option_names()[name].type)
+    return "int" in kind and "float" not in kind
+
+
 def option_names() -> dict[str, dataclasses.Field[Any]]:
     """Every option by its dotted name, with its field."""
     return _names(Recipe)
@@ -257,6 +263,8 @@ def _check(recipe: Recipe) -> None:
             near = difflib.get_close_matches(str(value), choices, 1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}.{hint}")
+    if not recipe.evaluation.splits:
+        raise ValueError(f"evaluation.splits is empty; name some of {', '.join(SPLITS)}.")
     unknown = [split for split in recipe.evaluation.splits if split not in SPLITS]
     if unknown:
         raise ValueError(f"evaluation.splits are of {', '.join(SPLITS)}; got {unknown[0]!r}.")
@@ -296,7 +304,11 @@ def _check(recipe: Recipe) -> None:
         raise ValueError(
             f"search.option is {recipe.search.option}, which does not exist{_nearest(str(recipe.search.option))}."
         )
+    if recipe.search.option is not None and recipe.search.option.startswith(("seed", "search.")):
+        raise ValueError(f"search.option={recipe.search.option} is nothing to choose on validation data.")
     for grid in _grids(recipe.sweep):
-        for name in grid:
+        for name, values in grid.items():
             if name not in option_names():
                 raise ValueError(f"sweep varies {name}, which does not exist{_nearest(name)}.")
+            if values == []:
+                raise ValueError(f"sweep gives {name} no values; leave it out, or give some.")

@@ -38,12 +38,13 @@ from .config import digest
 from .metrics import bleurt, check_bleurt
 from .models import Seed, load_seed, load_tokenizer
 from .options import Recipe
-from .record import ADAPTER, MODEL, RESULTS, recipe_of
+from .record import ADAPTER, CACHE, CHECKPOINTS, MODEL, RESULTS, recipe_of, write
 from .tasks import make_task
 from .tasks.base import Features
 
 
-CHECKPOINTS, CACHE = "checkpoints", "cache"
+# In a checkpoint.
+SECONDS = "seconds.json"
 # What a head that is trained first depends on.
 OF_HEAD = (
     "model.",
@@ -73,6 +74,14 @@ def _last_checkpoint(folder: Path) -> str | None:
     return None
 
 
+def _seconds(checkpoint: Path) -> float:
+    """How long training had taken at a checkpoint; 0 of one that does not say it."""
+    try:
+        return float(json.loads((checkpoint / SECONDS).read_text()))
+    except (OSError, ValueError, TypeError):
+        return 0.0
+
+
 @dataclass(frozen=True)
 class Plan:
     """How long and how fast one training goes; the rest is the recipe's. The batch is that of a device."""
@@ -88,8 +97,8 @@ class Plan:
 class Training:
     """What came of a training.
 
-    Seconds leave out what was measured in between. Memory is in bytes, of an accelerator; tokens are those of the inputs,
-    and counted only where something is measured in between.
+    Seconds leave out what was measured in between; `earlier` are those of them before an interruption. Memory is in bytes,
+    of an accelerator; tokens are those of the inputs, and counted only where something is measured in between.
     """
 
     steps: int
@@ -97,6 +106,7 @@ class Training:
     history: list[dict[str, Any]]
     tokens: int = 0
     memory: dict[str, int] | None = None
+    earlier: float = 0.0
 
 
 class _Bar(ProgressCallback):
@@ -107,6 +117,16 @@ class _Bar(ProgressCallback):
             self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
 
 
+class _Clock(TrainerCallback):
+    """Writes into each checkpoint how long it took to come there."""
+
+    def __init__(self, seconds: Callable[[], float]) -> None:
+        self.seconds = seconds
+
+    def on_save(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        write(Path(args.output_dir) / f"checkpoint-{state.global_step}" / SECONDS, self.seconds())
+
+
 class _Trainer(Seq2SeqTrainer):
     """Trainer with a penalty on the distance from the seed; answers without the questions before them."""
 
@@ -114,12 +134,18 @@ class _Trainer(Seq2SeqTrainer):
     # What is measured in the middle of training, and the seconds that it took.
     measure: Callable[[], dict[str, float]] | None = None
     measuring = 0.0
+    # Seconds that training took before it was interrupted.
+    earlier = 0.0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         # Bytes of the accelerator, allocated and reserved, after each backward pass.
         self.memory: list[tuple[int, int]] = []
         self.begin = time.perf_counter()
+
+    def seconds(self) -> float:
+        """How long training has taken, what was measured in between aside."""
+        return self.earlier + time.perf_counter() - self.begin - self.measuring
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
@@ -138,9 +164,9 @@ class _Trainer(Seq2SeqTrainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """In the middle of training: figures of answers, where Trainer would take the loss."""
         assert self.measure is not None
-        begin = time.perf_counter()
+        seconds, begin = self.seconds(), time.perf_counter()
         figures = {f"validation_{name}": figure for name, figure in self.measure().items()}
-        logs = {**figures, "training_seconds": begin - self.begin - self.measuring}
+        logs = {**figures, "training_seconds": seconds}
         self.measuring += time.perf_counter() - begin
         logs["measuring_seconds"] = self.measuring
         if self.memory:
@@ -268,16 +294,25 @@ class Lab:
         trainer = self._trainer(model, plan, optimizer, callbacks)
         trainer.penalty = penalty
         trainer.measure = lambda: self._answered(trainer, "validation")[0]
-        folder = self.folder / CHECKPOINTS
-        output = trainer.train(resume_from_checkpoint=_last_checkpoint(folder) if plan.resumable else None)
-        seconds = float(output.metrics["train_runtime"]) - trainer.measuring
+        last = _last_checkpoint(self.folder / CHECKPOINTS) if plan.resumable else None
+        if plan.resumable:
+            trainer.add_callback(_Clock(trainer.seconds))
+        if last is not None:
+            trainer.earlier = _seconds(Path(last))
+        output = trainer.train(resume_from_checkpoint=last)
+        seconds = trainer.earlier + float(output.metrics["train_runtime"]) - trainer.measuring
         reserved = [size for _, size in trainer.memory]
         memory = None
         if reserved:
             highest = torch.tensor(reserved, dtype=torch.float64).quantile(0.99)
             memory = {"reserved": int(statistics.fmean(reserved)), "reserved_99th": int(highest)}
         return Training(
-            output.global_step, seconds, trainer.state.log_history, trainer.state.num_input_tokens_seen, memory
+            output.global_step,
+            seconds,
+            trainer.state.log_history,
+            trainer.state.num_input_tokens_seen,
+            memory,
+            trainer.earlier,
         )
 
     def predict(self, model: nn.Module, split: str) -> tuple[dict[str, float], list[Any]]:

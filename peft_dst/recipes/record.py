@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,10 @@ PACKAGES = (
 CONFIG, RESULTS = "config.yaml", "results.json"
 # What was trained: an adapter, or where all weights were tuned the model.
 ADAPTER, MODEL = "adapter", "model"
-# In a run's folder before it is one.
-LOCK, LOG, ERROR = ".lock", "log.txt", "error.txt"
+# From which an interrupted run goes on.
+CHECKPOINTS, CACHE = "checkpoints", "cache"
+# In a run's folder before it is one; and what marks a run that a search made only to choose by.
+LOCK, LOG, ERROR, TRIAL = ".lock", "log.txt", "error.txt", ".trial"
 
 
 # Of `surroundings`.
@@ -82,9 +85,27 @@ def write(path: Path, value: Any) -> None:
 
 
 def results(folder: str | Path) -> dict[str, Any] | None:
-    """What stands in a run's results.json; None if it is not finished."""
+    """What stands in a run's results.json; None if it is not finished.
+
+    Raises:
+        ValueError: if the file is damaged.
+    """
     file = Path(folder) / RESULTS
-    return json.loads(file.read_text()) if file.is_file() else None
+    if not file.is_file():
+        return None
+    try:
+        record = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}); remove it to run this again.") from None
+    if not isinstance(record, dict) or not isinstance(record.get("metrics"), dict):
+        raise ValueError(f"{file} is damaged (it holds no metrics); remove it to run this again.")
+    return record
+
+
+def lacking(recipe: Recipe, record: Mapping[str, Any]) -> list[str]:
+    """The splits of a recipe on which a finished run has not been measured."""
+    wanted = ["metrics", *(["metrics_after_head"] if recipe.evaluation.after_head else [])]
+    return [s for s in recipe.evaluation.splits if any(s not in record.get(name, {}) for name in wanted)]
 
 
 def recipe_of(folder: Path) -> Recipe:
@@ -102,7 +123,8 @@ def _commit() -> str | None:
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+    # Without its tags: of a tagged commit it would give the tag's name.
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError:

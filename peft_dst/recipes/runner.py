@@ -13,7 +13,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -32,20 +32,24 @@ from ..delta import SparseDelta
 from ..delta.files import replace_text
 from .config import differences, load_recipe, to_dict, to_yaml, value_of
 from .forgetting import text_loss
-from .lab import CACHE, CHECKPOINTS, Lab, Training, load_trained, saved
+from .lab import Lab, Training, load_trained, saved
 from .methods import prepare
 from .models import Seed
 from .options import SPLITS, Recipe
 from .rates import settled
 from .record import (
     ADAPTER,
+    CACHE,
+    CHECKPOINTS,
     CONFIG,
     ERROR,
     LOCK,
     LOG,
     MODEL,
     RESULTS,
+    TRIAL,
     file_sizes,
+    lacking,
     peak_memory,
     recipe_of,
     results,
@@ -86,14 +90,36 @@ def train(
     folder, recipe = Path(folder), settled(recipe)
     with _claimed(recipe, folder, wait):
         record = results(folder)
-        lacking = [split for split in recipe.evaluation.splits if split not in (record or {}).get("metrics", {})]
-        if record is None:
+        splits = lacking(recipe, record) if record is not None else []
+        if record is None or (splits and not saved(folder).is_dir()):
+            # A search keeps of what it tried the figures alone.
             record = _run(recipe, folder, progress, cache)
-        elif lacking:
-            record["metrics"] |= _measured(recipe, folder, lacking, progress)
-            record["recipe"]["evaluation"]["splits"] = list(record["metrics"])
-            write(folder / RESULTS, record)
+        elif splits:
+            _add_splits(record, recipe, folder, splits, progress)
+        _tidy(folder)
         return record
+
+
+def _add_splits(record: dict[str, Any], recipe: Recipe, folder: Path, splits: list[str], progress: bool) -> None:
+    lab = Lab(recipe, folder, progress)
+    if recipe.evaluation.after_head:
+        record["metrics_after_head"] = record.get("metrics_after_head", {}) | _after_head(lab, splits)
+    record["metrics"] |= _metrics(lab, load_trained(lab, folder), splits, folder)
+    record["recipe"]["evaluation"]["splits"] = list(record["metrics"])
+    write(folder / RESULTS, record)
+
+
+def _tidy(folder: Path) -> None:
+    """Remove what a finished run needs no longer."""
+    for left in (CHECKPOINTS, CACHE):
+        shutil.rmtree(folder / left, ignore_errors=True)
+
+
+def tidy(folder: Path) -> None:
+    """Remove from a finished run's folder what a process that was killed at its end left, if no other works in it."""
+    if (folder / CHECKPOINTS).exists() or (folder / CACHE).exists():
+        with suppress(Timeout), FileLock(folder / LOCK).acquire(blocking=False):
+            _tidy(folder)
 
 
 def _run(recipe: Recipe, folder: Path, progress: bool, cache: Path | None) -> dict[str, Any]:
@@ -101,7 +127,7 @@ def _run(recipe: Recipe, folder: Path, progress: bool, cache: Path | None) -> di
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     lab = Lab(recipe, folder, progress, cache)
-    after_head = _after_head(lab) if recipe.evaluation.after_head else {}
+    after_head = _after_head(lab, recipe.evaluation.splits) if recipe.evaluation.after_head else {}
     prepared = prepare(lab)
     texts = {"before": text_loss(lab, prepared.model, seed=True)} if recipe.evaluation.text else {}
     ready = time.perf_counter()
@@ -132,7 +158,7 @@ def _run(recipe: Recipe, folder: Path, progress: bool, cache: Path | None) -> di
             "preparation": round(ready - begin, 2),
             "training": round(training.seconds, 2),
             "evaluation": round(done - evaluating, 2),
-            "all": round(done - begin, 2),
+            "all": round(training.earlier + done - begin, 2),
             **_switching(prepared.model),
         },
         "peak_memory": memory,
@@ -142,8 +168,6 @@ def _run(recipe: Recipe, folder: Path, progress: bool, cache: Path | None) -> di
         "history": training.history,
     }
     write(folder / RESULTS, record)
-    for left in (CHECKPOINTS, CACHE):
-        shutil.rmtree(folder / left, ignore_errors=True)
     return record
 
 
@@ -157,6 +181,15 @@ def only_own_bars() -> None:
     warnings.filterwarnings("ignore", "Position ids are not supported")
 
 
+def _begun(folder: Path) -> bool:
+    """Whether there is more in a folder than what a run that came to nothing leaves."""
+    before = {LOCK, LOG, ERROR, TRIAL, CONFIG}
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if CONFIG in names:
+        before |= {CACHE} if any((folder / CHECKPOINTS).glob("*")) else {CACHE, CHECKPOINTS}
+    return any(not (name.startswith(f"{CONFIG}.") and name.endswith(".tmp")) for name in names - before)
+
+
 @contextmanager
 def _claimed(recipe: Recipe, folder: Path, wait: bool) -> Iterator[None]:
     """Make the folder this recipe's, and this process's.
@@ -165,7 +198,7 @@ def _claimed(recipe: Recipe, folder: Path, wait: bool) -> Iterator[None]:
         ValueError: if it is another's, or holds something else.
     """
     file = folder / CONFIG
-    if not file.is_file() and folder.is_dir() and {path.name for path in folder.iterdir()} - {LOCK, LOG, ERROR}:
+    if not file.is_file() and _begun(folder):
         raise ValueError(f"{folder} is not empty, and holds no run; give another folder.")
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -174,7 +207,8 @@ def _claimed(recipe: Recipe, folder: Path, wait: bool) -> Iterator[None]:
     except Timeout:
         raise ValueError(f"another process works in {folder}; wait for it, or give another folder.") from None
     with lock:
-        if not file.is_file():
+        if not _begun(folder):
+            # Nothing has come of another recipe that may stand there.
             replace_text(file, to_yaml(recipe))
         there = load_recipe(file)
         if other := differences(there, recipe):
@@ -213,10 +247,10 @@ def _measured(recipe: Recipe, folder: Path, splits: Iterable[str], progress: boo
     return _metrics(lab, load_trained(lab, folder), splits, folder)
 
 
-def _after_head(lab: Lab) -> Metrics:
+def _after_head(lab: Lab, splits: Iterable[str]) -> Metrics:
     if not lab.recipe.training.head_first.epochs:
         raise ValueError("evaluation.after_head needs a head that is trained first: set training.head_first.epochs.")
-    return _metrics(lab, lab.start().model, lab.recipe.evaluation.splits, None)
+    return _metrics(lab, lab.start().model, splits, None)
 
 
 def _metrics(lab: Lab, model: nn.Module, splits: Iterable[str], folder: Path | None) -> Metrics:

@@ -15,7 +15,7 @@ from scipy import stats
 
 from ..analysis import overlap
 from ..delta import SparseDelta
-from .config import to_dict
+from .config import option_names, to_dict
 from .options import Recipe, SearchOptions
 from .record import ADAPTER, SURROUNDINGS
 
@@ -58,10 +58,18 @@ class Group:
 def title(point: Mapping[str, Any]) -> str:
     """A point in words, the method first: `dynamic, epsilon=0.001`."""
     words = [
-        str(value) if name == "method.name" else f"{name.rpartition('.')[2]}={_short(value)}"
+        str(value) if name == "method.name" else f"{_brief(name)}={_short(value)}"
         for name, value in sorted(point.items(), key=lambda option: option[0] != "method.name")
     ]
     return ", ".join(words) or "the recipe"
+
+
+def _brief(name: str) -> str:
+    """An option's name without what is not needed to tell it from others; the outer one has the shorter name."""
+    parts = name.split(".")
+    others = [known.split(".") for known in option_names() if known != name and known.count(".") < len(parts)]
+    lengths = range(1, len(parts) + 1)
+    return next((".".join(parts[-n:]) for n in lengths if all(o[-n:] != parts[-n:] for o in others)), name)
 
 
 def first_figure(record: Mapping[str, Any], split: str) -> float:
@@ -135,13 +143,10 @@ def _point(group: Group, reference: Group | None, split: str | None) -> dict[str
     }
     if not records:
         return found
-    metrics = {
-        name: {key: _spread([record["metrics"][name][key] for record in records]) for key in figures}
-        for name, figures in records[0]["metrics"].items()
-        if _has(group, name)
-    }
+    after_head = _spreads([record.get("metrics_after_head", {}) for record in records])
     return found | {
-        "metrics": metrics,
+        "metrics": _spreads([record["metrics"] for record in records]),
+        **({"metrics_after_head": after_head} if after_head else {}),
         "p": _paired(group, reference, split) if reference is not None and split else None,
         "free_parameters": records[0]["free_parameters"],
         "body_parameters": records[0]["body_parameters"],
@@ -158,6 +163,15 @@ def _point(group: Group, reference: Group | None, split: str | None) -> dict[str
         "history": [
             [entry["step"], round(entry["loss"], 4)] for entry in records[0].get("history", []) if "loss" in entry
         ],
+    }
+
+
+def _spreads(records: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, Any]:
+    """Spreads of each figure of the splits on which all runs were measured."""
+    return {
+        split: {key: _spread([record[split][key] for record in records]) for key in figures}
+        for split, figures in records[0].items()
+        if all(split in record for record in records)
     }
 
 
@@ -236,7 +250,8 @@ def table(summary: Mapping[str, Any]) -> str:
 
 def rows_of(summary: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """The summary as header and rows of text."""
-    header = tuple(f"{summary['split']} {summary['metric']}" if name == "mean" else name for name in HEADER)
+    measured = f"{summary['split']} {summary['metric']}" if summary["metric"] else "mean"
+    header = tuple(measured if name == "mean" else name for name in HEADER)
     return header, [_row(point, summary) for point in summary["points"]]
 
 

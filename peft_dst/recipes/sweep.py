@@ -9,6 +9,7 @@ import math
 import re
 import shutil
 import sys
+import warnings
 from collections import deque
 from collections.abc import Generator
 from dataclasses import dataclass, field, replace
@@ -18,11 +19,12 @@ from typing import Any
 from tqdm import tqdm
 
 from ..delta.files import replace_text
-from .config import at, digest, points, value_of
-from .lab import CACHE
+from .cache import shared_cache
+from .config import at, digest, is_integer, points, value_of
 from .options import Recipe
 from .processes import Pool, Run
-from .record import ADAPTER, LOG, MODEL, results, write
+from .record import ADAPTER, LOG, MODEL, RESULTS, TRIAL, lacking, results, write
+from .runner import tidy
 from .search import best_place, in_series, next_places
 from .summary import SUMMARY, TABLE, Group, first_figure, summarise, table, title
 
@@ -55,26 +57,51 @@ class _Course:
             scores: dict[int, float] = {}
             folders: dict[int, Path] = {}
             while places := next_places(scores, group.search.trials):
-                trials = {place: self._run(in_series(group.start, place), group.search.seed, True) for place in places}
+                # A value that the option cannot have ends the series there.
+                scores |= dict.fromkeys(places, -math.inf)
+                trials = {place: trial for place in places if (trial := self._trial(place)) is not None}
+                if not trials:
+                    continue
                 records = yield list(trials.values())
                 for place, trial in trials.items():
                     folders[place], record = trial.folder, records[trial]
                     # What diverges is worse than anything.
                     scores[place] = -math.inf if record is None else first_figure(record, "validation")
-                    group.trials[in_series(group.start, place)] = scores[place]
+                    group.trials[self._value(place)] = scores[place]
                 if max(scores.values()) == -math.inf:
                     return
             best = best_place(scores)
-            group.chosen = in_series(group.start, best)
+            group.chosen = self._value(best)
             for place in folders.keys() - {best}:
-                for weights in (ADAPTER, MODEL):
-                    shutil.rmtree(folders[place] / weights, ignore_errors=True)
+                _thin(folders[place])
         runs = {seed: self._run(group.chosen, seed) for seed in group.recipes}
+        for run in runs.values():
+            (run.folder / TRIAL).unlink(missing_ok=True)
         records = yield list(runs.values())
         for seed, run in runs.items():
             if (record := records[run]) is not None:
                 group.records[seed] = record
                 group.folders[seed] = run.folder
+
+    def _value(self, place: int) -> float:
+        """The searched option's value at a place of the series."""
+        assert self.group.option is not None
+        value = in_series(self.group.start, place)
+        return int(value) if value % 1 == 0 and is_integer(self.group.option) else value
+
+    def _trial(self, place: int) -> Run | None:
+        """A run to choose by; None where the option cannot have that value."""
+        try:
+            trial = self._run(self._value(place), self.group.search.seed, True)
+        except ValueError:
+            if place == 0:
+                raise
+            return None
+        # What is there already may be another sweep's.
+        if not trial.folder.is_dir():
+            trial.folder.mkdir(parents=True)
+            (trial.folder / TRIAL).touch()
+        return trial
 
     def _run(self, value: float | None, seed: int, trial: bool = False) -> Run:
         group = self.group
@@ -97,11 +124,20 @@ class _Course:
         return there or runs / f"{short}-{mark}"
 
 
+def _thin(folder: Path) -> None:
+    """Leave of a trial that was not chosen its figures alone, unless it has become a run since."""
+    record = results(folder)
+    if (folder / TRIAL).is_file() and record is not None and record["metrics"].keys() <= {"validation"}:
+        for weights in (ADAPTER, MODEL):
+            shutil.rmtree(folder / weights, ignore_errors=True)
+
+
 def groups(recipe: Recipe) -> list[Group]:
     """The points of a recipe's sweep, each with its seeds.
 
     Raises:
-        ValueError: for an option or value that does not exist, or a search that starts at nothing.
+        ValueError: for an option or value that does not exist, a search that starts at nothing, or a point of which it is
+            not clear where its search starts.
     """
     found: dict[str, Group] = {}
     for point in points(recipe):
@@ -111,9 +147,20 @@ def groups(recipe: Recipe) -> list[Group]:
         start = value_of(run, run.search.option) if run.search.option else None
         if run.search.option and (isinstance(start, bool) or not isinstance(start, int | float) or not start > 0):
             raise ValueError(f"the search of {run.search.option} must start at a number above 0, not at {start!r}.")
-        group = found.setdefault(repr(sorted(rest.items())), Group(rest, run.search, start or math.nan))
+        new = Group(rest, run.search, math.nan if start is None else start)
+        group = found.setdefault(repr(sorted(rest.items())), new)
+        if group.search != run.search or (start is not None and start != group.start):
+            raise ValueError(
+                f"the sweep has {title(rest)} twice, with {_search_of(group)} and with {_search_of(new)}: a search chooses "
+                "among values itself. Give one value to start from, or set search.option=null to compare them."
+            )
         group.recipes[run.seed] = run
     return list(found.values())
+
+
+def _search_of(group: Group) -> str:
+    search = group.search
+    return f"{search.option}={group.start:g}, search.trials={search.trials}" if search.option else "no search"
 
 
 def sweep(
@@ -144,14 +191,15 @@ def sweep(
     if against is not None and against not in titles:
         raise ValueError(f"there is no point {against!r} to compare with; there are: {'; '.join(titles)}.")
     failures: dict[str, str] = {}
-    with tqdm(total=sum(len(group.recipes) for group in todo), disable=None if progress else True, unit="run") as bar:
-        _run_all([_Course(group, folder) for group in todo], Pool(workers, folder / CACHE), failures, bar, progress)
-    summary = summarise(recipe, todo, failures, against)
-    folder.mkdir(parents=True, exist_ok=True)
-    write(folder / SUMMARY, summary)
-    replace_text(folder / TABLE, table(summary) + "\n")
-    if not failures:
-        shutil.rmtree(folder / CACHE, ignore_errors=True)
+    total = sum(len(group.recipes) for group in todo)
+    with shared_cache(folder) as cache:
+        with tqdm(total=total, disable=None if progress else True, unit="run") as bar:
+            _run_all([_Course(group, folder) for group in todo], Pool(workers, cache.folder), failures, bar, progress)
+        summary = summarise(recipe, todo, failures, against)
+        write(folder / SUMMARY, summary)
+        replace_text(folder / TABLE, table(summary) + "\n")
+        if not failures:
+            cache.remove()
     return summary
 
 
@@ -200,12 +248,21 @@ def _run_all(courses: list[_Course], pool: Pool, failures: dict[str, str], bar: 
 
 
 def _finished(run: Run) -> bool:
-    record = results(run.folder)
-    return record is not None and set(run.recipe.evaluation.splits) <= record["metrics"].keys()
+    try:
+        record = results(run.folder)
+    except ValueError as error:
+        kept = (run.folder / RESULTS).replace(run.folder / f"damaged_{RESULTS}")
+        warnings.warn(f"{error} It is run again; the file is now {kept.name}.", stacklevel=2)
+        return False
+    if record is None or lacking(run.recipe, record):
+        return False
+    tidy(run.folder)
+    return True
 
 
 def _line(run: Run, record: dict[str, Any] | None, error: str | None) -> str:
     if record is None:
-        return f"{run.title}: failed, see {run.folder / LOG}: {error}"
+        log = run.folder / LOG
+        return f"{run.title}: failed{f', see {log}' if log.is_file() else ''}: {error}"
     split = run.recipe.evaluation.splits[0]
     return f"{run.title}: {split} {first_figure(record, split):.4f} in {record['seconds']['all']:.0f} s"

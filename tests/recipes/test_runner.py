@@ -133,6 +133,10 @@ def test_an_interrupted_run_goes_on(name, options, tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             train(recipe, tmp_path / "parts")
     assert results(tmp_path / "parts") is None
+    # What it took to come there counts.
+    (file,) = (tmp_path / "parts" / "checkpoints").glob("checkpoint-*/seconds.json")
+    assert json.loads(file.read_text()) > 0
+    file.write_text("1000.0")
     seen = []
     monkeypatch.setattr(
         Lab,
@@ -141,6 +145,7 @@ def test_an_interrupted_run_goes_on(name, options, tmp_path, monkeypatch):
     )
     parts = train(recipe, tmp_path / "parts")
     assert seen == [4, 5, 6, 7, 8]
+    assert min(parts["seconds"][name] for name in ("training", "all")) > 1000 > whole["seconds"]["all"]
     assert parts["metrics"] == whole["metrics"]
     saved = [load_file(next((tmp_path / run).glob("*/*model.safetensors"))) for run in ("whole", "parts")]
     assert saved[0].keys() == saved[1].keys()

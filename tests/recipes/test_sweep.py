@@ -16,10 +16,12 @@ import pytest
 from scipy import stats
 
 from peft_dst import overlap
-from peft_dst.recipes import groups, make_recipe, processes, sweep
+from peft_dst.recipes import groups, make_recipe, processes, sweep, title
 from peft_dst.recipes.record import results
 from peft_dst.recipes.search import best_place, in_series, next_places
 from tests import toys
+
+from .scripted import scripted
 
 
 @pytest.fixture
@@ -87,35 +89,19 @@ def test_groups_are_points_without_their_seeds(options):
     assert [group.start for group in found[:5]] == [0.01] * 4 + [1e-4]
     with pytest.raises(ValueError, match=r"search of training\.learning_rate must start at a number above 0, not at 0"):
         groups(make_recipe(options, ["sweep={training.learning_rate: [0]}"]))
+    with pytest.raises(
+        ValueError,
+        match=r"has the recipe twice, with training\.learning_rate=0\.1, search\.trials=7 and with training\.learning_rate"
+        r"=0\.2, .*: .*Give one value to start from, or set search\.option=null",
+    ):
+        groups(make_recipe(options, ["sweep={training.learning_rate: [0.1, 0.2]}"]))
+    with pytest.raises(ValueError, match=r"has full twice, with training\.learning_rate=0\.01, .* and with no search"):
+        groups(make_recipe(options, ["sweep=[{method.name: [full]}, {method.name: [full], search.option: [null]}]"]))
     with pytest.raises(ValueError, match=r"search\.option is training\.lr, which does not exist; did you mean"):
         make_recipe(options, ["search.option=training.lr"])
 
 
 # Sweeps in this process
-
-
-def scripted(monkeypatch, figures):
-    """Runs that take no time; the figure of the validation split is a function of the recipe."""
-    seen = []
-
-    def train(recipe, folder, *, cache, wait):
-        seen.append(recipe)
-        value = figures(recipe)
-        if isinstance(value, Exception):
-            raise value
-        record = {
-            "recipe": {"seed": recipe.seed},
-            "metrics": {split: {"accuracy": value + (split == "test") / 10} for split in recipe.evaluation.splits},
-            "free_parameters": 7, "body_parameters": 70, "head_parameters": 3, "file_sizes": {"adapter.safetensors": 99},
-            "steps": 2, "seconds": {"all": 1.0}, "peak_memory": {"bytes": 1}, "commit": None, "versions": {}, "machine": {},
-        }  # fmt: skip
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "adapter").mkdir(exist_ok=True)
-        (folder / "results.json").write_text(json.dumps(record))
-        return record
-
-    monkeypatch.setattr(processes, "train", train)
-    return seen
 
 
 def test_the_choice_is_made_on_validation_data_with_one_seed(options, tmp_path, monkeypatch):
@@ -192,8 +178,12 @@ def test_each_run_is_told_in_a_line(options, tmp_path, monkeypatch, capsys):
     told = capsys.readouterr().err
     point = "siloing=module_and_layer, distance=inverse_relative, epsilon=0.01, learning_rate=0.02, seed"
     assert f"{point}=0: validation 0.5000 in 1 s\n" in told
-    assert f"{point}=1: failed, see {tmp_path / 'sweep' / 'runs' / failed / 'log.txt'}: ValueError: !\n" in told
+    assert f"{point}=1: failed: ValueError: !\n" in told
     assert "seed" not in failed
+    # A run in a process of its own has a log.
+    (tmp_path / "sweep" / "runs" / failed / "log.txt").touch()
+    sweep(make_recipe(options), tmp_path / "sweep", workers=0, progress=True)
+    assert f"failed, see {tmp_path / 'sweep' / 'runs' / failed / 'log.txt'}: " in capsys.readouterr().err
 
 
 def test_a_trial_that_fails_is_not_chosen(options, tmp_path, monkeypatch):
@@ -205,6 +195,35 @@ def test_a_trial_that_fails_is_not_chosen(options, tmp_path, monkeypatch):
     scripted(monkeypatch, lambda recipe: ValueError("!"))
     (point,) = sweep(make_recipe(options), tmp_path / "other", workers=0)["points"]
     assert (point["chosen"], point["seeds"], len(point["trials"])) == (None, [], 3)
+
+
+def test_a_search_stays_among_the_values_that_an_option_can_have(options, tmp_path, monkeypatch):
+    """Beyond them the series ends; an integer stays one."""
+    scripted(monkeypatch, lambda recipe: recipe.method.epsilon / 2)
+    options["search"] = {"option": "method.epsilon"}
+    (point,) = sweep(make_recipe(options, ["method.epsilon=1.0"]), tmp_path / "sweep", workers=0)["points"]
+    assert (point["chosen"], point["trials"]) == (1.0, [[0.5, 0.25], [1.0, 0.5]])
+    (point,) = sweep(make_recipe(options, ["method.epsilon=0.5"]), tmp_path / "sweep", workers=0)["points"]
+    assert (point["chosen"], point["trials"]) == (1.0, [[0.2, 0.1], [0.5, 0.25], [1.0, 0.5]])
+    seen = scripted(monkeypatch, lambda recipe: 1 / recipe.training.batch_size)
+    options["search"] = {"option": "training.batch_size"}
+    (point,) = sweep(make_recipe(options, ["training.batch_size=1"]), tmp_path / "other", workers=0)["points"]
+    assert (point["chosen"], point["trials"]) == (1, [[1, 1.0], [2, 0.5]])
+    assert all(isinstance(recipe.training.batch_size, int) for recipe in seen)
+
+
+def test_titles_tell_points_apart(options):
+    options["sweep"] = [{"training.learning_rate": [1e-3]}, {"training.head_first.learning_rate": [1e-3]},
+                        {"model.name": ["m"], "method.name": ["full"], "seed": [0]}]  # fmt: skip
+    titles = [title(group.point) for group in groups(make_recipe(options))]
+    assert titles == ["learning_rate=0.001", "head_first.learning_rate=0.001", "full, model.name=m"]
+
+
+def test_a_sweep_without_a_finished_run_has_a_table(options, tmp_path, monkeypatch):
+    scripted(monkeypatch, lambda recipe: ValueError("!"))
+    sweep(make_recipe(options), tmp_path / "sweep", workers=0)
+    header = (tmp_path / "sweep" / "summary.md").read_text().splitlines()[0]
+    assert header == "|  | chosen | free parameters | file, bytes | seeds | mean | deviation | p | seconds |"
 
 
 def test_points_are_tested_against_one_of_them(options, tmp_path, monkeypatch):

@@ -126,6 +126,17 @@ def test_only_the_first_token_of_a_word_is_tagged(minilm):
     assert task.metrics([row], [answer])["recall"] == 0.5
 
 
+def test_a_word_without_tokens_moves_no_other_tag(minilm):
+    """A lone variation selector, as tweets have it."""
+    task = make_task(TaskOptions(name="tagging", data=""))
+    rows = [{"words": ["the", "\ufe0f", "Sonmarg", "Anna"], "tags": ["O", "O", "B-LOC", "B-PER"]}]
+    task.prepare(Dataset.from_list([{"tokens": row["words"], "ner_tags": row["tags"]} for row in rows]))
+    tokenizer = AutoTokenizer.from_pretrained(minilm)
+    features = task.encode(rows, tokenizer, training=False)
+    predictions = np.array([features[0]["labels"]])
+    assert task.answers(rows, features, predictions, tokenizer) == [rows[0]["tags"]]
+
+
 def test_masked_words(tmp_path):
     toys.write_rows(tmp_path / "data", train=[{"text": ""}, {"text": "the red cat sleeps in the house " * 2}] * 8,
                     test=[{"text": "the green dog sleeps in the city"}, {"text": " "}] * 4)  # fmt: skip

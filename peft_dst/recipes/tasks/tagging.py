@@ -8,6 +8,7 @@ import numpy as np
 from datasets import ClassLabel, Dataset
 from transformers import (
     AutoModelForTokenClassification,
+    BatchEncoding,
     DataCollatorForTokenClassification,
     PretrainedConfig,
     PreTrainedTokenizerBase,
@@ -54,22 +55,19 @@ class Tagging(Task):
             # Byte-level ones take the words of a sentence only as if each stood after a space.
             tokenizer.add_prefix_space = True
         numbers = {label: i for i, label in enumerate(self.labels)}
-        encoded = tokenizer(
-            [row["words"] for row in rows],
-            is_split_into_words=True,
-            truncation=True,
-            max_length=self.options.max_length,
-        )
+        unknown = IGNORED if training else numbers[OUTSIDE]
+        encoded = self._tokens(rows, tokenizer)
         features = []
         for i, row in enumerate(rows):
-            words = encoded.word_ids(i)
-            first = [word is not None and word not in words[:j] for j, word in enumerate(words)]
-            labels = [
-                numbers.get(row["tags"][word], IGNORED if training else numbers[OUTSIDE]) if new else IGNORED
-                for word, new in zip(words, first, strict=True)
-            ]
+            labels = [IGNORED] * len(encoded["input_ids"][i])
+            for word, token in _first_tokens(encoded.word_ids(i)).items():
+                labels[token] = numbers.get(row["tags"][word], unknown)
             features.append({name: encoded[name][i] for name in encoded} | {"labels": labels})
         return features
+
+    def _tokens(self, rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> BatchEncoding:
+        words = [row["words"] for row in rows]
+        return tokenizer(words, is_split_into_words=True, truncation=True, max_length=self.options.max_length)
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Collate:
         return DataCollatorForTokenClassification(tokenizer)
@@ -77,14 +75,26 @@ class Tagging(Task):
     def answers(
         self, rows: list[Row], features: list[Features], predictions: np.ndarray, tokenizer: PreTrainedTokenizerBase
     ) -> list[Any]:
+        encoded = self._tokens(rows, tokenizer)
         found = []
-        for row, encoded, numbers in zip(rows, features, predictions.tolist(), strict=True):
-            seen = [self.labels[n] for n, label in zip(numbers, encoded["labels"], strict=False) if label != IGNORED]
-            # Words that were cut off have no entity.
-            found.append(seen + [OUTSIDE] * (len(row["words"]) - len(seen)))
+        for i, (row, numbers) in enumerate(zip(rows, predictions.tolist(), strict=True)):
+            # Words that were cut off, or have no token (a lone variation selector), have no entity.
+            answer = [OUTSIDE] * len(row["words"])
+            for word, token in _first_tokens(encoded.word_ids(i)).items():
+                answer[word] = self.labels[numbers[token]]
+            found.append(answer)
         return found
 
     def metrics(self, rows: list[Row], answers: list[Any]) -> dict[str, float]:
         references = [row["tags"] for row in rows]
         flat = [tag for tags in answers for tag in tags], [tag for tags in references for tag in tags]
         return {**span_scores(answers, references), "accuracy": accuracy(*flat)}
+
+
+def _first_tokens(words: list[int | None]) -> dict[int, int]:
+    """Each word's first token, from the word of each token."""
+    first: dict[int, int] = {}
+    for token, word in enumerate(words):
+        if word is not None:
+            first.setdefault(word, token)
+    return first
