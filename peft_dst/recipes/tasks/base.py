@@ -54,20 +54,22 @@ class Task(ABC):
         """Read the data, and divide it.
 
         Raises:
-            ValueError: if a split or a column is missing, or a split has no rows.
+            ValueError: if a split or a column is missing, a split has no rows, or a row does not have what it should.
         """
         options = self.options
         train = load_rows(options.data, options.train, options.subset).shuffle(seed=options.data_seed)
-        held_out = None
+        # Before the cut: a rare label may be in the part that is held out.
+        self.prepare(train)
         if options.validation is None:
             size = min(options.validation_size, len(train) // 5)
+            if not size:
+                raise ValueError(f"{options.data} has no validation examples{self._remedy('validation')}.")
             # The last ones: more or fewer training examples leave the validation examples what they are.
             held_out = train.select(range(len(train) - size, len(train)))
             train = train.select(range(len(train) - size))
         else:
             held_out = self.evaluation_rows(options.validation)
             held_out = held_out.select(range(min(options.validation_size, len(held_out))))
-        self.prepare(train)
         return self.divided(train, held_out, self.evaluation_rows(options.test))
 
     def evaluation_rows(self, split: str) -> Dataset:
@@ -79,18 +81,31 @@ class Task(ABC):
 
     def divided(self, train: Dataset, validation: Dataset, test: Dataset) -> Splits:
         """The rows of each split, converted and cut to size."""
-        parts = {"train": self._rows(train), "validation": self._rows(validation), "test": self._rows(test)}
+        given = {"train": train, "validation": validation, "test": test}
+        parts = {name: self._rows(data, name) for name, data in given.items()}
         for name, rows in parts.items():
             if not rows:
-                raise ValueError(
-                    f"{self.options.data} has no {name} examples; see task.{name} and task.validation_size."
-                )
+                raise ValueError(f"{self.options.data} has no {name} examples{self._remedy(name)}.")
         return Splits(
             parts["train"][: self.options.train_size], parts["validation"], parts["test"][: self.options.test_size]
         )
 
-    def _rows(self, data: Dataset) -> list[Row]:
-        return [row for raw in data for row in self.convert(raw)]
+    def _remedy(self, name: str) -> str:
+        if name == "validation" and self.options.validation is None:
+            return ": a fifth of fewer than 5 training examples is none; give more, or name a split in task.validation"
+        return f"; see task.{name}"
+
+    def _rows(self, data: Dataset, name: str) -> list[Row]:
+        """Rows of the examples that `name` (train, validation or test) has."""
+        found = []
+        for number, raw in enumerate(data):
+            try:
+                found += self.convert(raw)
+            except ValueError as error:
+                split = getattr(self.options, name) or self.options.train
+                where = f"{self.options.data}, {name} example {number} (task.{name}={split})"
+                raise ValueError(f"{where}: {error}") from None
+        return found
 
     def prepare(self, train: Dataset) -> None:  # noqa: B027
         """Learn from the training data what rows need, such as the set of labels."""

@@ -15,7 +15,7 @@ from transformers import (
 
 from ..metrics import accuracy, macro_f1
 from .base import Collate, Features, Row, Task
-from .data import pick
+from .data import named, pick, text_of
 
 
 TEXT_COLUMNS = ("sentence", "question")
@@ -32,21 +32,25 @@ class Classification(Task):
         column = next((c for c in (name, *LABEL_COLUMNS) if c in train.column_names), name)
         feature = train.features.get(column)
         self._names: list[str] | None = feature.names if isinstance(feature, ClassLabel) else None
-        values = range(len(self._names)) if self._names else set(train[column] if column in train.column_names else [])
+        given = train[column] if column in train.column_names else []
+        # What is null or a list is told of when its row is read.
+        values = range(len(self._names)) if self._names else {v for v in given if isinstance(v, str | int | float)}
         self.labels = [self._label(value) for value in sorted(values)]
 
     def _label(self, value: Any) -> str:
-        return self._names[value] if self._names else str(value)
+        if not isinstance(value, str | int | float):
+            raise ValueError(f"a label must be text or a number, not {str(value)[:40]}; see task.columns.")
+        return named(value, self._names) if self._names else str(value)
 
     def convert(self, raw: Row) -> list[Row]:
         columns = self.options.columns
         row = {
-            "text": pick(raw, "text", columns, TEXT_COLUMNS),
+            "text": text_of(pick(raw, "text", columns, TEXT_COLUMNS), "text"),
             "label": self._label(pick(raw, "label", columns, LABEL_COLUMNS)),
         }
         if row["label"] not in self.labels:
             raise ValueError(f"the label {row['label']!r} is not among those of the training data, {self.labels}.")
-        return [row | ({"second": pick(raw, "second", columns)} if "second" in columns else {})]
+        return [row | ({"second": text_of(pick(raw, "second", columns), "second")} if "second" in columns else {})]
 
     def model_class(self, config: PretrainedConfig) -> type:
         return AutoModelForSequenceClassification

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -42,7 +43,7 @@ def load_rows(data: str, split: str, subset: str | None = None) -> Dataset:
         subset: name of the configuration, on the hub; of a folder the one inside it, if it is there.
 
     Raises:
-        ValueError: if there is no such data set or split.
+        ValueError: if there is no such data set or split, or a file is empty or broken.
     """
     folder = find_folder(f"{data}/{subset}" if subset else data) or find_folder(data)
     if folder is None and Path(data).is_dir():
@@ -62,7 +63,51 @@ def load_rows(data: str, split: str, subset: str | None = None) -> Dataset:
     for name in wanted:
         if name not in files:
             raise ValueError(f"{folder} has no {name}.jsonl; its splits are {', '.join(files)}.")
-    return load_dataset("json", data_files={name: files[name] for name in wanted}, split=split)
+    for name in wanted:
+        if not Path(files[name]).stat().st_size:
+            raise ValueError(f"{files[name]} is empty; give it rows, or name another split.")
+    try:
+        return load_dataset("json", data_files={name: files[name] for name in wanted}, split=split)
+    except Exception as error:  # of the reader, which does not say where
+        wrong = next((place for name in wanted if (place := _broken(Path(files[name])))), None)
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(wrong or f"{folder}: the split {split} cannot be read: {reason}") from None
+
+
+def _broken(file: Path) -> str | None:
+    """The first line of a file that is no JSON object, in words."""
+    with file.open(encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line) if line.strip() else {}
+            except ValueError as error:
+                return f"{file}, line {number} is no JSON: {error}."
+            if not isinstance(row, dict):
+                return f"{file}, line {number} holds {line.strip()[:40]!r}; each line must be an object, with columns."
+    return None
+
+
+def named(value: Any, names: Sequence[str]) -> str:
+    """The name of a label that is given as a number.
+
+    Raises:
+        ValueError: if there is none: test sets without public labels have -1.
+    """
+    if not isinstance(value, int) or not 0 <= value < len(names):
+        hidden = "; this split has no public labels, use another, such as validation" if value == -1 else ""
+        raise ValueError(f"a label is {value!r}, but labels go from 0 to {len(names) - 1}{hidden}.")
+    return names[value]
+
+
+def text_of(value: Any, name: str) -> str:
+    """A value that must be text.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    if not isinstance(value, str):
+        raise ValueError(f"{name} must be text, not {str(value)[:40]}; set task.columns={{{name}: COLUMN}}.")
+    return value
 
 
 def first_rows(data: str, split: str, count: int) -> list[dict[str, Any]]:
@@ -92,6 +137,8 @@ def pick(row: Mapping[str, Any], name: str, columns: Mapping[str, str], usual: S
             value = value.get(part) if isinstance(value, Mapping) else None
         if value is not None:
             return value
+    if empty := [column for column in candidates if column in row]:
+        raise ValueError(f"{empty[0]} is null; leave that row out, or set task.columns={{{name}: COLUMN}}.")
     raise ValueError(
         f"the data has no column for {name!r} ({' or '.join(candidates)}); it has {', '.join(map(str, row))}. Set "
         f"task.columns={{{name}: COLUMN}}."

@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
+    MODEL_FOR_MASKED_LM_MAPPING,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     PretrainedConfig,
@@ -21,7 +22,7 @@ from transformers import (
 from ..metrics import answer_f1, answer_match, bleu, number_match, stated_match
 from ..options import TaskOptions
 from .base import IGNORED, Collate, Features, Row, Splits, Task
-from .data import pick
+from .data import pick, text_of
 
 
 _BRACES = re.compile(r"\{(\w+)\}")
@@ -57,6 +58,8 @@ class Generation(Task):
         return self.task_type == "SEQ_2_SEQ_LM"
 
     def row(self, values: Row, target: str, references: list[str]) -> Row:
+        for name, value in {**values, "target": target}.items():
+            text_of(value, name)
         return {"input": fill(self.options.prompt or self.prompt, values), "target": target, "references": references}
 
     def divided(self, train: Dataset, validation: Dataset, test: Dataset) -> Splits:
@@ -78,26 +81,44 @@ class Generation(Task):
         return found
 
     def model_class(self, config: PretrainedConfig) -> type:
+        writes = config.is_encoder_decoder or getattr(config, "is_decoder", False)
+        if not writes and type(config) in MODEL_FOR_MASKED_LM_MAPPING:
+            raise ValueError(
+                f"task.name={self.options.name} needs a model that writes, causal or with encoder and decoder; "
+                f"{type(config).__name__} is an encoder's. Set model.name to another."
+            )
         self.task_type = "SEQ_2_SEQ_LM" if config.is_encoder_decoder else "CAUSAL_LM"
         return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
     def encode(self, rows: list[Row], tokenizer: PreTrainedTokenizerBase, training: bool) -> list[Features]:
-        limits = {"truncation": True, "max_length": self.options.max_length}
-        inputs = tokenizer([row["input"] for row in rows], **limits)["input_ids"]
+        inputs = self._inputs(rows, tokenizer)
         if not training:
             return [{"input_ids": ids} for ids in inputs]
-        limits["max_length"] = self.options.max_target_length
+        # What is cut off has no end to learn.
+        most = self.options.max_target_length
         if self.encoder_decoder:
-            targets = tokenizer(text_target=[row["target"] for row in rows], **limits)["input_ids"]
-            return [{"input_ids": ids, "labels": target} for ids, target in zip(inputs, targets, strict=True)]
-        targets = tokenizer([row["target"] for row in rows], add_special_tokens=False, **limits)["input_ids"]
+            targets = tokenizer(text_target=[row["target"] for row in rows])["input_ids"]
+            return [{"input_ids": ids, "labels": target[:most]} for ids, target in zip(inputs, targets, strict=True)]
+        targets = tokenizer([row["target"] for row in rows], add_special_tokens=False)["input_ids"]
         # A causal model reads its input, and is trained on the target and on where it ends.
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        targets = [target[:most] if len(target) > most else target + end for target in targets]
         learned = self.options.train_inputs
         return [
-            {"input_ids": ids + target + end, "labels": (ids if learned else [IGNORED] * len(ids)) + target + end}
+            {"input_ids": ids + target, "labels": (ids if learned else [IGNORED] * len(ids)) + target}
             for ids, target in zip(inputs, targets, strict=True)
         ]
+
+    def _inputs(self, rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+        side = tokenizer.truncation_side
+        if not self.encoder_decoder:
+            # A causal model goes on from the end, which asks for the answer.
+            tokenizer.truncation_side = "left"
+        try:
+            inputs = [row["input"] for row in rows]
+            return tokenizer(inputs, truncation=True, max_length=self.options.max_length)["input_ids"]
+        finally:
+            tokenizer.truncation_side = side
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Collate:
         padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id

@@ -6,6 +6,7 @@ False, so that every example can be trained on. Rows are read as SuperGLUE's own
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,7 @@ from ..metrics import (
     superglue_average,
 )
 from .base import Row, Splits
-from .data import find_folder, load_rows
+from .data import find_folder, load_rows, named
 from .generation import Generation, fill
 
 
@@ -45,6 +46,8 @@ class SuperGLUE(Generation):
             if name not in PARTS:
                 raise ValueError(f"task.parts names {name!r}; SuperGLUE's tasks are {', '.join(PARTS)}.")
         divided = [self._load_part(name) for name in names]
+        if not any(splits.validation for splits in divided):
+            raise ValueError(f"{options.data} has no validation examples{self._remedy('validation')}.")
         # The mix in proportion: all examples of all tasks in one random order.
         train = Dataset.from_list([row for splits in divided for row in splits.train]).shuffle(seed=options.data_seed)
         return Splits(
@@ -59,12 +62,24 @@ class SuperGLUE(Generation):
         for split in {options.train, options.test, options.validation or options.train}:
             data = self._data(name, split)
             data = data.shuffle(seed=options.data_seed) if split == options.train else data
-            read[split] = [row for i, raw in enumerate(data) for row in self.rows_of(name, raw, i)]
+            read[split] = self._read(name, split, data)
         train, test = read[options.train], read[options.test][: options.test_size]
         if options.validation is not None:
             return Splits(train, read[options.validation][: options.validation_size], test)
-        size = min(options.validation_size, len(train) // 5)
-        return Splits(train[: len(train) - size], train[len(train) - size :], test)
+        return Splits(*_cut(train, min(options.validation_size, len(train) // 5)), test)
+
+    def _read(self, name: str, split: str, data: Dataset) -> list[Row]:
+        found = []
+        for i, raw in enumerate(data):
+            try:
+                found += self.rows_of(name, raw, i)
+            except KeyError as error:
+                raise ValueError(f"{name}, row {i} of the split {split} has no {error}.") from None
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{name}, row {i} of the split {split}: {error}") from None
+        if not found:
+            raise ValueError(f"{name} has no examples in the split {split}; name the other tasks in task.parts.")
+        return found
 
     def _data(self, name: str, split: str) -> Dataset:
         # The hub's names of the tasks are in small letters; of WSC it has one with its spans put right, T5's.
@@ -93,6 +108,25 @@ class SuperGLUE(Generation):
         return {"average": superglue_average(scores), **figures}
 
 
+def _cut(rows: list[Row], size: int) -> tuple[list[Row], list[Row]]:
+    """Rows to train on, and some `size` of the last ones held out; of MultiRC's paragraphs each is on one side."""
+    origins = [_origin(row, i) for i, row in enumerate(rows)]
+    counts, held_out, so_far = Counter(origins), set(), 0
+    for origin in reversed(origins):
+        if so_far < size and origin not in held_out:
+            held_out.add(origin)
+            so_far += counts[origin]
+    sides: tuple[list[Row], list[Row]] = [], []
+    for row, origin in zip(rows, origins, strict=True):
+        sides[origin in held_out].append(row)
+    return sides
+
+
+def _origin(row: Row, index: int) -> Any:
+    """What the rows of one paragraph share."""
+    return row["group"].rpartition("-")[0] or index
+
+
 def part_scores(part: str, rows: list[Row], answers: list[str]) -> dict[str, float]:
     """A task's own scores.
 
@@ -118,11 +152,11 @@ def _example(text: str, target: str, **more: Any) -> Row:
 
 
 def _named(value: Any, names: tuple[str, ...]) -> str:
-    return names[value] if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    return named(value, names) if isinstance(value, int) else str(value)
 
 
 def _truth(value: Any) -> str:
-    return str(bool(int(value)))
+    return named(int(value), ("False", "True"))
 
 
 def _boolq(raw: Row, index: int) -> list[Row]:
@@ -136,7 +170,7 @@ def _cb(raw: Row, index: int) -> list[Row]:
 
 def _copa(raw: Row, index: int) -> list[Row]:
     text = f"copa choice1: {raw['choice1']} choice2: {raw['choice2']} premise: {raw['premise']} question: {raw['question']}"
-    return [_example(text, f"choice{int(raw['label']) + 1}")]
+    return [_example(text, named(raw["label"], ("choice1", "choice2")))]
 
 
 def _multirc(raw: Row, index: int) -> list[Row]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,13 @@ from transformers import (
 
 from ..metrics import accuracy, span_scores
 from .base import IGNORED, Collate, Features, Row, Task
-from .data import pick
+from .data import named, pick, text_of
 
 
 TAG_COLUMNS = ("ner_tags",)
 OUTSIDE = "O"
+# seqeval's schemes: IOB, IOBES, …
+_ENTITY = re.compile(r"[A-Z]-.+", re.DOTALL)
 
 
 class Tagging(Task):
@@ -35,13 +38,21 @@ class Tagging(Task):
         inner = getattr(feature, "feature", None)
         self._names: list[str] | None = inner.names if isinstance(inner, ClassLabel) else None
         rows = train[column] if column in train.column_names else []
-        self.labels = self._names or sorted({OUTSIDE} | {tag for tags in rows for tag in tags})
+        # What is no text is told of when its row is read.
+        found = {tag for tags in rows for tag in tags or () if isinstance(tag, str)}
+        self.labels = self._names or sorted({OUTSIDE} | found)
 
     def convert(self, raw: Row) -> list[Row]:
         words = pick(raw, "words", self.options.columns, ("tokens",))
         tags = pick(raw, "tags", self.options.columns, TAG_COLUMNS)
+        if len(words) != len(tags):
+            raise ValueError(f"there are {len(words)} words and {len(tags)} tags.")
         # An entity that only the test set has is one that is never found.
-        return [{"words": list(words), "tags": [self._names[tag] if self._names else tag for tag in tags]}]
+        named_tags = [named(tag, self._names) if self._names else text_of(tag, "tags") for tag in tags]
+        for tag in named_tags:
+            if tag != OUTSIDE and not _ENTITY.fullmatch(tag):
+                raise ValueError(f"the tag {tag!r} is neither O nor one like B-PER or I-PER.")
+        return [{"words": list(words), "tags": named_tags}]
 
     def model_class(self, config: PretrainedConfig) -> type:
         return AutoModelForTokenClassification

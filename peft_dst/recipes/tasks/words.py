@@ -19,7 +19,7 @@ from transformers import (
 
 from ..metrics import accuracy
 from .base import IGNORED, Collate, Features, Row, Task
-from .data import pick
+from .data import pick, text_of
 
 
 class MaskedWords(Task):
@@ -28,7 +28,7 @@ class MaskedWords(Task):
     task_type = None
 
     def convert(self, raw: Row) -> list[Row]:
-        text = pick(raw, "text", self.options.columns).strip()
+        text = text_of(pick(raw, "text", self.options.columns), "text").strip()
         return [{"text": text}] if text else []
 
     def model_class(self, config: PretrainedConfig) -> type:
