@@ -41,6 +41,8 @@ def _train(
     folder = output or Path("runs") / config.stem
     there = recipes.results(folder) is not None
     recipe = recipes.settled(given)
+    if comparison is not None:
+        recipes.check_comparable(recipe)
     if recipe != given and not quiet:
         print(f"learning rate {recipe.training.learning_rate:g} by rule; training.learning_rate=NUMBER gives another.")
     record = recipes.train(recipe, folder, progress=shows(quiet))
@@ -54,6 +56,7 @@ def _train(
 @app.command("evaluate", epilog="Example: peft-dst evaluate run --split test")
 def _evaluate(
     run: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Folder that peft-dst train made.")],
+    overrides: Overrides = None,
     splits: Annotated[
         list[str] | None, typer.Option("--split", help="train, validation or test; may be given several times.")
     ] = None,
@@ -61,9 +64,10 @@ def _evaluate(
 ) -> None:
     """Measure what a run saved.
 
-    Its adapter is loaded onto a fresh base; the figures are printed, and written to evaluation.json beside it.
+    Its adapter is loaded onto a fresh base; the figures are printed, and written to evaluation.json beside it. Options of
+    evaluation may be otherwise than in training, and where the model and data are: evaluation.beams=4, task.data=DIR.
     """
-    metrics = _recipes().evaluate(run, splits or ["test"], progress=shows(quiet))
+    metrics = _recipes().evaluate(run, splits or ["test"], overrides or [], progress=shows(quiet))
     _print_metrics(metrics)
 
 
@@ -96,7 +100,9 @@ def _sweep(
     recipe = recipes.load_recipe(config, overrides or [])
     if listing:
         for group in recipes.groups(recipe):
-            print(f"{recipes.title(group.point)}: {len(group.recipes)} seeds")
+            seeds = len(group.recipes)
+            search = f", {group.option} searched from {group.start:g}" if group.option else ""
+            print(f"{recipes.title(group.point)}: {seeds} seed{'s' * (seeds != 1)}{search}")
         return
     folder = output or Path("runs") / config.stem
     summary = recipes.sweep(recipe, folder, workers=workers, progress=not quiet, against=against)
@@ -110,7 +116,7 @@ def _sweep(
 
 
 @app.command("report", epilog="Example: peft-dst report sweep --output report")
-def _page(
+def _report(
     paths: Annotated[
         list[Path],
         typer.Argument(

@@ -4,6 +4,7 @@ Needs the extra `recipes`. Nothing but the command line imports this, and that o
 
 * `options`  what an experiment says
 * `config`   read from files, and checked
+* `checks`   ranges of numbers, splits that overlap
 * `tasks`    data sets and what is asked of them
 * `metrics`  what answers are worth
 * `models`   the model at its seed, head and body
@@ -23,7 +24,7 @@ Needs the extra `recipes`. Nothing but the command line imports this, and that o
 * `report/`  a page and pictures of what came of them
 """
 
-from .comparison import compared
+from .comparison import check_comparable, compared
 from .config import at, load_recipe, make_recipe, points, to_dict
 from .options import Recipe
 from .rates import settled
@@ -37,6 +38,7 @@ from .sweep import groups, sweep
 __all__ = [
     "Recipe",
     "at",
+    "check_comparable",
     "compared",
     "evaluate",
     "groups",

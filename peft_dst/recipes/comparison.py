@@ -16,6 +16,7 @@ import torch
 from huggingface_hub import HfApi
 
 from .config import to_dict
+from .options import Recipe
 from .record import ADAPTER, recipe_of, results
 from .tasks import local_folder
 
@@ -23,6 +24,18 @@ from .tasks import local_folder
 OPTIMIZERS = {"adamw": "AdamW", "adafactor": "Adafactor", "sgd": "SGD"}
 START = {"training_seconds": 0.0, "measuring_seconds": 0.0, "num_input_tokens_seen": 0}
 PACKAGES = ("transformers", "peft", "datasets", "bitsandbytes", "torch")
+
+
+def check_comparable(recipe: Recipe) -> None:
+    """Check that a recipe's run can be compared.
+
+    Raises:
+        ValueError: if it is of another task.
+    """
+    if recipe.task.name != "maths" or "test" not in recipe.evaluation.splits:
+        raise ValueError(
+            "PEFT compares by MetaMathQA and GSM8K; this wants a run of task.name=maths, with test in evaluation.splits."
+        )
 
 
 def compared(folder: str | Path) -> dict[str, Any]:
@@ -36,10 +49,7 @@ def compared(folder: str | Path) -> dict[str, Any]:
     """
     folder = Path(folder)
     recipe = recipe_of(folder)
-    if recipe.task.name != "maths" or "test" not in recipe.evaluation.splits:
-        raise ValueError(
-            f"{folder}: PEFT compares by MetaMathQA and GSM8K; this wants a run of task.name=maths with a test split."
-        )
+    check_comparable(recipe)
     record = results(folder)
     assert record is not None
     file = folder / ADAPTER / "adapter_config.json"

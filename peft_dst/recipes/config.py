@@ -14,14 +14,22 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ..config import SELECTIONS
+from .checks import check_numbers, check_splits
 from .options import AUTO, DTYPES, METHODS, OPTIMIZERS, SPLITS, TASKS, Recipe, SearchOptions
 from .rates import settled
+
+
+# What refers to another option, or to the environment, in OmegaConf: somebody else's recipe shall read neither. Such text
+# stays as it is; while OmegaConf has it, a character of private use stands in it.
+REFERENCE, HARMLESS = "${", "\ue000{"
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -42,23 +50,48 @@ def make_recipe(values: Mapping[str, Any], overrides: Iterable[str] = (), where:
     """A recipe from nested mappings, as `load_recipe` makes it from files."""
     recipe = _merge(OmegaConf.structured(Recipe), values, where)
     for override in overrides:
-        name, equals, _ = override.partition("=")
-        if not equals or not name:
-            raise ValueError(f"{override!r} is no override; write option=value, e.g. training.learning_rate=1e-2.")
-        try:
-            given = OmegaConf.to_container(OmegaConf.from_dotlist([override]))
-        except Exception as error:  # whatever YAML has to say
-            raise ValueError(f"{override!r} cannot be read: {error}") from None
-        assert isinstance(given, dict)
-        recipe = _merge(recipe, given, "the command line")
+        recipe = _merge(recipe, _given(override), "the command line")
     return _finished(recipe, where)
+
+
+def _given(override: str) -> dict[str, Any]:
+    """What `option=value` gives, the value read as YAML; of an option that is text whatever YAML finds more in it."""
+    name, equals, text = override.partition("=")
+    if not equals or not name:
+        raise ValueError(f"{override!r} is no override; write option=value, e.g. training.learning_rate=1e-2.")
+    entry = option_names().get(name)
+    is_text = entry is not None and str(entry.type) in ("str", "str | None")
+    try:
+        given = OmegaConf.to_container(OmegaConf.from_dotlist([_inert(override)]))
+    except Exception as error:  # whatever YAML has to say
+        if not is_text:
+            raise ValueError(f"{override!r} cannot be read: {error}") from None
+        return _nested(name, text)
+    assert isinstance(given, dict)
+    value: Any = given
+    for part in name.split("."):
+        value = value[part]
+    return _nested(name, text) if is_text and value is not None and not isinstance(value, str) else given
+
+
+def _inert(value: Any, back: bool = False) -> Any:
+    """Text in which OmegaConf sees no reference (`${…}`), anywhere in a value, or such text as it was."""
+    if isinstance(value, str):
+        return value.replace(HARMLESS, REFERENCE) if back else value.replace(REFERENCE, HARMLESS)
+    if isinstance(value, dict):
+        return {_inert(key, back): _inert(inner, back) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_inert(inner, back) for inner in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = [entry.name for entry in dataclasses.fields(value)]
+        return replace(value, **{name: _inert(getattr(value, name), back) for name in names})
+    return value
 
 
 def _finished(recipe: DictConfig, where: str) -> Recipe:
     """The recipe, checked."""
     try:
-        OmegaConf.resolve(recipe)
-        found = OmegaConf.to_object(recipe)
+        found = _inert(OmegaConf.to_object(recipe), back=True)
     except OmegaConfBaseException as error:
         name = error.full_key or "an option"
         raise ValueError(f"{where}: {name} must be given; add it to the file, or {name}=VALUE.") from None
@@ -74,7 +107,7 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
 
 def to_yaml(recipe: Recipe) -> str:
     """The whole recipe as a YAML file, without defaults to look up."""
-    return OmegaConf.to_yaml(OmegaConf.create(to_dict(recipe)))
+    return _inert(OmegaConf.to_yaml(OmegaConf.create(_inert(to_dict(recipe)))), back=True)
 
 
 def differences(one: Recipe, other: Recipe) -> list[str]:
@@ -127,7 +160,7 @@ def at(recipe: Recipe, point: Mapping[str, Any]) -> Recipe:
     values: dict[str, Any] = {}
     for name, value in point.items():
         values = _merged(values, _nested(name, value))
-    merged = _merge(OmegaConf.structured(replace(recipe, sweep=None)), values, "the sweep")
+    merged = _merge(OmegaConf.structured(_inert(replace(recipe, sweep=None))), values, "the sweep")
     return settled(_finished(merged, "the sweep"))
 
 
@@ -167,7 +200,7 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         raise ValueError(f"{path} is among its own defaults.")
     try:
         # OmegaConf reads with YAML's safe loader: no file can make Python objects or run code.
-        loaded = OmegaConf.load(path)
+        loaded = OmegaConf.load(StringIO(_inert(path.read_text(encoding="utf-8"))))
         values = OmegaConf.to_container(loaded)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
@@ -196,7 +229,7 @@ def _merge(recipe: DictConfig, values: Mapping[str, Any], where: str) -> DictCon
         # One sweep takes the place of another; a mapping would not merge with a list.
         recipe = OmegaConf.merge(recipe, {"sweep": None})
     try:
-        merged = OmegaConf.merge(recipe, OmegaConf.create(dict(values)))
+        merged = OmegaConf.merge(recipe, OmegaConf.create(_inert(dict(values))))
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0].rstrip(".")
         entry = option_names().get(error.full_key or "")
@@ -271,22 +304,8 @@ def _check(recipe: Recipe) -> None:
     rate = recipe.training.learning_rate
     if rate != AUTO and (isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < math.inf):
         raise ValueError(f"training.learning_rate must be auto, or a number of 0 or more; got {rate!r}.")
-    for name, number in (
-        ("evaluation.every", 1 if recipe.evaluation.every is None else recipe.evaluation.every),
-        ("evaluation.text_examples", recipe.evaluation.text_examples),
-        ("training.batch_size", recipe.training.batch_size),
-        ("training.evaluation_batch_size", recipe.training.evaluation_batch_size),
-        ("training.accumulation", recipe.training.accumulation),
-        ("training.save_steps", recipe.training.save_steps),
-        ("training.head_first.batch_size", recipe.training.head_first.batch_size),
-        ("evaluation.beams", recipe.evaluation.beams),
-        ("task.max_length", recipe.task.max_length),
-        ("task.max_target_length", recipe.task.max_target_length),
-        ("task.validation_size", recipe.task.validation_size),
-        ("search.trials", recipe.search.trials),
-    ):
-        if number < 1:
-            raise ValueError(f"{name} must be 1 or more, got {number}.")
+    check_numbers(_flat(to_dict(recipe)))
+    check_splits(recipe.task)
     method = recipe.method
     if method.epsilon is not None and method.num_free_parameters is not None:
         raise ValueError(
@@ -306,6 +325,11 @@ def _check(recipe: Recipe) -> None:
         )
     if recipe.search.option is not None and recipe.search.option.startswith(("seed", "search.")):
         raise ValueError(f"search.option={recipe.search.option} is nothing to choose on validation data.")
+    if recipe.training.release_gradients and method.name not in SELECTIONS:
+        raise ValueError(
+            f"training.release_gradients is DSTOptimizer's, which method.name={method.name} does not step through; set it "
+            "to false."
+        )
     for grid in _grids(recipe.sweep):
         for name, values in grid.items():
             if name not in option_names():

@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -108,15 +108,19 @@ def lacking(recipe: Recipe, record: Mapping[str, Any]) -> list[str]:
     return [s for s in recipe.evaluation.splits if any(s not in record.get(name, {}) for name in wanted)]
 
 
-def recipe_of(folder: Path) -> Recipe:
+def recipe_of(folder: Path, overrides: Iterable[str] = ()) -> Recipe:
     """The recipe of a finished run.
 
+    Args:
+        folder: of the run.
+        overrides: `option=value` each, for options that are to be otherwise.
+
     Raises:
-        ValueError: if the folder holds none.
+        ValueError: if the folder holds none, or an override does not fit.
     """
     if results(folder) is None or not (folder / CONFIG).is_file():
         raise ValueError(f"{folder} holds no finished run; peft-dst train makes one.")
-    return load_recipe(folder / CONFIG)
+    return load_recipe(folder / CONFIG, overrides)
 
 
 def _commit() -> str | None:

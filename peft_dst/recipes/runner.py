@@ -60,6 +60,16 @@ from .snapshots import SNAPSHOTS, shared
 
 
 Metrics = dict[str, dict[str, float]]
+# Options that change neither what is trained nor a figure.
+NO_EFFECT = (
+    "evaluation.predictions",
+    *(f"training.{name}" for name in ("evaluation_batch_size", "save_steps", "logging_steps", "empty_cache_steps")),
+)
+# Besides evaluation.*, options that may be otherwise when a run is measured again: where its model and data are now.
+OF_EVALUATION = (
+    "training.evaluation_batch_size",
+    *("model.name", "model.tokenizer", "model.tuned", "task.data", "task.evaluation_data"),
+)
 
 
 def train(
@@ -211,32 +221,44 @@ def _claimed(recipe: Recipe, folder: Path, wait: bool) -> Iterator[None]:
             # Nothing has come of another recipe that may stand there.
             replace_text(file, to_yaml(recipe))
         there = load_recipe(file)
-        if other := differences(there, recipe):
+        if other := [name for name in differences(there, recipe) if name not in NO_EFFECT]:
             was, now = (value_of(r, other[0]) for r in (there, recipe))
+            again = "; peft-dst evaluate measures it again with other options of evaluation" * other[0].startswith(
+                "eval"
+            )
             raise ValueError(
                 f"{folder} holds a run with {other[0]} = {was!r}, not {now!r}"
                 + (f" (and {len(other) - 1} more options that differ)" if len(other) > 1 else "")
-                + "; give another folder, or remove that one."
+                + f"; give another folder, or remove that one{again}."
             )
         yield
 
 
-def evaluate(folder: str | Path, splits: Iterable[str] = ("test",), *, progress: bool = False) -> Metrics:
+def evaluate(
+    folder: str | Path, splits: Iterable[str] = ("test",), overrides: Iterable[str] = (), *, progress: bool = False
+) -> Metrics:
     """Load what a finished run saved, and measure it again; written to evaluation.json in the folder.
 
     Args:
         folder: of the run.
         splits: of train, validation and test.
+        overrides: `option=value` each: options of evaluation, and where model and data are now.
         progress: show bars.
 
     Raises:
-        ValueError: if the folder holds no finished run, or for a split of another name.
+        ValueError: if the folder holds no finished run, for a split of another name, or another option.
     """
+    overrides = list(overrides)
+    for name in (override.partition("=")[0] for override in overrides):
+        if not name.startswith("evaluation.") and name not in OF_EVALUATION:
+            raise ValueError(
+                f"{name} cannot be otherwise than it was in training; evaluation.* can, and {', '.join(OF_EVALUATION)}."
+            )
     folder, splits = Path(folder), list(splits)
     unknown = [split for split in splits if split not in SPLITS]
     if unknown:
         raise ValueError(f"there is no split {unknown[0]!r}; there are {', '.join(SPLITS)}.")
-    metrics = _measured(recipe_of(folder), folder, splits, progress)
+    metrics = _measured(recipe_of(folder, overrides), folder, splits, progress)
     write(folder / "evaluation.json", {"metrics": metrics, **surroundings()})
     return metrics
 

@@ -165,7 +165,7 @@ def test_what_cannot_be_compared(tmp_path):
     recipe = toys.classification(tmp_path)
     train(make_recipe(recipe), tmp_path / "run")
     with pytest.raises(
-        ValueError, match=r"run: PEFT compares by MetaMathQA and GSM8K; this wants a run of task\.name=maths"
+        ValueError, match=r"PEFT compares by MetaMathQA and GSM8K; this wants a run of task\.name=maths"
     ):
         compared(tmp_path / "run")
     with pytest.raises(ValueError, match="holds no finished run"):

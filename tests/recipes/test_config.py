@@ -61,12 +61,78 @@ def test_files_lie_over_their_defaults_and_overrides_over_files(tmp_path):
         ),
         ("sweep=[3]", r"sweep takes options and their values, got 3"),
         ("quietly", r"'quietly' is no override; write option=value"),
-        ("model.name=[", r"'model\.name=\[' cannot be read"),
+        ("training.epochs=[", r"'training\.epochs=\[' cannot be read"),
+        ("sweep={seed: []}", r"sweep gives seed no values; leave it out"),
+        ("evaluation.splits=[]", r"evaluation\.splits is empty; name some of train, validation, test"),
+        ("search.option=seed", r"search\.option=seed is nothing to choose on validation data"),
+        ("training.max_steps=0", r"training\.max_steps must be 1 or more, got 0"),
+        ("training.epochs=-1", r"training\.epochs must be 0 or more, got -1"),
+        ("training.head_learning_rate=-0.1", r"training\.head_learning_rate must be 0 or more"),
+        ("training.max_grad_norm=.nan", r"training\.max_grad_norm must be 0 or more, got nan"),
+        ("training.snapshots=-1", r"training\.snapshots must be 0 or more"),
+        ("task.train_size=0", r"task\.train_size must be 1 or more, got 0"),
+        ("task.test_size=-5", r"task\.test_size must be 1 or more, got -5"),
+        ("method.virtual_tokens=0", r"method\.virtual_tokens must be 1 or more, got 0"),
+        ("model.dropout=1.5", r"model\.dropout must be 1 at most, got 1\.5"),
+        ("task.validation=test", r"task\.validation=test and task\.test=test have examples in common"),
+        ("task.train=train+test[:50%]", r"task\.train=.* and task\.test=test have examples in common"),
+        ("task.test=train[:10]", r"task\.train=train and task\.test=train\[:10\] have examples in common"),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(override, message):
     with pytest.raises(ValueError, match=message):
         make_recipe(LEAST, [override])
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "common"),
+    [
+        ("validation[:800]", "validation[800:]", False),
+        ("validation[:801]", "validation[800:]", True),
+        ("train[:50%]", "train[50%:]", False),
+        ("train[:60%]", "train[50%:90%]", True),
+        # Nothing can be said without the data.
+        ("train[:60%]", "train[100:]", False),
+        ("train[:-100]", "train[-100:]", False),
+        ("train[:-100]", "train[:-100]", True),
+        ("train + validation", "test", False),
+    ],
+)
+def test_parts_of_a_split(train, test, common):
+    given = [f"task.train={train}", f"task.test={test}"]
+    if not common:
+        make_recipe(LEAST, given)
+        return
+    with pytest.raises(ValueError, match="have examples in common"):
+        make_recipe(LEAST, given)
+    # Of other data it is another split.
+    make_recipe(LEAST, [*given, "task.evaluation_data=other"])
+    with pytest.raises(ValueError, match="have examples in common"):
+        make_recipe(LEAST, [*given, "task.evaluation_data=d"])
+
+
+def test_gradients_are_released_by_one_optimizer():
+    make_recipe(LEAST, ["training.release_gradients=true"])
+    with pytest.raises(ValueError, match=r"release_gradients is DSTOptimizer's, which method\.name=full does not"):
+        make_recipe(LEAST, ["training.release_gradients=true", "method.name=full"])
+
+
+def test_text_is_text(tmp_path, monkeypatch):
+    """Whatever YAML would make of it; and what OmegaConf takes for a reference gives nothing away."""
+    monkeypatch.setenv("SECRET", "password")
+    given = ["task.prompt=question: {question}", "title=${oc.env:SECRET} ${", "model.revision=1e3", "task.subset=null"]
+    recipe = make_recipe(LEAST, given)
+    assert (recipe.task.prompt, recipe.model.revision, recipe.task.subset) == ("question: {question}", "1e3", None)
+    assert recipe.title == "${oc.env:SECRET} ${"
+    file = tmp_path / "recipe.yaml"
+    file.write_text("title: ${oc.env:SECRET}\ntask: {name: maths, data: d, prompt: '${question} {question}'}\n"
+                    "model: {name: '${task.data}'}\nsweep: {title: ['${seed}']}\n")  # fmt: skip
+    recipe = load_recipe(file)
+    assert (recipe.title, recipe.model.name) == ("${oc.env:SECRET}", "${task.data}")
+    assert recipe.task.prompt == "${question} {question}"
+    assert at(recipe, points(recipe)[0]).title == "${seed}"
+    file.write_text(to_yaml(recipe))
+    assert load_recipe(file) == recipe
 
 
 def test_files_that_cannot_be(tmp_path):

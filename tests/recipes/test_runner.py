@@ -21,7 +21,8 @@ from tests import toys
 
 @pytest.fixture
 def options(tmp_path):
-    toys.write_rows(tmp_path / "text", train=[{"text": "the red cat sleeps in the house " * 8}] * 6)
+    text = [{"text": "the red cat sleeps in the house " * 8}] * 6
+    toys.write_rows(tmp_path / "text", train=text, other=text)
     return toys.classification(tmp_path)
 
 
@@ -109,6 +110,30 @@ def test_a_finished_run_is_not_run_again_and_another_is_refused(options, tmp_pat
         train(recipe, tmp_path / "full")
     with pytest.raises(ValueError, match="holds no finished run; peft-dst train makes one"):
         evaluate(tmp_path / "full")
+
+
+def test_what_changes_no_figure_makes_no_other_run(options, tmp_path):
+    """What changes one is for evaluate, to which model and data may also have moved."""
+    record = train(make_recipe(options), tmp_path / "run")
+    more = ["evaluation.predictions=true", "training.evaluation_batch_size=2", "training.save_steps=7"]
+    assert train(make_recipe(options, more), tmp_path / "run") == record
+    with pytest.raises(
+        ValueError, match=r"evaluation\.beams = 1, not 4; .*peft-dst evaluate measures it again with other"
+    ):
+        train(make_recipe(options, ["evaluation.beams=4"]), tmp_path / "run")
+    for name in ("data", "bert"):
+        (tmp_path / name).rename(tmp_path / f"other_{name}")
+    moved = [
+        f"task.data={tmp_path / 'other_data'}",
+        f"model.name={tmp_path / 'other_bert'}",
+        "evaluation.predictions=true",
+    ]
+    assert evaluate(tmp_path / "run", overrides=moved) == {"test": record["metrics"]["test"]}
+    assert len((tmp_path / "run" / "predictions_test.jsonl").read_text().splitlines()) == 10
+    with pytest.raises(
+        ValueError, match=r"^method\.epsilon cannot be otherwise than it was in training; evaluation\.\* can"
+    ):
+        evaluate(tmp_path / "run", overrides=["method.epsilon=0.1"])
 
 
 class Stop(TrainerCallback):
@@ -247,7 +272,7 @@ def test_a_tuned_body_is_probed_and_tuned_on(options, tmp_path):
     train(make_recipe(options), tmp_path / "primary")
     probe = {
         "model": {"name": options["model"]["name"], "tuned": str(tmp_path / "primary"), "head": ["cls"], "fresh": ["cls"]},
-        "task": {"name": "masked_words", "data": str(tmp_path / "text"), "test": "train", "mask_probability": 0.3,
+        "task": {"name": "masked_words", "data": str(tmp_path / "text"), "test": "other", "mask_probability": 0.3,
                  "max_length": 40},
         "method": {"name": "head_only"},
         "training": {"max_steps": 3, "batch_size": 2, "schedule": "constant", "warmup": 0, "weight_decay": 0.05},
