@@ -161,7 +161,9 @@ def _point(group: Group, reference: Group | None, split: str | None) -> dict[str
         **({"subset": records[0]["subset"]} if "subset" in records[0] else {}),
         **({"seeds_share": shared} if (shared := _seeds_share(group)) is not None else {}),
         "history": [
-            [entry["step"], round(entry["loss"], 4)] for entry in records[0].get("history", []) if "loss" in entry
+            [entry["step"], round(entry["loss"], 4)]
+            for entry in records[0].get("history") or []
+            if entry.get("loss") is not None
         ],
     }
 
@@ -250,17 +252,17 @@ def table(summary: Mapping[str, Any]) -> str:
 
 def rows_of(summary: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """The summary as header and rows of text."""
-    measured = f"{summary['split']} {summary['metric']}" if summary["metric"] else "mean"
+    measured = f"{summary['split']} {summary['metric']}" if summary.get("metric") else "mean"
     header = tuple(measured if name == "mean" else name for name in HEADER)
     return header, [_row(point, summary) for point in summary["points"]]
 
 
 def _row(point: Mapping[str, Any], summary: Mapping[str, Any]) -> tuple[str, ...]:
-    chosen = "" if point["chosen"] is None else f"{point['chosen']:g}"
+    chosen = "" if point.get("chosen") is None else f"{point['chosen']:g}"
     if not point["seeds"]:
         return (point["title"], chosen, "", "", "0", "failed", "", "", "")
     figures = point["metrics"][summary["split"]][summary["metric"]]
-    deviation, p = figures["deviation"], point["p"]
+    deviation, p = figures.get("deviation"), point.get("p")
     return (
         point["title"],
         chosen,
@@ -269,7 +271,7 @@ def _row(point: Mapping[str, Any], summary: Mapping[str, Any]) -> tuple[str, ...
         str(len(point["seeds"])),
         f"{figures['mean']:.4f}",
         "" if deviation is None else f"{deviation:.4f}",
-        "–" if point["title"] == summary["against"] else "" if p is None else f"{p:.3f}",
+        "–" if point["title"] == summary.get("against") else "" if p is None else f"{p:.3f}",
         f"{point['seconds']['all']:.0f}",
     )
 

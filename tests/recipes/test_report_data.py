@@ -94,6 +94,40 @@ def test_what_is_wrong_in_a_summary_is_said(tmp_path, change, message):
     assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
 
 
+def test_what_may_lack_may_lack(tmp_path):
+    """All that the form of a summary lets be null may also be left out."""
+    made = broken(lambda made: None)
+    for name in ("against", "overlap"):
+        del made[name]
+    for entry in made["points"]:
+        for name in ("p", "chosen", "search"):
+            entry.pop(name, None)
+        for figures in entry["metrics"].values():
+            for spread in figures.values():
+                del spread["deviation"]
+    assert report([write(tmp_path / "summary.json", made)], tmp_path / "out")[0].is_file()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (put([{"loss": "a"}], "history"), r"history\[0\]\.loss must be a number"),
+        (put({"entries": 3}, "subset"), r"subset\.entries must be a mapping"),
+        (put({}, "metrics", "test"), r"metrics\.test holds no figures"),
+        (put(2.0, "recipe", "method", "epsilon"), r"method\.epsilon must be a fraction"),
+        (delete("recipe", "task", "name"), r"the recipe: task\.name must be given"),
+    ],
+)
+def test_what_is_wrong_in_a_run_is_said_with_its_file(tmp_path, change, message):
+    run(tmp_path / "good")
+    file = run(tmp_path / "bad", seed=1) / "results.json"
+    record = json.loads(file.read_text())
+    change(record)
+    write(file, record)
+    with pytest.raises(ValueError, match=rf"bad/results\.json: {message}"):
+        data.load([tmp_path / "good", tmp_path / "bad"])
+
+
 def test_what_is_no_result_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"empty holds neither summary.json \(of peft-dst sweep\) nor results.json"):

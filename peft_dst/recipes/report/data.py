@@ -170,9 +170,7 @@ def _of_runs(files: Sequence[Path]) -> list[Section]:
     """Single runs, as if each task's were those of a sweep over the options in which they differ."""
     runs: dict[tuple[str, ...], list[tuple[Path, dict[str, Any], Recipe]]] = {}
     for file in files:
-        record = read(file)
-        check(record, RECORD, f"{file}: ")
-        recipe = make_recipe(record["recipe"], where=str(file))
+        record, recipe = _run(file)
         runs.setdefault((recipe.task.name, recipe.task.data), []).append((file, record, recipe))
     sections = []
     for (name, data), members in runs.items():
@@ -199,6 +197,18 @@ def _of_runs(files: Sequence[Path]) -> list[Section]:
     return sections
 
 
+def _run(file: Path) -> tuple[dict[str, Any], Recipe]:
+    """A single run's results and recipe, checked."""
+    record = read(file)
+    check(record, RECORD, f"{file}: ")
+    if empty := [split for split, figures in record["metrics"].items() if not figures]:
+        raise ValueError(f"{file}: metrics.{empty[0]} holds no figures.")
+    try:
+        return record, make_recipe(record["recipe"], where="the recipe")
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
 def section(summary: Any, where: str, name: str) -> Section:
     """What a summary says, checked.
 
@@ -217,7 +227,7 @@ def section(summary: Any, where: str, name: str) -> Section:
         place = f"{where}points[{i}]"
         if entry["seeds"]:
             check(entry, POINT | DONE, place)
-        points.append(_point(entry, recipe, summary["metric"], summary["split"], place))
+        points.append(_point(entry, recipe, summary.get("metric"), summary.get("split"), place))
     overlaps = []
     known = {point.title for point in points}
     for i, found in enumerate(summary.get("overlap") or []):
@@ -230,8 +240,8 @@ def section(summary: Any, where: str, name: str) -> Section:
         title=recipe.get("title") or name,
         model=recipe["model"]["name"],
         task=f"{recipe['task']['name']}, {recipe['task']['data']}",
-        metric=summary["metric"],
-        split=summary["split"],
+        metric=summary.get("metric"),
+        split=summary.get("split"),
         points=points,
         overlaps=overlaps,
         summary=summary,
@@ -256,8 +266,8 @@ def _point(
         method=method,
         budget=_budget(method, options, recipe["method"]),
         rate=rate if isinstance(rate, int | float) else None,
-        trials=dict(entry["trials"]) if entry["search"] == RATE else {},
-        chosen=entry["chosen"],
+        trials=dict(entry["trials"]) if entry.get("search") == RATE else {},
+        chosen=entry.get("chosen"),
         seeds=entry["seeds"],
     )
     if not entry["seeds"]:
@@ -265,7 +275,9 @@ def _point(
     if metric not in entry["metrics"].get(split, {}):
         raise ValueError(f"{where}.metrics lacks {metric!r} on the split {split!r}.")
     metrics = {
-        name: {key: Spread(found["mean"], found["deviation"], len(found["values"])) for key, found in figures.items()}
+        name: {
+            key: Spread(found["mean"], found.get("deviation"), len(found["values"])) for key, found in figures.items()
+        }
         for name, figures in entry["metrics"].items()
     }
     subset, seconds = entry.get("subset") or {}, entry["seconds"]

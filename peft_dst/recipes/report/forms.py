@@ -24,6 +24,7 @@ class Maybe:
 
 _SPREAD = {"values": [NUMBER], "mean": NUMBER, "deviation": Maybe(NUMBER)}
 _MATRIX = [[NUMBER]]
+_SUBSET = Maybe({"entries": {ANY: {ANY: int}}, "snapshots": Maybe({"steps": [int], "shared": _MATRIX})})
 POINT = {
     "title": str,
     "options": dict,
@@ -41,7 +42,7 @@ DONE = {
     "file_bytes": int,
     "steps": int,
     "seconds": {"all": NUMBER, "training": Maybe(NUMBER), "switching": Maybe(NUMBER)},
-    "subset": Maybe({"entries": {ANY: {ANY: int}}, "snapshots": Maybe({"steps": [int], "shared": _MATRIX})}),
+    "subset": _SUBSET,
     "seeds_share": Maybe(NUMBER),
 }
 SUMMARY = {
@@ -69,8 +70,8 @@ RECORD = {
     "steps": int,
     "seconds": {"all": NUMBER, ANY: NUMBER},
     "peak_memory": {"bytes": Maybe(int)},
-    "subset": Maybe(dict),
-    "history": Maybe([dict]),
+    "subset": _SUBSET,
+    "history": Maybe([{"loss": Maybe(NUMBER)}]),
     "commit": Maybe(str),
     "versions": dict,
     "machine": dict,
