@@ -8,6 +8,8 @@ Needs the extra `recipes`. Nothing but the command line imports this, and that o
 * `tasks`    data sets and what is asked of them
 * `metrics`  what answers are worth
 * `models`   the model at its seed, head and body
+* `finished` what a finished run left, also as where another begins
+* `trainer`  transformers' Trainer, as runs need it
 * `lab`      what the stages of a run share
 * `methods`  from a method's name to a model ready to train
 * `snapshots` how a subset moves meanwhile

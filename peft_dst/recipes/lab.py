@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,36 +12,24 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from filelock import FileLock
-from peft import PeftModel
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
-from torch.utils.data import SequentialSampler
-from transformers import (
-    PrinterCallback,
-    ProgressCallback,
-    Seq2SeqTrainer,
-    Seq2SeqTrainingArguments,
-    TrainerCallback,
-    TrainerState,
-    set_seed,
-)
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import PrinterCallback, ProgressCallback, Seq2SeqTrainingArguments, TrainerCallback, set_seed
 
 from ..baselines import SeedPenalty
 from ..delta.files import replace_file
 from .config import digest
+from .finished import seed_of
 from .metrics import bleurt, check_bleurt
-from .models import Seed, load_seed, load_tokenizer
+from .models import Seed, load_tokenizer
 from .options import Recipe
-from .record import ADAPTER, CACHE, CHECKPOINTS, MODEL, RESULTS, recipe_of, write
+from .record import CACHE, CHECKPOINTS
 from .tasks import make_task
-from .tasks.base import Features
+from .tasks.base import Features, Row
+from .trainer import CHECKPOINTING, Bar, Clock, RunTrainer, last_checkpoint, seconds_of
 
 
-# In a checkpoint.
-SECONDS = "seconds.json"
 # What a head that is trained first depends on.
 OF_HEAD = (
     "model.",
@@ -53,33 +38,6 @@ OF_HEAD = (
     "training.head_first.",
     *(f"training.{name}" for name in ("group_by_length", "schedule", "warmup", "max_grad_norm", "bf16")),
 )
-# transformers' older name of it is `gradient_checkpointing`.
-CHECKPOINTING = "activation_checkpointing"
-if CHECKPOINTING not in Seq2SeqTrainingArguments.__dataclass_fields__:
-    CHECKPOINTING = "gradient_checkpointing"
-
-
-def _last_checkpoint(folder: Path) -> str | None:
-    """The last whole checkpoint in a folder. What a killed process left half-written beside it is removed.
-
-    Trainer writes into a checkpoint's final place, its own state last, and removes the one before after that.
-    """
-    while folder.is_dir() and (last := get_last_checkpoint(str(folder))):
-        try:
-            TrainerState.load_from_json(str(Path(last) / TRAINER_STATE_NAME))
-        except (FileNotFoundError, json.JSONDecodeError):
-            shutil.rmtree(last)
-        else:
-            return last
-    return None
-
-
-def _seconds(checkpoint: Path) -> float:
-    """How long training had taken at a checkpoint; 0 of one that does not say it."""
-    try:
-        return float(json.loads((checkpoint / SECONDS).read_text()))
-    except (OSError, ValueError, TypeError):
-        return 0.0
 
 
 @dataclass(frozen=True)
@@ -109,88 +67,6 @@ class Training:
     earlier: float = 0.0
 
 
-class _Bar(ProgressCallback):
-    """Trainer's progress bar, with the loss in it instead of printed over it."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if self.training_bar is not None and "loss" in (logs or {}):
-            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
-
-
-class _Clock(TrainerCallback):
-    """Writes into each checkpoint how long it took to come there."""
-
-    def __init__(self, seconds: Callable[[], float]) -> None:
-        self.seconds = seconds
-
-    def on_save(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        write(Path(args.output_dir) / f"checkpoint-{state.global_step}" / SECONDS, self.seconds())
-
-
-class _Trainer(Seq2SeqTrainer):
-    """Trainer with a penalty on the distance from the seed; answers without the questions before them."""
-
-    penalty: SeedPenalty | None = None
-    # What is measured in the middle of training, and the seconds that it took.
-    measure: Callable[[], dict[str, float]] | None = None
-    measuring = 0.0
-    # Seconds that training took before it was interrupted.
-    earlier = 0.0
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        # Bytes of the accelerator, allocated and reserved, after each backward pass.
-        self.memory: list[tuple[int, int]] = []
-        self.begin = time.perf_counter()
-
-    def seconds(self) -> float:
-        """How long training has taken, what was measured in between aside."""
-        return self.earlier + time.perf_counter() - self.begin - self.measuring
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        loss = super().training_step(*args, **kwargs)
-        # Once a step, before Trainer clips.
-        if self.penalty is not None and self.accelerator.sync_gradients:
-            self.penalty.add_gradient()
-        if torch.cuda.is_available():
-            self.memory.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
-        return loss
-
-    def _get_eval_sampler(self, eval_dataset: Any) -> SequentialSampler | None:
-        """In order: Trainer would sort examples to evaluate by their length where it does those to train on."""
-        # Several processes divide them by themselves.
-        return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """In the middle of training: figures of answers, where Trainer would take the loss."""
-        assert self.measure is not None
-        seconds, begin = self.seconds(), time.perf_counter()
-        figures = {f"validation_{name}": figure for name, figure in self.measure().items()}
-        logs = {**figures, "training_seconds": seconds}
-        self.measuring += time.perf_counter() - begin
-        logs["measuring_seconds"] = self.measuring
-        if self.memory:
-            since = self.memory[-self.args.eval_steps * self.args.gradient_accumulation_steps :]
-            allocated, reserved = zip(*since, strict=True)
-            logs |= {"memory_allocated": statistics.fmean(allocated), "memory_reserved": statistics.fmean(reserved)}
-        self.log(logs)
-        self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)
-        return figures
-
-    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        if not self.args.predict_with_generate:
-            return super().prediction_step(model, inputs, *args, **kwargs)
-        # transformers writes its defaults into the model's own settings, and then warns that they are set.
-        own = vars(self.model.generation_config)
-        before = dict(own)
-        loss, found, labels = super().prediction_step(model, inputs, *args, **kwargs)
-        own.clear()
-        own.update(before)
-        if found is not None and not self.model.config.is_encoder_decoder:
-            found = found[:, inputs["input_ids"].shape[1] :]
-        return loss, found, labels
-
-
 class Lab:
     """One recipe's data and seed.
 
@@ -214,13 +90,24 @@ class Lab:
         self.tokenizer = load_tokenizer(recipe.model)
         self.collate = self.task.collator(self.tokenizer)
         self._train: list[Features] | None = None
+        self._positions: int | None = None
 
     @property
     def train_features(self) -> list[Features]:
         """The training examples, encoded once; a model must have been made before."""
         if self._train is None:
-            self._train = self.task.encode(self.rows.train, self.tokenizer, training=True)
+            self._train = self._encoded(self.rows.train, training=True)
         return self._train
+
+    def _encoded(self, rows: list[Row], training: bool) -> list[Features]:
+        features = self.task.encode(rows, self.tokenizer, training=training)
+        longest = max((len(feature["input_ids"]) for feature in features), default=0)
+        if self._positions is not None and longest > self._positions:
+            raise ValueError(
+                f"task.max_length={self.recipe.task.max_length} leaves {longest} tokens, but {self.recipe.model.name} has "
+                f"positions for {self._positions}; set task.max_length to that at most."
+            )
+        return features
 
     @contextmanager
     def shared(self, name: str, options: Sequence[str], **training: Any) -> Iterator[Path]:
@@ -239,9 +126,8 @@ class Lab:
 
     def bare(self) -> Seed:
         """The seed with a fresh head: always the same one."""
-        seed = load_seed(self.recipe.model, self.task, self.recipe.seed)
-        if self.recipe.model.tuned:
-            _put(seed, tuned_body(Path(self.recipe.model.tuned)), self.recipe.model.tuned)
+        seed = seed_of(self.recipe, self.task)
+        self._positions = seed.positions()
         # Before anything remembers values of it (penalties) or is made from its parameters (optimizers).
         seed.model.to(PartialState().device)
         return seed
@@ -294,11 +180,11 @@ class Lab:
         trainer = self._trainer(model, plan, optimizer, callbacks)
         trainer.penalty = penalty
         trainer.measure = lambda: self._answered(trainer, "validation")[0]
-        last = _last_checkpoint(self.folder / CHECKPOINTS) if plan.resumable else None
+        last = last_checkpoint(self.folder / CHECKPOINTS) if plan.resumable else None
         if plan.resumable:
-            trainer.add_callback(_Clock(trainer.seconds))
+            trainer.add_callback(Clock(trainer.seconds))
         if last is not None:
-            trainer.earlier = _seconds(Path(last))
+            trainer.earlier = seconds_of(Path(last))
         output = trainer.train(resume_from_checkpoint=last)
         seconds = trainer.earlier + float(output.metrics["train_runtime"]) - trainer.measuring
         reserved = [size for _, size in trainer.memory]
@@ -323,11 +209,11 @@ class Lab:
             (self.folder / CHECKPOINTS).rmdir()
         return found
 
-    def _answered(self, trainer: _Trainer, split: str) -> tuple[dict[str, float], list[Any]]:
+    def _answered(self, trainer: RunTrainer, split: str) -> tuple[dict[str, float], list[Any]]:
         rows = self.rows[split]
         if split == "train":
             rows = rows[: self.recipe.evaluation.train_examples]
-        features = self.task.encode(rows, self.tokenizer, training=False)
+        features = self._encoded(rows, training=False)
         output = trainer.predict(features, **(self._generation() if self.task.generates else {}))
         answers = self.task.answers(rows, features, output.predictions, self.tokenizer)
         figures = self.task.metrics(rows, answers)
@@ -354,7 +240,7 @@ class Lab:
         plan: Plan,
         optimizer: Optimizer | None = None,
         callbacks: Sequence[TrainerCallback] = (),
-    ) -> _Trainer:
+    ) -> RunTrainer:
         options = self.recipe.training
         # Only in the recipe's own training, not in what comes before it.
         every = self.recipe.evaluation.every if plan.resumable else None
@@ -387,7 +273,7 @@ class Lab:
             report_to=[],
             seed=self.recipe.seed,
         )
-        trainer = _Trainer(
+        trainer = RunTrainer(
             model,
             arguments,
             data_collator=self.collate,
@@ -402,49 +288,5 @@ class Lab:
         trainer.remove_callback(PrinterCallback)
         if self.progress:
             trainer.remove_callback(ProgressCallback)
-            trainer.add_callback(_Bar)
+            trainer.add_callback(Bar)
         return trainer
-
-
-def load_trained(lab: Lab, folder: Path) -> nn.Module:
-    """The model as a finished run left it."""
-    if not saved(folder).is_dir():
-        raise ValueError(f"{folder} no longer has what was trained; remove its {RESULTS} to train it again.")
-    seed = lab.bare()
-    if saved(folder).name == ADAPTER:
-        return PeftModel.from_pretrained(seed.model, folder / ADAPTER)
-    config = seed.model.config
-    kind = type(seed.model)
-    return kind.from_pretrained(folder / MODEL, config=config, dtype=config.dtype)  # type: ignore[attr-defined]
-
-
-def tuned_body(folder: Path) -> dict[str, Tensor]:
-    """The body that a finished run left, by the names that it has without its head.
-
-    Raises:
-        ValueError: if the run is not finished, or its method leaves the body as it is.
-    """
-    recipe = recipe_of(folder)
-    if recipe.method.name == "prompt_tuning":
-        raise ValueError(f"{folder} is a run of prompt tuning, which changes no weight of the body.")
-    model: Any = load_trained(Lab(recipe, folder), folder)
-    if isinstance(model, PeftModel):
-        model = model.merge_and_unload()
-    return {name: tensor.detach() for name, tensor in model.base_model.state_dict().items()}
-
-
-def saved(folder: Path) -> Path:
-    """Where a run leaves what it trained."""
-    return folder / (ADAPTER if (folder / ADAPTER).is_dir() else MODEL)
-
-
-def _put(seed: Seed, body: dict[str, Tensor], where: str) -> None:
-    """Another run's body into this model's, parameter by parameter; a head of this task stays as it is."""
-    model: Any = seed.model
-    own = model.base_model.state_dict()
-    fitting = {name: tensor for name, tensor in body.items() if name in own and own[name].shape == tensor.shape}
-    prefix = f"{model.base_model_prefix}."
-    lacking = [name for name in own.keys() - fitting.keys() if not seed.in_head(prefix + name)]
-    if lacking:
-        raise ValueError(f"model.tuned={where} has another body: there is no {sorted(lacking)[0]} of the right shape.")
-    model.base_model.load_state_dict(fitting, strict=False)

@@ -29,6 +29,14 @@ class Seed:
         """Whether a parameter, by its name (also under PEFT's), belongs to the head."""
         return any(f".{module}." in f".{name}." for module in self.head)
 
+    def positions(self) -> int | None:
+        """How many tokens there may be in an input; None where positions are not learned."""
+        for name, module in self.model.named_modules():
+            if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+                # RoBERTa's begin after that of padding.
+                return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+        return None
+
     def body(self) -> dict[str, torch.Tensor]:
         """The parameters that compete: all but the head's, without a graph."""
         return {n: p.detach() for n, p in self.model.named_parameters() if not self.in_head(n)}

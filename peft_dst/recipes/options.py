@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from omegaconf import MISSING
 
-from ..config import SELECTIONS
+from ..config import SELECTIONS, DSTConfig
 
 
 METHODS = (*SELECTIONS, "pruning", "lora", "prompt_tuning", "head_only", "full", "l1", "l2")
@@ -17,12 +17,18 @@ DTYPES = ("float32", "bfloat16", "float16")
 SPLITS = ("train", "validation", "test")
 # A learning rate by a rule.
 AUTO = "auto"
+_OF_DST = {entry.name: entry.metadata["help"] for entry in fields(DSTConfig) if "help" in entry.metadata}
 
 
 def _option(default: Any, help: str) -> Any:
     if isinstance(default, list | dict):
         return field(default_factory=lambda: type(default)(default), metadata={"help": help})
     return field(default=default, metadata={"help": help})
+
+
+def _dst_option(name: str, more: str = "") -> Any:
+    """An option of DSTConfig, explained there; null is its default."""
+    return _option(None, f"{_OF_DST[name]} {more}".rstrip())
 
 
 @dataclass
@@ -91,20 +97,20 @@ class MethodOptions:
         None, "Budget as a fraction of the body. LoRA and prompt tuning are sized to it; bitfit has a size of its own."
     )
     num_free_parameters: int | None = _option(None, "The budget as a number, instead of epsilon.")
-    siloing: str | None = _option(
-        None, "As DSTConfig's; null: module_and_layer where distances choose, none where scores do (second paper)."
+    siloing: str | None = _dst_option(
+        "siloing", "null: module_and_layer where distances choose, none where scores do (second paper)."
     )
-    silo_pattern: str | None = _option(None, "As DSTConfig's.")
-    distance: str | None = _option(None, "As DSTConfig's.")
-    distance_normalization: str | None = _option(None, "As DSTConfig's.")
-    churn_interval: int | None = _option(None, "As DSTConfig's.")
-    churn_stop: int | float | None = _option(None, "As DSTConfig's.")
-    threshold: str | None = _option(None, "As DSTConfig's.")
-    threshold_iterations: int | None = _option(None, "As DSTConfig's.")
-    threshold_range: float | None = _option(None, "As DSTConfig's.")
+    silo_pattern: str | None = _dst_option("silo_pattern")
+    distance: str | None = _dst_option("distance")
+    distance_normalization: str | None = _dst_option("distance_normalization")
+    churn_interval: int | None = _dst_option("churn_interval")
+    churn_stop: int | float | None = _dst_option("churn_stop")
+    threshold: str | None = _dst_option("threshold")
+    threshold_iterations: int | None = _dst_option("threshold_iterations")
+    threshold_range: float | None = _dst_option("threshold_range")
     target_modules: list[str] | None = _option(None, "Of DST and LoRA; null: the whole body, or all linear layers.")
-    exclude_modules: list[str] | None = _option(None, "As DSTConfig's.")
-    packed: bool | None = _option(None, "As DSTConfig's.")
+    exclude_modules: list[str] | None = _dst_option("exclude_modules")
+    packed: bool | None = _dst_option("packed")
     rank: int | None = _option(None, "LoRA's rank; null: what comes nearest to the budget.")
     lora_alpha: float | None = _option(None, "LoRA's alpha; null: PEFT's default.")
     lora_dropout: float = _option(0.0, "LoRA's dropout.")
@@ -155,7 +161,11 @@ class TrainingOptions:
     dst_optimizer: bool | None = _option(
         None, "Step through DSTOptimizer; null: where a dynamic subset trains half precision weights."
     )
-    release_gradients: bool = _option(False, "As DSTOptimizer's.")
+    release_gradients: bool = _option(
+        False,
+        "Step each silo in the backward pass, as soon as its gradients are there, and free them: DSTOptimizer's; without "
+        "clipping and accumulation.",
+    )
     activation_checkpointing: bool = _option(False, "Recompute activations in the backward pass.")
     empty_cache_steps: int | None = _option(None, "Give unused memory of the accelerator back so often.")
     bf16: bool = _option(False, "Autocast to bfloat16.")

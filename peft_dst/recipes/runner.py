@@ -31,8 +31,9 @@ from ..core.silos import compile_silo_patterns, read_names
 from ..delta import SparseDelta
 from ..delta.files import replace_text
 from .config import differences, load_recipe, to_dict, to_yaml, value_of
+from .finished import load_trained, saved
 from .forgetting import text_loss
-from .lab import Lab, Training, load_trained, saved
+from .lab import Lab, Training
 from .methods import prepare
 from .models import Seed
 from .options import SPLITS, Recipe
@@ -114,7 +115,7 @@ def _add_splits(record: dict[str, Any], recipe: Recipe, folder: Path, splits: li
     lab = Lab(recipe, folder, progress)
     if recipe.evaluation.after_head:
         record["metrics_after_head"] = record.get("metrics_after_head", {}) | _after_head(lab, splits)
-    record["metrics"] |= _metrics(lab, load_trained(lab, folder), splits, folder)
+    record["metrics"] |= _metrics(lab, load_trained(lab.bare(), folder), splits, folder)
     record["recipe"]["evaluation"]["splits"] = list(record["metrics"])
     write(folder / RESULTS, record)
 
@@ -266,7 +267,7 @@ def evaluate(
 def _measured(recipe: Recipe, folder: Path, splits: Iterable[str], progress: bool) -> Metrics:
     """Figures of what a run saved."""
     lab = Lab(recipe, folder, progress)
-    return _metrics(lab, load_trained(lab, folder), splits, folder)
+    return _metrics(lab, load_trained(lab.bare(), folder), splits, folder)
 
 
 def _after_head(lab: Lab, splits: Iterable[str]) -> Metrics:

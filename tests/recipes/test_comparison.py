@@ -10,8 +10,9 @@ import torch
 
 from peft_dst.cli import main
 from peft_dst.recipes import compared, make_recipe, results, train
+from peft_dst.recipes.finished import load_trained
 from peft_dst.recipes.forgetting import text_loss
-from peft_dst.recipes.lab import Lab, load_trained
+from peft_dst.recipes.lab import Lab
 from tests import toys
 
 
@@ -148,7 +149,7 @@ def test_the_loss_on_text(tmp_path):
     record = train(made, tmp_path / "run")
     lab = Lab(made, tmp_path / "lab")
     for seed, expected in ((True, record["text_loss"]["before"]), (False, record["text_loss"]["after"])):
-        model = lab.bare().model if seed else load_trained(lab, tmp_path / "run")
+        model = lab.bare().model if seed else load_trained(lab.bare(), tmp_path / "run")
         total, count = 0.0, 0
         for text in ("the red cat sleeps in paris", "anna runs"):
             ids = torch.tensor([lab.tokenizer(text)["input_ids"]])

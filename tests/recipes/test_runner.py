@@ -14,7 +14,8 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from peft_dst.config import SELECTIONS
 from peft_dst.delta import SparseDelta
 from peft_dst.recipes import evaluate, make_recipe, results, train
-from peft_dst.recipes.lab import Lab, load_trained
+from peft_dst.recipes.finished import load_trained
+from peft_dst.recipes.lab import Lab
 from peft_dst.recipes.options import METHODS
 from tests import toys
 
@@ -236,6 +237,16 @@ def test_a_fresh_head_is_found(options, tmp_path):
         Lab(make_recipe(options, ["model.head=[score]"]), tmp_path / "lab").bare()
 
 
+def test_inputs_that_are_too_long_are_refused(options, tmp_path):
+    """Where positions are learned, and there are not so many."""
+    toys.write_rows(tmp_path / "data", train=[{"text": "the red cat " * 30, "label": "a"}] * 10,
+                    test=[{"text": "the red cat", "label": "a"}])  # fmt: skip
+    with pytest.raises(
+        ValueError, match=r"max_length=80 leaves 80 tokens, but .* has positions for 64; set task\.max_l"
+    ):
+        train(make_recipe(options, ["task.max_length=80"]), tmp_path / "run")
+
+
 def test_validation_examples_come_from_the_training_split_alone(options, tmp_path):
     rows = Lab(make_recipe(options, ["task.validation_size=7", "task.train_size=20"]), tmp_path / "lab").rows
     assert (len(rows.train), len(rows.validation), len(rows.test)) == (20, 7, 10)
@@ -254,7 +265,7 @@ def test_penalties_pull_back(options, tmp_path):
         folder = tmp_path / f"{name}{coefficient}"
         train(recipe, folder)
         lab = Lab(recipe, folder)
-        tuned = dict(load_trained(lab, folder).named_parameters())
+        tuned = dict(load_trained(lab.bare(), folder).named_parameters())
         changes.append(sum(float((tuned[n].detach() - t).abs().sum()) for n, t in lab.bare().body().items()))
     assert changes[0] > changes[1] > changes[2] > 0
 

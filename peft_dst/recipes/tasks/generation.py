@@ -121,7 +121,7 @@ class Generation(Task):
             tokenizer.truncation_side = side
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Collate:
-        padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        padding = tokenizer.pad_token_id
         if padding is None:
             raise ValueError(
                 "the tokenizer has neither a padding nor an end token; set model.tokenizer to one that has."
@@ -146,8 +146,7 @@ class Generation(Task):
     def answers(
         self, rows: list[Row], features: list[Features], predictions: np.ndarray, tokenizer: PreTrainedTokenizerBase
     ) -> list[Any]:
-        padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        tokens = np.where(predictions == IGNORED, padding, predictions)
+        tokens = np.where(predictions == IGNORED, tokenizer.pad_token_id, predictions)
         return [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
     @abstractmethod

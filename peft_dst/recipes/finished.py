@@ -1,0 +1,84 @@
+"""What a finished run left: its trained model, and its body as where another run begins."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from torch import Tensor, nn
+
+from .models import Seed, load_seed
+from .options import Recipe
+from .record import ADAPTER, MODEL, RESULTS, recipe_of
+from .tasks import Task, make_task
+
+
+def saved(folder: Path) -> Path:
+    """Where a run leaves what it trained."""
+    return folder / (ADAPTER if (folder / ADAPTER).is_dir() else MODEL)
+
+
+def load_trained(seed: Seed, folder: Path) -> nn.Module:
+    """The model as a finished run left it.
+
+    Args:
+        seed: the run's own; it is changed, or thrown away.
+        folder: of the run.
+
+    Raises:
+        ValueError: if what was trained is there no longer.
+    """
+    if not saved(folder).is_dir():
+        raise ValueError(f"{folder} no longer has what was trained; remove its {RESULTS} to train it again.")
+    if saved(folder).name == ADAPTER:
+        return PeftModel.from_pretrained(seed.model, folder / ADAPTER)
+    config: Any = seed.model.config
+    kind = type(seed.model)
+    return kind.from_pretrained(folder / MODEL, config=config, dtype=config.dtype)  # type: ignore[attr-defined]
+
+
+def seed_of(recipe: Recipe, task: Task) -> Seed:
+    """The seed that a recipe begins with, on the CPU: pretrained, or with the body of the run that it names.
+
+    Args:
+        recipe: the recipe.
+        task: its task, with its data loaded.
+
+    Raises:
+        ValueError: for a module that the model does not have, or a run that cannot be begun from.
+    """
+    seed = load_seed(recipe.model, task, recipe.seed)
+    if recipe.model.tuned:
+        _put(seed, _tuned_body(Path(recipe.model.tuned)), recipe.model.tuned)
+    return seed
+
+
+def _tuned_body(folder: Path) -> dict[str, Tensor]:
+    """The body that a finished run left, by the names that it has without its head.
+
+    Raises:
+        ValueError: if the run is not finished, or its method leaves the body as it is.
+    """
+    recipe = recipe_of(folder)
+    if recipe.method.name == "prompt_tuning":
+        raise ValueError(f"{folder} is a run of prompt tuning, which changes no weight of the body.")
+    task = make_task(recipe.task)
+    # How many outputs the head has is known from the data.
+    task.load()
+    model: Any = load_trained(seed_of(recipe, task), folder)
+    if isinstance(model, PeftModel):
+        model = model.merge_and_unload()
+    return {name: tensor.detach() for name, tensor in model.base_model.state_dict().items()}
+
+
+def _put(seed: Seed, body: dict[str, Tensor], where: str) -> None:
+    """Another run's body into this model's, parameter by parameter; a head of this task stays as it is."""
+    model: Any = seed.model
+    own = model.base_model.state_dict()
+    fitting = {name: tensor for name, tensor in body.items() if name in own and own[name].shape == tensor.shape}
+    prefix = f"{model.base_model_prefix}."
+    lacking = [name for name in own.keys() - fitting.keys() if not seed.in_head(prefix + name)]
+    if lacking:
+        raise ValueError(f"model.tuned={where} has another body: there is no {sorted(lacking)[0]} of the right shape.")
+    model.base_model.load_state_dict(fitting, strict=False)
