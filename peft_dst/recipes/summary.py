@@ -252,17 +252,17 @@ def table(summary: Mapping[str, Any]) -> str:
 
 def rows_of(summary: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """The summary as header and rows of text."""
-    measured = f"{summary['split']} {summary['metric']}" if summary.get("metric") else "mean"
+    measured = f"{summary['split']} {summary['metric']}" if summary["metric"] else "mean"
     header = tuple(measured if name == "mean" else name for name in HEADER)
     return header, [_row(point, summary) for point in summary["points"]]
 
 
 def _row(point: Mapping[str, Any], summary: Mapping[str, Any]) -> tuple[str, ...]:
-    chosen = "" if point.get("chosen") is None else f"{point['chosen']:g}"
+    chosen = "" if point["chosen"] is None else f"{point['chosen']:g}"
     if not point["seeds"]:
         return (point["title"], chosen, "", "", "0", "failed", "", "", "")
     figures = point["metrics"][summary["split"]][summary["metric"]]
-    deviation, p = figures.get("deviation"), point.get("p")
+    deviation, p = figures["deviation"], point["p"]
     return (
         point["title"],
         chosen,
@@ -271,7 +271,7 @@ def _row(point: Mapping[str, Any], summary: Mapping[str, Any]) -> tuple[str, ...
         str(len(point["seeds"])),
         f"{figures['mean']:.4f}",
         "" if deviation is None else f"{deviation:.4f}",
-        "–" if point["title"] == summary.get("against") else "" if p is None else f"{p:.3f}",
+        "–" if point["title"] == summary["against"] else "" if p is None else f"{p:.3f}",
         f"{point['seconds']['all']:.0f}",
     )
 

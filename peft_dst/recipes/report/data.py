@@ -221,13 +221,17 @@ def section(summary: Any, where: str, name: str) -> Section:
         ValueError: naming the file and what is missing or wrong.
     """
     check(summary, SUMMARY, where)
+    summary = _with_nulls(summary)
     recipe = summary["recipe"]
     points = []
     for i, entry in enumerate(summary["points"]):
         place = f"{where}points[{i}]"
         if entry["seeds"]:
             check(entry, POINT | DONE, place)
-        points.append(_point(entry, recipe, summary.get("metric"), summary.get("split"), place))
+            for figures in entry["metrics"].values():
+                for spread in figures.values():
+                    spread.setdefault("deviation", None)
+        points.append(_point(entry, recipe, summary["metric"], summary["split"], place))
     overlaps = []
     known = {point.title for point in points}
     for i, found in enumerate(summary.get("overlap") or []):
@@ -240,12 +244,18 @@ def section(summary: Any, where: str, name: str) -> Section:
         title=recipe.get("title") or name,
         model=recipe["model"]["name"],
         task=f"{recipe['task']['name']}, {recipe['task']['data']}",
-        metric=summary.get("metric"),
-        split=summary.get("split"),
+        metric=summary["metric"],
+        split=summary["split"],
         points=points,
         overlaps=overlaps,
         summary=summary,
     )
+
+
+def _with_nulls(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """A summary in which what may lack is null."""
+    points = [{"search": None, "chosen": None, "p": None, **entry} for entry in summary["points"]]
+    return {"metric": None, "split": None, "against": None, **summary, "points": points}
 
 
 def _point(
@@ -266,8 +276,8 @@ def _point(
         method=method,
         budget=_budget(method, options, recipe["method"]),
         rate=rate if isinstance(rate, int | float) else None,
-        trials=dict(entry["trials"]) if entry.get("search") == RATE else {},
-        chosen=entry.get("chosen"),
+        trials=dict(entry["trials"]) if entry["search"] == RATE else {},
+        chosen=entry["chosen"],
         seeds=entry["seeds"],
     )
     if not entry["seeds"]:
@@ -275,9 +285,7 @@ def _point(
     if metric not in entry["metrics"].get(split, {}):
         raise ValueError(f"{where}.metrics lacks {metric!r} on the split {split!r}.")
     metrics = {
-        name: {
-            key: Spread(found["mean"], found.get("deviation"), len(found["values"])) for key, found in figures.items()
-        }
+        name: {key: Spread(found["mean"], found["deviation"], len(found["values"])) for key, found in figures.items()}
         for name, figures in entry["metrics"].items()
     }
     subset, seconds = entry.get("subset") or {}, entry["seconds"]

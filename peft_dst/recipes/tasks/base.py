@@ -61,7 +61,7 @@ class Task(ABC):
         # Before the cut: a rare label may be in the part that is held out.
         self.prepare(train)
         if options.validation is None:
-            size = min(options.validation_size, len(train) // 5)
+            size = self.held_out(len(train))
             if not size:
                 raise ValueError(f"{options.data} has no validation examples{self._remedy('validation')}.")
             # The last ones: more or fewer training examples leave the validation examples what they are.
@@ -71,6 +71,10 @@ class Task(ABC):
             held_out = self.evaluation_rows(options.validation)
             held_out = held_out.select(range(min(options.validation_size, len(held_out))))
         return self.divided(train, held_out, self.evaluation_rows(options.test))
+
+    def held_out(self, count: int) -> int:
+        """How many of so many training examples are cut for validation."""
+        return min(self.options.validation_size, count // 5)
 
     def evaluation_rows(self, split: str) -> Dataset:
         """Rows of a split that is not trained on."""

@@ -66,7 +66,7 @@ class SuperGLUE(Generation):
         train, test = read[options.train], read[options.test][: options.test_size]
         if options.validation is not None:
             return Splits(train, read[options.validation][: options.validation_size], test)
-        return Splits(*_cut(train, min(options.validation_size, len(train) // 5)), test)
+        return Splits(*_cut(train, self.held_out(len(train))), test)
 
     def _read(self, name: str, split: str, data: Dataset) -> list[Row]:
         found = []
