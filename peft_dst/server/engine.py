@@ -370,6 +370,10 @@ class Engine:
     def _learn(self, requests: Sequence[Request], shape: Hashable) -> None:
         for request in requests:
             self._companies.setdefault(request.key, shape)
+        if len(self._companies) > 2 * len(self.pool) + 2:
+            # Most are of deltas that are gone.
+            there = {key: of_one for key, of_one in self._companies.items() if self._version(key[0]) == key[1]}
+            self._companies = there
 
     def _keep_apart(self, request: Request, error: Exception) -> None:
         """Compute a delta alone from now on, after an error."""

@@ -643,3 +643,16 @@ def test_a_delta_replaced_under_way(causal, where, mixes, monkeypatch):
     assert after.wait() is None
     assert after.request.continuation.tokens == expected(causal, "task0", [5, 6, 7], 9)
     assert engine.stop(SECONDS)
+
+
+def test_nothing_is_remembered_of_deltas_that_are_gone(causal):
+    delta = noisy(causal.model, 9)
+    engine = Engine(causal)
+    for _ in range(20):
+        causal.add("new", delta)
+        asked = Asked(Generate, "new", Continuation([5, 6], 2))
+        engine.submit(asked.request)
+        assert asked.wait() is None
+        causal.remove("new")
+    assert engine.stop(SECONDS)
+    assert len(engine._companies) <= 2 * (len(causal) + 1) + 2
