@@ -224,13 +224,12 @@ def _claimed(recipe: Recipe, folder: Path, wait: bool) -> Iterator[None]:
         there = load_recipe(file)
         if other := [name for name in differences(there, recipe) if name not in NO_EFFECT]:
             was, now = (value_of(r, other[0]) for r in (there, recipe))
-            again = "; peft-dst evaluate measures it again with other options of evaluation" * other[0].startswith(
-                "eval"
-            )
+            of_evaluation = all(name.startswith("evaluation.") for name in other)
+            remedy = "; peft-dst evaluate measures it again with other options of evaluation" if of_evaluation else ""
             raise ValueError(
                 f"{folder} holds a run with {other[0]} = {was!r}, not {now!r}"
                 + (f" (and {len(other) - 1} more options that differ)" if len(other) > 1 else "")
-                + f"; give another folder, or remove that one{again}."
+                + f"; give another folder, or remove that one{remedy}."
             )
         yield
 

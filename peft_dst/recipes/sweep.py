@@ -227,10 +227,10 @@ def _run_all(courses: list[_Course], pool: Pool, failures: dict[str, str], bar: 
             return
         course.waiting = len(runs)
         # A point that was begun goes before the next one.
-        todo.extendleft((course, run) for run in reversed(runs) if not _finished(run))
-        for run in runs:
-            if _finished(run):
-                settle(course, run, None, new=False)
+        done = [run for run in runs if _finished(run)]
+        todo.extendleft((course, run) for run in reversed(runs) if run not in done)
+        for run in done:
+            settle(course, run, None, new=False)
 
     waiting = iter(courses)
 

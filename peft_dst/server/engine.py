@@ -14,7 +14,7 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from ..delta import DeltaError
-from ..serving import DeltaPool, Planner
+from ..serving import DeltaPool, Planner, UnknownDelta
 from .classifier import classify
 from .cohorts import Cohort, Continuation
 
@@ -101,8 +101,8 @@ class Engine:
     of them changes what cannot be mixed; but if their outputs have different shapes (heads of different sizes), each goes
     on with those of its own shape. Others are mixed as before.
 
-    A request is for the delta that had its name when it was submitted: if that is removed, it ends with a KeyError, also
-    when another one has come in its place.
+    A request is for the delta that had its name when it was submitted: if that is removed, it ends with an UnknownDelta,
+    also when another one has come in its place.
 
     Args:
         pool: of the model that computes, which is in evaluation mode.
@@ -265,19 +265,19 @@ class Engine:
             self._owners.pop(request.continuation, None)
         self._end(request, error)
 
-    def _removed(self, request: Request) -> KeyError | None:
+    def _removed(self, request: Request) -> UnknownDelta | None:
         """What to tell it if its delta has gone, or is another one now."""
         if request.delta is None:
             return None
         if request.version is not None and self._version(request.delta) == request.version:
             return None
-        return KeyError(f"the delta {request.delta!r} was removed.")
+        return UnknownDelta(f"the delta {request.delta!r} was removed.")
 
     def _version(self, delta: str | None) -> int | None:
         """Of a delta now; None for the base, and for one that there is not."""
         try:
             return None if delta is None else self.pool.version(delta)
-        except KeyError:
+        except UnknownDelta:
             return None
 
     @contextmanager
@@ -285,7 +285,7 @@ class Engine:
         """The model with the deltas of these, in their order; what is done with it is measured.
 
         Raises:
-            KeyError: if one was removed; while one has the model, none is.
+            UnknownDelta: if one was removed; while one has the model, none is.
         """
         deltas = [request.delta for request in requests]
         with self._measured(kind, deltas, sizes), self.pool.mix(deltas) as model:
@@ -349,7 +349,7 @@ class Engine:
         parts = _by_delta([request for request in requests if request in self._open])
         if len(parts) < 2:
             for request in [request for part in parts for request in part]:
-                if not isinstance(error, KeyError):
+                if not isinstance(error, UnknownDelta):
                     self._keep_apart(request, error)
                 self._drop(request, error)
             return False
@@ -357,7 +357,7 @@ class Engine:
         fine = [self._compute(compute, [r for part in some for r in part]) for some in (parts[:half], parts[half:])]
         one, other = parts[0][0], parts[-1][0]
         # What is about a delta is so when it is alone.
-        together = len(parts) == 2 and all(fine) and not isinstance(error, KeyError | DeltaError)
+        together = len(parts) == 2 and all(fine) and not isinstance(error, UnknownDelta | DeltaError)
         if together and self._company(one) == self._company(other):
             self._keep_apart(one, error)
             self._keep_apart(other, error)

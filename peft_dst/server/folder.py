@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from ..delta import CONFIG_NAME, WEIGHTS_NAME, DeltaError, SparseDelta
 from ..delta.files import read_config, usual_mode
 from ..delta.packed import DESCRIPTION
-from ..serving import DeltaPool
+from ..serving import DeltaPool, UnknownDelta
 from .limits import Refused
 
 
@@ -155,7 +155,7 @@ class DeltaFolder:
             raise _missing(name)
         try:
             self.pool.remove(name)
-        except KeyError:
+        except UnknownDelta:
             raise _missing(name) from None
         assert self.path is not None
         folder = self.path / name

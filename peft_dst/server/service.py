@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..delta import DeltaError
-from ..serving import DeltaPool
+from ..serving import DeltaPool, UnknownDelta
 from .cohorts import Continuation
 from .engine import Classify, Engine, Generate
 from .folder import DeltaFolder
@@ -209,8 +209,7 @@ class Service:
         if isinstance(error, DeltaError):
             LOG.error("the delta %r cannot be used: %s", delta, error)
             return Refused(f"the delta {delta!r} cannot be used; the server's log says why.", 500, "bad_delta")
-        # Not any KeyError: the pool's names the delta.
-        if isinstance(error, KeyError) and any(repr(delta) in str(said) for said in error.args):
+        if isinstance(error, UnknownDelta):
             return Refused(f"the delta {delta!r} is not there any more.", 404, "model_not_found")
         return error
 

@@ -13,7 +13,8 @@ Imports torch, the core and the delta only: neither PEFT nor transformers is nee
 
 from .planner import Planner
 from .pool import DeltaPool, PoolStatistics
+from .shelf import UnknownDelta
 from .storage import FlatStorage
 
 
-__all__ = ["DeltaPool", "FlatStorage", "Planner", "PoolStatistics"]
+__all__ = ["DeltaPool", "FlatStorage", "Planner", "PoolStatistics", "UnknownDelta"]

@@ -16,7 +16,7 @@ from torch import nn
 from ..delta import SparseDelta
 from ..mixing import BASE, Readers, Subsets, mixed
 from .placed import UNCHANGED, Mixable, Placed, mixable, place, write
-from .shelf import Shelf
+from .shelf import Shelf, UnknownDelta
 from .storage import FlatStorage
 from .turns import Turn
 
@@ -166,7 +166,7 @@ class DeltaPool:
         """Forget a delta. If it is in use, this waits for that to end; the base's weights are put back if it is in them.
 
         Raises:
-            KeyError: if there is none of that name.
+            UnknownDelta: if there is none of that name.
         """
         with self._alone():
             self._shelf.remove(name)
@@ -182,7 +182,7 @@ class DeltaPool:
         whether it is still the same.
 
         Raises:
-            KeyError: if there is none of that name.
+            UnknownDelta: if there is none of that name.
             RuntimeError: if the pool is closed.
         """
         return self._shelf.version(name)
@@ -216,7 +216,7 @@ class DeltaPool:
             The model.
 
         Raises:
-            KeyError: if there is none of that name.
+            UnknownDelta: if there is none of that name.
             DeltaError: if it cannot be read, or is another base's. The weights are as they were.
             RuntimeError: if the model's parameters were moved since the pool was made, or the pool is closed.
         """
@@ -227,14 +227,14 @@ class DeltaPool:
                 )
             yield self.model
             return
-        wanted = _Shown()
+        wanted, versions = _Shown(), {}
         if name is not None:
             version, shown = self._shelf.version(name), self._shown
             held = shown.placed if (shown.name, shown.version) == (name, version) else None
-            wanted = _Shown(name, version, self._shelf.ready(name, held))
+            wanted, versions = _Shown(name, version, self._shelf.ready(name, held)), {name: version}
 
         # Those who come to others find the delta in place: only the first one may write while nobody reads.
-        with self._turn.of(wanted.placed, partial(self._show, wanted)), self._noted(name):
+        with self._turn.of(wanted.placed, partial(self._show, wanted, versions)), self._noted(name):
             yield self.model
 
     @contextmanager
@@ -253,7 +253,7 @@ class DeltaPool:
 
         Raises:
             ValueError: if the model is in training mode.
-            KeyError, DeltaError, RuntimeError: as `use`.
+            UnknownDelta, DeltaError, RuntimeError: as `use`.
         """
         if self.model.training:
             raise ValueError("a mixed batch is for evaluation; call model.eval() first.")
@@ -310,7 +310,7 @@ class DeltaPool:
         An error in that comes up when the delta is used.
 
         Raises:
-            KeyError: if there is none of that name.
+            UnknownDelta: if there is none of that name.
         """
         for name in names:
             self._shelf.prefetch(name)
@@ -319,7 +319,7 @@ class DeltaPool:
         """A delta as it is written: positions in the storage's buffers, values, seeds; read now if it is not held.
 
         Raises:
-            KeyError, DeltaError: as `use`.
+            UnknownDelta, DeltaError: as `use`.
         """
         return self._shelf.ready(name)
 
@@ -353,18 +353,11 @@ class DeltaPool:
         with self._weights:
             return place(delta, self.storage, self._shown.placed, self.check)
 
-    def _show(self, wanted: _Shown, versions: Mapping[str, int] | None = None) -> None:
-        """At the beginning of a turn: have a delta in the weights, if the names still stand for what they did.
-
-        Args:
-            wanted: what is to be in the weights.
-            versions: of the deltas of a mixed batch, by name.
-        """
-        if wanted.name is not None and wanted.version is not None:
-            versions = {wanted.name: wanted.version}
-        for name, version in (versions or {}).items():
+    def _show(self, wanted: _Shown, versions: Mapping[str, int]) -> None:
+        """At the beginning of a turn: have a delta in the weights, if the names still stand for what they did."""
+        for name, version in versions.items():
             if not self._shelf.is_version(name, version):
-                raise KeyError(f"the delta {name!r} was removed.")
+                raise UnknownDelta(f"the delta {name!r} was removed.")
         if self._shown.placed is not wanted.placed:
             self._switch(wanted)
 

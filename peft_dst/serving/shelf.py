@@ -20,6 +20,10 @@ from .placed import Mixable, Placed, ReadDelta
 Source = Path | SparseDelta
 
 
+class UnknownDelta(KeyError):
+    """There is no delta of that name, or no longer the one that had it."""
+
+
 class Known(NamedTuple):
     """What a name stands for: where the delta comes from, and a number that no other one has had in this shelf."""
 
@@ -99,7 +103,7 @@ class Shelf:
         """Forget a delta.
 
         Raises:
-            KeyError: if there is none of that name.
+            UnknownDelta: if there is none of that name.
         """
         with self._lock:
             self._of(name)
@@ -163,7 +167,7 @@ class Shelf:
             held: it, where the caller still has it from before.
 
         Raises:
-            KeyError: if there is none of that name.
+            UnknownDelta: if there is none of that name.
             DeltaError: if it cannot be read or placed.
             RuntimeError: if this is closed.
         """
@@ -189,7 +193,7 @@ class Shelf:
             held: it, where the caller still has it from before.
 
         Raises:
-            KeyError, DeltaError, RuntimeError: as `ready`.
+            UnknownDelta, DeltaError, RuntimeError: as `ready`.
         """
         placed = self.ready(name, None if held is None else held.placed)
         with self._lock:
@@ -205,7 +209,7 @@ class Shelf:
         """Have a delta made ready in the background.
 
         Raises:
-            KeyError, RuntimeError: as `ready`.
+            UnknownDelta, RuntimeError: as `ready`.
         """
         with self._lock:
             self._check_open()
@@ -266,7 +270,7 @@ class Shelf:
 
     def _of(self, name: str) -> Known:
         if name not in self._known:
-            raise KeyError(f"there is no delta {name!r}; add it first.")
+            raise UnknownDelta(f"there is no delta {name!r}; add it first.")
         return self._known[name]
 
     def _check_open(self) -> None:

@@ -25,7 +25,7 @@ from peft_dst.delta import SparseDelta
 from peft_dst.server.limits import Limits
 from peft_dst.server.service import Service
 from tests import toys
-from tests.server.test_engine import noisy
+from tests.server.engines import noisy
 
 
 TOKEN = "s3cret"

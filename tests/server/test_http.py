@@ -21,6 +21,7 @@ from peft_dst.server.app import create_app
 from peft_dst.server.limits import Limits
 from peft_dst.server.sampling import Sampling
 from peft_dst.server.service import Service
+from peft_dst.serving import UnknownDelta
 from tests import toys
 from tests.server.test_app import TEMPLATE, TOKEN, put, served, write_deltas
 
@@ -269,7 +270,7 @@ def test_not_every_key_error_is_an_unknown_model(service):
         service.model.register_forward_pre_hook(fail)
         answer = ask(url, model="task0")
         assert (answer.status_code, answer.json()["error"]["code"]) == (500, None)
-    told = service._as_told(KeyError("the delta 'task0' was removed."), "task0")
+    told = service._as_told(UnknownDelta("the delta 'task0' was removed."), "task0")
     assert (told.status, told.code) == (404, "model_not_found")
     assert isinstance(service._as_told(KeyError(), "task0"), KeyError)
 

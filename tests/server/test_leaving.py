@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import socket
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -15,14 +14,8 @@ import transformers as hf
 from benchmarks.load import served
 from peft_dst.server.service import Service
 from tests import toys
-from tests.server.test_engine import SECONDS, Gate
-
-
-def until(condition):
-    deadline = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+from tests.server.engines import SECONDS, Gate
+from tests.serving.helpers import until
 
 
 @pytest.mark.parametrize("kind", ["stream", "whole", "texts"])

@@ -440,11 +440,11 @@ def test_a_mixed_batch_is_left_before_another_use(served):
                 pass
 
 
-def test_without_a_budget_nothing_is_read_twice_in_a_row(served):
+def test_without_a_budget_nothing_is_read_twice_in_a_row(served, tmp_path):
     pool, _ = served
     with DeltaPool(copy.deepcopy(pool.model), budget=0) as small:
         for name in ("task0", "task1"):
-            small.add(name, pool._shelf._known[name].source)
+            small.add(name, tmp_path / name)
         for _ in range(3):
             with small.mix(["task0", "task1"]):
                 pass

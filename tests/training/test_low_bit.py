@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from peft_dst import DSTConfig, DSTOptimizer
 from tests.models import assert_same, bert, loss, weights
+from tests.training.resuming import assert_resumed_equals_uninterrupted
 
 
 class Momentum8bit(Optimizer):
@@ -82,28 +83,12 @@ def test_saved_and_resumed_equals_uninterrupted(optimizer_cls, dtype, model, tmp
         made = model(dtype)
         return made, DSTOptimizer(trainable(made), optimizer_cls, separable=True, lr=1e-2)
 
-    def train(model, optimizer, steps):
-        for step in steps:
-            loss(model, "bert", step).backward()
-            optimizer.step()
-            optimizer.zero_grad()
+    def check(interrupted, resumed):
+        kinds = kinds_of_state(resumed[1])
+        assert kinds == kinds_of_state(interrupted[1])
+        assert any(dtype == torch.uint8 or kind is not torch.Tensor for each in kinds for kind, dtype in each.values())
 
-    whole = make()
-    train(*whole, range(6))
-    first = make()
-    train(*first, range(3))
-    first[0].save_pretrained(tmp_path)
-    torch.save(first[1].state_dict(), tmp_path / "optimizer.pt")
-    second = make()
-    second[0].delete_adapter("default")
-    second[0].load_adapter(tmp_path, "default", is_trainable=True)
-    second[0].set_adapter("default")
-    second[1].load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
-    kinds = kinds_of_state(second[1])
-    assert kinds == kinds_of_state(first[1])
-    assert any(dtype == torch.uint8 or kind is not torch.Tensor for each in kinds for kind, dtype in each.values())
-    train(*second, range(3, 6))
-    assert_same(weights(whole[0].base_model.model), weights(second[0].base_model.model))
+    assert_resumed_equals_uninterrupted(make, tmp_path, check)
 
 
 def test_equals_the_hook(optimizer_cls, model):

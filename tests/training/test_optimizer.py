@@ -15,6 +15,7 @@ from peft_dst.core import choice as choice_module
 from peft_dst.core import kernels
 from peft_dst.core.reference import reference_step
 from tests.models import BUILDERS, Outer, assert_same, batch, loss, weights
+from tests.training.resuming import assert_resumed_equals_uninterrupted
 
 
 OPTIMIZERS = {
@@ -209,28 +210,7 @@ def test_saved_and_resumed_equals_uninterrupted(kind, dtype, build, tmp_path):
         optimizer = DSTOptimizer(parameters, optimizer_cls, **options)
         return model, optimizer, LambdaLR(optimizer, lambda step: 1 / (1 + step))
 
-    def train(model, optimizer, scheduler, steps):
-        for step in steps:
-            loss(model, "bert", step).backward()
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
-
-    whole = make()
-    train(*whole, range(6))
-    first = make()
-    train(*first, range(3))
-    first[0].save_pretrained(tmp_path)
-    torch.save((first[1].state_dict(), first[2].state_dict()), tmp_path / "optimizer.pt")
-    second = make()
-    second[0].delete_adapter("default")
-    second[0].load_adapter(tmp_path, "default", is_trainable=True)
-    second[0].set_adapter("default")
-    states = torch.load(tmp_path / "optimizer.pt", weights_only=True)
-    second[1].load_state_dict(states[0])
-    second[2].load_state_dict(states[1])
-    train(*second, range(3, 6))
-    assert_same(weights(whole[0].base_model.model), weights(second[0].base_model.model))
+    assert_resumed_equals_uninterrupted(make, tmp_path)
 
 
 def test_values_that_no_longer_belong_to_the_weights_are_not_used(build):
