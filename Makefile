@@ -7,6 +7,8 @@ LOWEST := $(VENV)-lowest
 CONSTRAINTS := $(or $(wildcard constraints-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])').txt),constraints.txt)
 # Two processes of one thread each: the suite is many small models, which threads only slow down.
 export OMP_NUM_THREADS ?= 1
+# Compiling every module of torch and its companions takes as long as installing them; Python compiles what is imported.
+INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
 
 # What the lowest versions are tried with: all that touches PEFT, transformers, accelerate and the hub.
 LOWEST_TESTS := tests/test_registration.py tests/test_peft.py tests/test_saving.py tests/test_transformers.py \
@@ -49,12 +51,12 @@ types: $(VENV)/.test
 
 $(VENV)/.examples $(VENV)/.test $(VENV)/.bench: $(VENV)/.%: pyproject.toml $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[$*]'
+	$(BIN)/python $(INSTALL) -c $(CONSTRAINTS) -e '.[$*]'
 	touch $@
 
 $(LOWEST)/.ready: pyproject.toml constraints-lowest.txt
 	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
-	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-lowest.txt -e . pytest pytest-xdist
+	$(LOWEST)/bin/python $(INSTALL) -c constraints-lowest.txt -e . pytest pytest-xdist
 	touch $@
 
 clean:
