@@ -123,7 +123,7 @@ def render(results: Results) -> str:
             "### Time of two processes",
             f"A random Llama of {timing['n']:,} parameters, {timing['silos']} silos, ε = {timing['epsilon']:g}, float32, "
             f"fused AdamW, 4 × {results['options']['length']} tokens a process; {timing['world']} processes of one thread "
-            f"share {results['machine']['cores']} cores, on which other work ran, and talk through gloo. Medians of "
+            f"share {results['machine']['cores']} cores, and talk through gloo. Medians of "
             f"{results['options']['rounds']} rounds.",
             time_table(results),
             "### Projected",

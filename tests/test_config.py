@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import runpy
-from pathlib import Path
 
 import pytest
 import torch
@@ -260,9 +258,3 @@ def test_stepping_while_disabled_is_refused():
         assert_same(weights(model.get_base_model()), before)
     optimizer.step()
     assert 0 < sum(silo.free() for silo in model.constraint().silos) <= model.constraint().budget
-
-
-def test_the_options_page_is_up_to_date():
-    script = Path(__file__).parent.parent / "docs" / "options.py"
-    page = runpy.run_path(str(script))
-    assert page["TARGET"].read_text() == page["render"](), "run: python docs/options.py"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -59,3 +60,9 @@ def test_every_test_that_is_named_is_there():
             )
             assert not test or test in defined, named
         assert file is not None, row
+
+
+@pytest.mark.parametrize("name", ["options", "api"])
+def test_pages_that_are_written_from_the_code_are_up_to_date(name):
+    page = runpy.run_path(str(ROOT / "docs" / f"{name}.py"))
+    assert page["TARGET"].read_text() == page["render"](), f"run: python docs/{name}.py"
