@@ -100,6 +100,9 @@ def convert_adapter(
             f"{adapter} is a {kind} adapter, which changes every component of its modules. Say how many may be kept: "
             "epsilon, a fraction of them, or num_free_parameters."
         )
+    if not exact:
+        # What is wrong with these is told before the base is loaded.
+        DSTConfig(epsilon=epsilon, num_free_parameters=num_free_parameters, siloing=siloing, distance=distance)
     merged = _merged(Path(adapter), Path(base), config, progress)
     changed = _changed(merged, Path(base), config)
     if not changed:
@@ -133,10 +136,12 @@ def convert_checkpoint(
         output: folder for the adapter, which is not there yet.
 
     Raises:
-        ValueError: if the two do not belong together (`SparseDelta.between`), or nothing differs.
+        ValueError: if the two do not belong together (`SparseDelta.between`), nothing differs, or tensors that are one
+            parameter in the base are two.
     """
     check_free(Path(output))
-    delta = SparseDelta.between(Checkpoint(base), Checkpoint(tuned))
+    fine = Checkpoint(tuned)
+    delta = SparseDelta.between(Checkpoint(base), fine)
     if not delta:
         raise ValueError(f"{tuned} has the same weights as {base}: there is nothing to convert.")
     try:
@@ -150,6 +155,15 @@ def convert_checkpoint(
             "nothing in the model. Load both models and pass them to peft_dst.extract."
         )
     renamed = {layout.names[name]: tensor for name, tensor in delta.items()}
+    held = {layout.names.get(name) for name in fine}
+    for names in layout.tied:
+        first, *others = [name for name in names if name in held] or [""]
+        if untied := [name for name in others if renamed.get(name) != renamed.get(first)]:
+            raise ValueError(
+                f"{first!r} and {untied[0]!r} are one parameter in {base}, and differ in {tuned}, which was trained with "
+                "two: no delta over this base can say that. Give a base that has two (tie_word_embeddings in its "
+                "config.json)."
+            )
     twins = {name for names in layout.tied for name in names[1:] if names[0] in renamed}
     kept = SparseDelta({name: tensor for name, tensor in renamed.items() if name not in twins})
     kept = kept.described(base_model_name_or_path=str(base))

@@ -12,7 +12,7 @@ from torch import nn
 from peft_dst import DSTConfig
 from peft_dst.conversion import convert_adapter, convert_checkpoint
 from peft_dst.core import select
-from peft_dst.delta import SparseDelta, merge
+from peft_dst.delta import SparseDelta, export_patches, merge
 from peft_dst.extraction import layout_of
 from tests.models import BUILDERS, assert_same, bert, logits, train, weights
 
@@ -194,6 +194,20 @@ def test_a_tied_tensor_that_both_checkpoints_hold_twice(build, tmp_path):
     assert "transformer.wte.weight" in delta
     assert "lm_head.weight" not in delta
     PeftModel.from_pretrained(build("gpt2"), tmp_path / "out")
+    # An engine's patches have both.
+    export_patches(tmp_path / "base", delta, tmp_path / "patch", layout=layout_of(tmp_path / "base"))
+    patches = load_file(tmp_path / "patch")
+    assert torch.equal(patches["lm_head.weight.values"], patches["transformer.wte.weight.values"])
+    # It went on with two.
+    path = tmp_path / "tuned" / "model.safetensors"
+    tensors = load_file(path)
+    for name in ("lm_head.weight", "transformer.wte.weight"):
+        save_file({**tensors, name: tensors[name] + 1}, path, metadata={"format": "pt"})
+        with pytest.raises(
+            ValueError, match=r"'transformer\.wte\.weight' and 'lm_head\.weight' are one parameter in .*/base"
+        ):
+            convert_checkpoint(tmp_path / "tuned", tmp_path / "base", tmp_path / "more")
+    assert not (tmp_path / "more").exists()
 
 
 def test_checkpoints_that_do_not_fit(build, tmp_path):

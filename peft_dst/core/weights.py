@@ -151,10 +151,6 @@ class SparseWeight:
         """Of the whole tensor."""
         return self.parameter.shape
 
-    def stand_in(self) -> Tensor:
-        """A tensor without memory that has the whole one's shape, and its dtype."""
-        return torch.empty((), dtype=self.data.dtype, device="meta").expand(self.shape)
-
     @property
     def box(self) -> Box:
         """What of the whole tensor the live weight is."""

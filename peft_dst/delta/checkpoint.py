@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .files import MARKER, PEFT_PREFIX
+from .files import MARKER, PEFT_PREFIX, check_dense_values
 from .records import DeltaError, is_comparable
 from .sparse import SparseDelta, SparseTensor
 
@@ -177,11 +177,9 @@ def place(delta: SparseDelta, base: Checkpoint, layout: Layout | None = None) ->
         raise DeltaError(
             f"{min(both)!r} has entries, and a dense tensor in its place. The file was edited; save it again."
         )
-    summaries = {name: tensor.summary() for name, tensor in delta.items()}
+    checksums = {name: tensor.checksums() for name, tensor in delta.items()}
     unknown = [
-        name
-        for name, summary in summaries.items()
-        if summary is not None and not is_comparable(summary, base[places[name][0]].dtype)
+        name for name, known in checksums.items() if known and not is_comparable(known, base[places[name][0]].dtype)
     ]
     return Placement(entries, replaced, added, spelling.dropped, tuple(unknown))
 
@@ -236,6 +234,12 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
 
 
+def _cast(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    cast = tensor.to(dtype)
+    check_dense_values(key, cast)
+    return cast
+
+
 def _place_dense(
     delta: SparseDelta, base: Checkpoint, there: Mapping[str, str], spelling: _Spelling
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -259,9 +263,9 @@ def _place_dense(
             )
         # In the dtype of the model that PEFT would load them into.
         if copy := there.get(spelling.of(name)):
-            replaced[copy] = tensor.to(base[copy].dtype)
+            replaced[copy] = _cast(key, tensor, base[copy].dtype)
         elif len(floating) == 1 and tensor.is_floating_point():
-            added[name] = tensor.to(min(floating, key=str))
+            added[name] = _cast(key, tensor, min(floating, key=str))
         else:
             added[name] = tensor
     return replaced, added

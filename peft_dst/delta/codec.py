@@ -83,18 +83,20 @@ def encode_indices(indices: Tensor, n: int) -> Tensor:
     return torch.from_numpy(np.concatenate(parts))
 
 
-def decode_indices(data: Tensor, n: int = MAX_COMPONENTS) -> Tensor:
+def decode_indices(data: Tensor, n: int = MAX_COMPONENTS, count: int | None = None) -> Tensor:
     """Read positions back. The bytes may be anything: they are checked, and before memory is taken for what they announce.
 
     Args:
         data: what `encode_indices` made, uint8 (bytes,).
         n: components of the tensor that the positions must lie in.
+        count: how many positions there must be; any number if not given.
 
     Returns:
         Strictly ascending positions below n, int64 (k,), on the CPU.
 
     Raises:
-        DeltaError: if the bytes are not of this format, or a position is not below n; names the byte.
+        DeltaError: if the bytes are not of this format or hold another number of positions, or one is not below n; names
+            the byte.
     """
     _check_n(n)
     if data.dtype != torch.uint8 or data.dim() != 1:
@@ -105,6 +107,8 @@ def decode_indices(data: Tensor, n: int = MAX_COMPONENTS) -> Tensor:
     reader = _Reader(data.detach().cpu().contiguous().numpy())
     at = reader.at
     k = reader.varint()
+    if count is not None and k != count:
+        reader.fail(at, f"{k:,} positions are announced, where there should be {count:,}")
     if k > n:
         reader.fail(at, f"{k:,} positions are announced, in a tensor of {n:,} components")
     if k > 8 * reader.left:  # each costs at least one bit

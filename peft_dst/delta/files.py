@@ -6,20 +6,20 @@ Files come from strangers: whatever is read is checked as far as it can be witho
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
-import tempfile
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .packed import DESCRIPTION, describe, is_packed, unpack
-from .records import FORMAT_VERSION, DeltaError, Record, Summary, check_entries, check_record
+from .records import FORMAT_VERSION, DeltaError, Record, Summary, check_entries, check_name, check_record
 
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -113,28 +113,22 @@ def write_file(
 
 def replace_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file beside its place, and rename it when it is whole."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    os.close(handle)
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
+    # mkstemp's would be private.
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
         save_file(
             {key: tensor.contiguous() for key, tensor in tensors.items()},
             temporary,
             metadata={"format": "pt", **metadata},
         )
-        # mkstemp's file is private; the adapter keeps the permissions it was saved with, or gets the usual ones.
-        os.chmod(temporary, path.stat().st_mode if path.exists() else usual_mode(0o666))
+        if path.exists():
+            # The adapter keeps the permissions it was saved with.
+            temporary.chmod(path.stat().st_mode)
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink()
         raise
-
-
-def usual_mode(mode: int) -> int:
-    """The permissions that a new file or folder would have got."""
-    # There is no way to read the mask but to set it.
-    mask = os.umask(0)
-    os.umask(mask)
-    return mode & ~mask
 
 
 def write_config(folder: str | os.PathLike[str], config: Mapping[str, Any], records: Mapping[str, Any]) -> None:
@@ -260,7 +254,7 @@ def read(path: str | os.PathLike[str], *, allow_nonfinite: bool = False) -> Cont
     else:
         metadata = read_metadata(path)
         config = {**_checked(path, metadata.get("config")), "records": metadata.get("records")}
-    summaries = parse_summaries(config.pop("records"), path)
+    summaries = parse_summaries(config.pop("records", None), path)
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
@@ -278,8 +272,8 @@ def read(path: str | os.PathLike[str], *, allow_nonfinite: bool = False) -> Cont
     records = {}
     for name, parts in found.items():
         records[name] = record = pair(name, parts)
-        like = torch.empty(summaries[name].shape, dtype=record.values.dtype, device="meta")
-        check_record(name, like, record, allow_nonfinite=allow_nonfinite)
+        numel = math.prod(summaries[name].shape)
+        check_record(name, numel, record.values.dtype, record, allow_nonfinite=allow_nonfinite)
         check_entries(name, summaries[name], record)
     for key, tensor in () if allow_nonfinite else dense.items():
         check_dense_values(key, tensor)
@@ -292,8 +286,10 @@ def check_dense_values(key: str, tensor: Tensor) -> None:
     Raises:
         DeltaError: if not.
     """
-    if tensor.is_floating_point() and not tensor.isfinite().all():
-        at = int((~tensor.isfinite()).reshape(-1).nonzero()[0])
+    # Of eight bits: torch knows what is finite of wider ones.
+    wide = tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
+    if wide.is_floating_point() and not wide.isfinite().all():
+        at = int((~wide.isfinite()).reshape(-1).nonzero()[0])
         raise DeltaError(f"{key!r} is not finite at position {at}. An adapter may not bring non-finite weights.")
 
 
@@ -323,11 +319,12 @@ def find_records(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Ten
         Parameter's name → part → tensor; key → dense tensor.
 
     Raises:
-        DeltaError: if packed records are damaged.
+        DeltaError: if packed records are damaged, or a key is none of a model's.
     """
     found: dict[str, dict[str, Tensor]] = {}
     dense, packed = {}, {}
     for key, tensor in tensors.items():
+        check_name(key)
         if match := RECORD_KEY.fullmatch(key.removeprefix(PEFT_PREFIX)):
             found.setdefault(match["host"] + match["parameter"], {})[match["part"]] = tensor
         elif is_packed(key):

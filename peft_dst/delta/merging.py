@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from .checkpoint import INDEX, SAFETENSORS_DTYPES, SINGLE, Checkpoint, Layout, Placement, place
-from .files import usual_mode
 from .records import DeltaError
 from .sparse import SparseDelta, SparseTensor
 
@@ -131,15 +130,14 @@ def check_free(output: Path, beside: Path | None = None) -> None:
 def new_folder(output: Path) -> Iterator[Path]:
     """A folder beside a place, to write into; when that is done it is renamed into its place, and else it is removed."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
-    try:
-        yield temporary
-        # mkdtemp's folder is private.
-        temporary.chmod(usual_mode(0o777))
-        os.replace(temporary, output)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    with tempfile.TemporaryDirectory(
+        dir=output.parent, prefix=f".{output.name}.", ignore_cleanup_errors=True
+    ) as around:
+        # That one is private.
+        folder = Path(around) / output.name
+        folder.mkdir()
+        yield folder
+        os.replace(folder, output)
 
 
 def copy_others(folder: Path, target: Path) -> None:

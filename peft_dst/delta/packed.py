@@ -76,8 +76,8 @@ def describe(packed: Mapping[str, Tensor]) -> dict[str, Any]:
     """
     code = packed.get(DESCRIPTION)
     try:
-        if code is None or code.dtype != torch.uint8:
-            raise ValueError("it is missing" if code is None else f"it is {code.dtype}")
+        if code is None or code.dtype != torch.uint8 or code.dim() != 1:
+            raise ValueError("it is missing" if code is None else f"it is {code.dtype} of shape {tuple(code.shape)}")
         reader = zlib.decompressobj()
         text = reader.decompress(code.cpu().numpy().tobytes(), _RATIO * code.numel() + _SLACK)
         if not reader.eof or reader.unused_data:
@@ -119,14 +119,9 @@ def unpack(packed: Mapping[str, Tensor]) -> dict[str, Record]:
                 f"{total:,} components were announced. The file is damaged; save or download it again."
             )
         try:
-            positions = decode_indices(code, total)
+            positions = decode_indices(code, total, count)
         except DeltaError as error:
             raise DeltaError(f"{keys[0]!r}: {error}") from error
-        if positions.numel() != count:
-            raise DeltaError(
-                f"{keys[0]!r} holds {positions.numel():,} positions; {count:,} were announced. The file is damaged; save "
-                "or download it again."
-            )
         start = 0
         parts = zip(names, sizes, positions.split(counts), values.split(counts), strict=True)
         for name, size, indices, entries in parts:

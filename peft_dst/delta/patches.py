@@ -47,7 +47,8 @@ def export_patches(
     tensors: dict[str, Tensor] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for name, entries in placement.entries.items():
-        tensors[f"{name}.indices"], tensors[f"{name}.values"] = entries.record()
+        # Copies: of a tied tensor the checkpoint may hold two, and a file refuses memory that two share.
+        tensors[f"{name}.indices"], tensors[f"{name}.values"] = (part.clone() for part in entries.record())
         shapes[name] = entries.shape
     for name, dense in {**placement.replaced, **placement.added}.items():
         tensors[f"{name}.values"] = dense.reshape(-1).contiguous()

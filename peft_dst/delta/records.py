@@ -13,9 +13,11 @@ from torch import Tensor
 
 
 FORMAT_VERSION = 1
-# No tensor has as many components, nor as many dimensions.
-MAX_NUMEL = 2**62
+# No tensor has as many components, whose bytes torch counts in 63 bits, nor as many dimensions.
+MAX_NUMEL = 2**60
 _MAX_DIMENSIONS = 64
+# Nor has a name as many characters or parts: the modules around a parameter are looked at one by one.
+_MAX_NAME, _MAX_PARTS = 1000, 64
 # Dtypes in which a seed can be compared, from exact to coarse.
 _PRECISIONS: dict[torch.dtype, str] = {
     torch.float64: "float64",
@@ -60,8 +62,9 @@ class Summary(NamedTuple):
         """Read one from JSON.
 
         Raises:
-            DeltaError: if it has not the form of one.
+            DeltaError: if it has not the form of one, or the name none of a parameter's.
         """
+        check_name(name)
         try:
             entries, digest, seed, shape, dtype = raw
             if (
@@ -80,6 +83,19 @@ class Summary(NamedTuple):
         raise DeltaError(
             f"adapter_config.json has a malformed entry for {name!r} in `records`: {raw!r:.80}. The file was damaged or "
             "edited; save the adapter again."
+        )
+
+
+def check_name(name: str) -> None:
+    """Check that a name, or a tensor's key in a file, is no longer than any model's.
+
+    Raises:
+        DeltaError: if it is.
+    """
+    if len(name) > _MAX_NAME or name.count(".") >= _MAX_PARTS:
+        raise DeltaError(
+            f"{name[:40]!r}… has {len(name):,} characters in {name.count('.') + 1:,} parts; no parameter's name has more "
+            f"than {_MAX_NAME:,} in {_MAX_PARTS}. The file was damaged or edited."
         )
 
 
@@ -112,18 +128,24 @@ def index_dtype(numel: int) -> torch.dtype:
     return torch.int32 if numel <= 2**31 - 1 else torch.int64
 
 
-def check_record(name: str, tensor: Tensor, record: Record, *, allow_nonfinite: bool = False) -> None:
-    """Check that entries can be written into a tensor (any shape; only its size and dtype are looked at).
+def check_record(name: str, numel: int, dtype: torch.dtype, record: Record, *, allow_nonfinite: bool = False) -> None:
+    """Check that entries can be written into a tensor.
+
+    Args:
+        name: the tensor's.
+        numel: its components.
+        dtype: its dtype, in which values must be finite.
+        record: the entries.
+        allow_nonfinite: whether they need not.
 
     Raises:
         DeltaError: naming the tensor, the first offending entry and the remedy.
     """
     indices, values = record
-    numel = tensor.numel()
-    if indices.dtype not in (torch.int32, torch.int64) or not values.dtype.is_floating_point:
+    if indices.dtype not in (torch.int32, torch.int64) or values.dtype not in _PRECISIONS:
         raise DeltaError(
-            f"{name!r}: indices are {indices.dtype} and values {values.dtype}; expected int32 or int64, and floating "
-            "point. The file is not a DST adapter of this format; save the adapter again."
+            f"{name!r}: indices are {indices.dtype} and values {values.dtype}; expected int32 or int64, and one of "
+            f"{', '.join(DTYPES)}. The file is not a DST adapter of this format; save the adapter again."
         )
     if indices.dim() != 1 or indices.shape != values.shape:
         raise DeltaError(
@@ -146,11 +168,11 @@ def check_record(name: str, tensor: Tensor, record: Record, *, allow_nonfinite: 
             f"{name!r}: positions are not strictly ascending at entry {at} ({int(indices[at])} after "
             f"{int(indices[at - 1])}). The file is damaged; save or download it again."
         )
-    strange = ~torch.isfinite(values.to(tensor.dtype))
+    strange = ~torch.isfinite(values.to(dtype))
     if not allow_nonfinite and strange.any():
         at = int(strange.nonzero()[0])
         raise DeltaError(
-            f"{name!r}: entry {at} has the value {float(values[at])}, which is not finite in {tensor.dtype}. An adapter "
+            f"{name!r}: entry {at} has the value {float(values[at])}, which is not finite in {dtype}. An adapter "
             "may not write non-finite weights; train it again with a lower learning rate, or load a base of a wider dtype."
         )
 
@@ -172,6 +194,11 @@ def _coarser(dtype: torch.dtype) -> list[torch.dtype]:
     return [dtype, *(d for d in _PRECISIONS if torch.finfo(d).bits < torch.finfo(dtype).bits)]
 
 
+def seed_checksums(seeds: Tensor) -> dict[str, str]:
+    """CRC-32 of a seed's values, (k,) in the base's dtype: dtype → hexadecimal, for it and every coarser one."""
+    return {_PRECISIONS[dtype]: _crc(seeds.to(dtype)) for dtype in _coarser(seeds.dtype)}
+
+
 def summarize(record: Record, seeds: Tensor, shape: Sequence[int]) -> Summary:
     """Summarise a record for `adapter_config.json`.
 
@@ -183,25 +210,31 @@ def summarize(record: Record, seeds: Tensor, shape: Sequence[int]) -> Summary:
     return Summary(
         record.indices.numel(),
         digest(record),
-        {_PRECISIONS[dtype]: _crc(seeds.to(dtype)) for dtype in _coarser(seeds.dtype)},
+        seed_checksums(seeds),
         tuple(shape),
         _PRECISIONS[record.values.dtype],
     )
 
 
-def check_shape(name: str, summary: Summary, shape: Sequence[int]) -> None:
+def check_shape(name: str, shape: Sequence[int], was: Sequence[int], entries: int) -> None:
     """Check that flat positions mean the same components in a tensor as where they were made.
 
     More or fewer rows are no harm: an embedding that was resized since keeps its positions, and those that lie beyond its
     end are found by `check_record`.
 
+    Args:
+        name: the tensor's.
+        shape: its shape.
+        was: that of the tensor where the positions were made.
+        entries: how many there are.
+
     Raises:
         DeltaError: if it has rows of another shape, or fewer components than entries.
     """
-    if tuple(shape[1:]) != summary.shape[1:] or len(shape) != len(summary.shape) or summary.entries > math.prod(shape):
+    if tuple(shape[1:]) != tuple(was[1:]) or len(shape) != len(was) or entries > math.prod(shape):
         raise DeltaError(
-            f"{name!r} is of shape {tuple(shape)}, and the adapter has {summary.entries:,} entries for a tensor of shape "
-            f"{summary.shape}. It was made for another base; load it onto the one named in adapter_config.json."
+            f"{name!r} is of shape {tuple(shape)}, and the adapter has {entries:,} entries for a tensor of shape "
+            f"{tuple(was)}. It was made for another base; load it onto the one named in adapter_config.json."
         )
 
 
@@ -219,12 +252,12 @@ def check_entries(name: str, summary: Summary, record: Record) -> None:
         )
 
 
-def is_comparable(summary: Summary, dtype: torch.dtype) -> bool:
-    """Whether a base's values in this dtype can be compared with those that were summarised."""
-    return any(_PRECISIONS[coarser] in summary.seed for coarser in _coarser(dtype))
+def is_comparable(checksums: Mapping[str, str], dtype: torch.dtype) -> bool:
+    """Whether a base's values in this dtype can be compared with a seed's of which these are known."""
+    return any(_PRECISIONS[coarser] in checksums for coarser in _coarser(dtype))
 
 
-def check_seed(name: str, summary: Summary, record: Record, seeds: Tensor) -> None:
+def check_seed(name: str, checksums: Mapping[str, str], seeds: Tensor) -> None:
     """Check that a base has the values that an adapter was trained from.
 
     The comparison is made in the coarser of the two dtypes; a base in a dtype that neither rounds to the other
@@ -232,16 +265,14 @@ def check_seed(name: str, summary: Summary, record: Record, seeds: Tensor) -> No
 
     Args:
         name: the tensor's name.
-        summary: what was saved.
-        record: the entries.
-        seeds: this base's values at their positions, (k,).
+        checksums: of the seed's values at an adapter's positions, dtype → hexadecimal, as `Summary.seed` has them.
+        seeds: this base's values there, (k,).
 
     Raises:
-        DeltaError: if the entries are not those summarised, or the base has other values there.
+        DeltaError: if they are others.
     """
-    check_entries(name, summary, record)
     for dtype in _coarser(seeds.dtype):
-        if saved := summary.seed.get(_PRECISIONS[dtype]):
+        if saved := checksums.get(_PRECISIONS[dtype]):
             if saved != _crc(seeds.to(dtype)):
                 raise DeltaError(
                     f"{name!r}: the base model's values differ from those the adapter was trained from. The adapter "

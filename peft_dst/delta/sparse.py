@@ -26,6 +26,7 @@ from ..core.tiles import bits
 from ..core.weights import gather, scatter
 from .files import (
     WEIGHTS_NAME,
+    check_dense_values,
     name_records,
     read,
     write_config,
@@ -43,6 +44,7 @@ from .records import (
     check_seed,
     check_shape,
     index_dtype,
+    seed_checksums,
     summarize,
 )
 
@@ -105,6 +107,10 @@ class SparseTensor:
         if self.digests is None:
             return None
         return summarize(self.record(), self.values[:0], self.shape)._replace(seed=self.digests)
+
+    def checksums(self) -> Mapping[str, str]:
+        """Of the seeds, by dtype; empty if nothing is known of them."""
+        return self.digests or {} if self.seeds is None else seed_checksums(self.seeds)
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,8 +210,8 @@ class SparseDelta(Mapping[str, SparseTensor]):
             self._need_seeds("to let a reader recognise its base")
         entries = {name: tensor.record() for name, tensor in self.items()}
         for name, tensor in self.items():
-            like = torch.empty(tensor.shape, dtype=tensor.values.dtype, device="meta")
-            check_record(name, like, entries[name], allow_nonfinite=allow_nonfinite)
+            numel = math.prod(tensor.shape)
+            check_record(name, numel, tensor.values.dtype, entries[name], allow_nonfinite=allow_nonfinite)
         tensors = {**self.dense, **(pack(entries, summaries) if packed else name_records(entries))}
         config = dict(self.config) or self._default_config()
         config |= {"peft_type": "DST", "format_version": FORMAT_VERSION}
@@ -282,7 +288,7 @@ class SparseDelta(Mapping[str, SparseTensor]):
                 written by then.
         """
         targets = self._targets(weights, check)
-        undo = self.with_seeds(weights, check=False)._swapped()
+        undo = self._seeded(targets)._swapped()
         written: list[str] = []
         try:
             for name, target in targets.items():
@@ -314,7 +320,9 @@ class SparseDelta(Mapping[str, SparseTensor]):
         Raises:
             DeltaError: if a tensor is missing, has another shape, or other values than the delta's base.
         """
-        targets = self._targets(base, check)
+        return self._seeded(self._targets(base, check))
+
+    def _seeded(self, targets: Mapping[str, Tensor]) -> SparseDelta:
         return self._with(
             {
                 name: replace(tensor, seeds=gather(targets[name], tensor.indices.to(targets[name].device)))
@@ -332,12 +340,11 @@ class SparseDelta(Mapping[str, SparseTensor]):
                     "their names carry a prefix."
                 )
             target = there[name].detach()
-            summary = tensor.summary() or summarize(tensor.record(), tensor.values[:0], tensor.shape)._replace(seed={})
-            check_shape(name, summary, target.shape)
+            check_shape(name, target.shape, tensor.shape, len(tensor))
             check_floating(name, target.dtype)
-            check_record(name, target, tensor.record(), allow_nonfinite=self._restores)
-            if check and summary.seed:
-                check_seed(name, summary, tensor.record(), gather(target, tensor.indices.to(target.device)))
+            check_record(name, target.numel(), target.dtype, tensor.record(), allow_nonfinite=self._restores)
+            if check and (checksums := tensor.checksums()):
+                check_seed(name, checksums, gather(target, tensor.indices.to(target.device)))
             found[name] = target
         return found
 
@@ -466,13 +473,15 @@ class SparseDelta(Mapping[str, SparseTensor]):
             raise ValueError(f"values are {', '.join(DTYPES)}; {dtype} is none of them.")
         changed = {}
         for name, tensor in self.items():
-            check_record(name, torch.empty(tensor.shape, dtype=dtype, device="meta"), tensor.record())
+            check_record(name, math.prod(tensor.shape), dtype, tensor.record())
             # Widened seeds would no longer say what they were rounded from.
             seeds = tensor.seeds
             if seeds is not None and torch.finfo(dtype).bits < torch.finfo(seeds.dtype).bits:
                 seeds = seeds.to(dtype)
             changed[name] = replace(tensor, values=tensor.values.to(dtype), seeds=seeds)
         dense = {key: t.to(dtype) if t.dtype.is_floating_point else t for key, t in self.dense.items()}
+        for key, t in dense.items():
+            check_dense_values(key, t)
         return self._with(changed, dense=dense)
 
     # Helpers

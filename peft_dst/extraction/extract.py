@@ -7,11 +7,9 @@ and PEFT saves them. Base tensors are only read: the adapter is never written in
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
@@ -26,7 +24,7 @@ from tqdm.auto import tqdm
 
 from ..config import DSTConfig
 from ..core import NonFiniteDistanceError, Selection, Silo, select
-from ..delta import Record, index_dtype
+from ..delta import Record, index_dtype, new_folder
 from ..tuner.layer import SparseLayer, markers
 from . import skeleton
 from .figures import Extraction, SiloFigures, joined, measure
@@ -34,7 +32,6 @@ from .skeleton import Parameters, Source
 
 
 ADAPTER = "default"
-CARD = "README.md"
 
 
 @torch.no_grad()
@@ -217,16 +214,7 @@ def _account_for_the_rest(
 
 
 def _save(model: PeftModel, output: Path) -> None:
-    """Write the adapter beside its place, and put it there when it is whole."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as temporary:
-        folder = Path(temporary) / "adapter"
-        folder.mkdir()
-        if (output / CARD).is_file():
-            # PEFT keeps what else stands in a model card.
-            shutil.copy(output / CARD, folder)
+    """Write the adapter: a new folder is there when it is whole, and in one that is there each file is replaced whole."""
+    with contextlib.nullcontext(output) if output.exists() else new_folder(output) as folder:
         # Of the embeddings nothing is new but what the records hold.
         model.save_pretrained(str(folder), save_embedding_layers=False)
-        output.mkdir(exist_ok=True)
-        for path in sorted(folder.iterdir()):
-            os.replace(path, output / path.name)

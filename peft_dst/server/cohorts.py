@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any
 
 import torch
@@ -115,6 +116,8 @@ class Cohort:
     @torch.no_grad()
     def __init__(self, model: nn.Module, members: Sequence[Continuation]) -> None:
         self.model: Any = model
+        # Of a prompt the last position's logits are all that is wanted: those of all are many times as large as the rest.
+        self._options = {"logits_to_keep": 1} if "logits_to_keep" in signature(type(model).forward).parameters else {}
         self.members = list(members)
         # One that was interrupted goes on after what it has.
         texts = [[*member.prompt, *member.tokens] for member in members]
@@ -156,6 +159,7 @@ class Cohort:
             position_ids=positions,
             past_key_values=self.cache,
             use_cache=True,
+            **self._options,
         )
         logits: Tensor = output.logits[:, -1]
         return logits

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import math
 import os
 import re
 import shutil
@@ -16,7 +17,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from ..delta import CONFIG_NAME, WEIGHTS_NAME, DeltaError, SparseDelta
-from ..delta.files import read_config, usual_mode
+from ..delta.files import read_config
 from ..delta.packed import DESCRIPTION
 from ..serving import DeltaPool, UnknownDelta
 from .limits import Refused
@@ -65,8 +66,10 @@ class DeltaFolder:
         path.mkdir(parents=True, exist_ok=True)
         for left in path.glob(f"{INCOMING}*"):
             # Of uploads that were killed; others may be another server's, and under way.
-            if time.time() - left.stat().st_mtime > ABANDONED:
-                shutil.rmtree(left)
+            # Another server may be doing the same.
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - left.stat().st_mtime > ABANDONED:
+                    shutil.rmtree(left, ignore_errors=True)
         for config in sorted(path.glob(f"[!.]*/{CONFIG_NAME}")):
             folder = config.parent
             try:
@@ -92,11 +95,11 @@ class DeltaFolder:
         """
         if self.path is None:
             raise Refused("this server has no folder for deltas.", 403)
-        folder = Path(tempfile.mkdtemp(prefix=INCOMING, dir=self.path))
-        try:
+        with tempfile.TemporaryDirectory(prefix=INCOMING, dir=self.path, ignore_cleanup_errors=True) as around:
+            # That one is private.
+            folder = Path(around) / "delta"
+            folder.mkdir()
             yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
 
     def take(self, name: str, folder: Path) -> SparseDelta:
         """Check an uploaded delta against the base, and add it; blocking.
@@ -106,7 +109,7 @@ class DeltaFolder:
             folder: made by `incoming`, with its two files; it becomes the delta's, or is left where it is.
 
         Raises:
-            Refused: if the name is none or taken, or the files are larger than they may be.
+            Refused: if the name is none or taken, the files are larger than they may be, or the pool is closed.
             DeltaError: if the files are not as they should be, or of another base.
             OSError: if the folder cannot get its name.
         """
@@ -120,23 +123,32 @@ class DeltaFolder:
         self.pool.verify(delta)
         assert self.path is not None
         target = self.path / name
-        # It was made private.
-        folder.chmod(usual_mode(0o777))
         try:
             folder.rename(target)
         except OSError as error:
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
                 raise
             raise _taken(name) from None
-        self.pool.add(name, target)
+        try:
+            self.pool.add(name, target)
+        except BaseException:
+            # What was not taken is not to be there when a server starts again.
+            shutil.rmtree(target, ignore_errors=True)
+            self._check_open()
+            raise
         return delta
+
+    def _check_open(self) -> None:
+        if self.pool.closed:
+            raise Refused("the server is stopping.", 503, "overloaded")
 
     def check_name(self, name: str) -> None:
         """Check that a new delta can be called that.
 
         Raises:
-            Refused: if it is no name, or taken.
+            Refused: if it is no name, or taken, or the pool is closed.
         """
+        self._check_open()
         if not NAME.fullmatch(name):
             raise Refused(
                 f"{name[:80]!r} is no name: letters, digits, '_', '.' and '-', 64 at most, a letter or digit first."
@@ -148,9 +160,10 @@ class DeltaFolder:
         """Remove a delta, once nobody uses it; blocking. Its files may be gone already.
 
         Raises:
-            Refused: if there is none, or it is the base.
+            Refused: if there is none, or it is the base, or the pool is closed.
             OSError: if its files cannot be removed; then it stays.
         """
+        self._check_open()
         if name == self.base or name not in self.pool:
             raise _missing(name)
         try:
@@ -189,7 +202,7 @@ def check_sizes(folder: Path) -> None:
             shape = file.get_slice(DESCRIPTION).get_shape() if DESCRIPTION in file.keys() else []  # noqa: SIM118
     except SafetensorError as error:
         raise DeltaError(f"{WEIGHTS_NAME} cannot be read ({error}). It is damaged; upload it again.") from error
-    _check_sizes([(f"{DESCRIPTION!r} in {WEIGHTS_NAME}", shape[0] if shape else 0, DESCRIPTION_BYTES)])
+    _check_sizes([(f"{DESCRIPTION!r} in {WEIGHTS_NAME}", math.prod(shape), DESCRIPTION_BYTES)])
 
 
 def _check_sizes(sizes: list[tuple[str, int, int]]) -> None:

@@ -48,6 +48,8 @@ Text = Annotated[str, AfterValidator(_writable)]
 Stop = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_writable)]
 Off = Annotated[StrictBool, AfterValidator(_off)]
 Zero = Annotated[float, Field(ge=0, le=0)]
+# Options that a body may have: an error is made for each that does not exist.
+OPTIONS = 100
 
 
 class _Body(BaseModel):
@@ -57,6 +59,8 @@ class _Body(BaseModel):
     @classmethod
     def _without_nulls(cls, data: Any) -> Any:
         """Null asks for nothing."""
+        if isinstance(data, dict) and len(data) > OPTIONS:
+            raise ValueError(f"there are no {len(data):,} options")
         return {key: value for key, value in data.items() if value is not None} if isinstance(data, dict) else data
 
 
@@ -98,7 +102,7 @@ class TextPart(_Body):
 
 class Message(_Body):
     role: Text
-    content: Text | list[TextPart]
+    content: Text | Annotated[list[TextPart], Field(fail_fast=True)]
     name: Text | None = None
 
     def for_template(self) -> dict[str, str]:
@@ -108,7 +112,7 @@ class Message(_Body):
 
 
 class ChatRequest(_Generation):
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
 

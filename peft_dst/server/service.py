@@ -13,7 +13,7 @@ from typing import Any
 from ..delta import DeltaError
 from ..serving import DeltaPool, UnknownDelta
 from .cohorts import Continuation
-from .engine import Classify, Engine, Generate
+from .engine import Classify, Engine, Generate, Stopped
 from .folder import DeltaFolder
 from .labels import scores
 from .limits import Limits, Refused
@@ -93,9 +93,12 @@ class Service:
 
         Raises:
             Refused: if there is none.
+            Stopped: if the service is closed.
         """
         if model == self.name:
             return None
+        if self.pool.closed:
+            raise Stopped("the server is stopping.")
         if model not in self.pool:
             raise Refused(f"the model {model!r} does not exist.", 404, "model_not_found")
         return model

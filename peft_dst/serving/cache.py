@@ -54,7 +54,8 @@ class Cache(Generic[T]):
             Names of what went; the value's own, if there is no room for it.
         """
         self.drop(name)
-        if value.nbytes > self.budget:
+        if value.nbytes + sum(self._values[kept].nbytes for kept in set(keep) & self._values.keys()) > self.budget:
+            # Nothing goes for what has no room in any case.
             return [name]
         gone = []
         for other in list(self._values):
@@ -63,8 +64,6 @@ class Cache(Generic[T]):
             if other not in keep:
                 self.drop(other)
                 gone.append(other)
-        if self.nbytes + value.nbytes > self.budget:
-            return [*gone, name]
         self._values[name] = value
         self.nbytes += value.nbytes
         return gone

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from ..delta import PEFT_PREFIX, DeltaError, SparseDelta, check_seed
+from ..delta import PEFT_PREFIX, DeltaError, SparseDelta, check_dense_values, check_seed
 from ..mixing import Changes, Entries, Reader, Readers, Whole, changes_of
 from .storage import FlatStorage
 
@@ -118,7 +118,8 @@ def place(delta: SparseDelta, storage: FlatStorage, shown: Placed, check: bool =
         seeds = _seeds(buffer, positions, next((part for part in shown.parts if part.buffer == number), None))
         if check:
             for name, own in zip(names, seeds.split([len(known[name]) for name in names]), strict=True):
-                _check_seed(name, delta, own)
+                if checksums := delta[name].checksums():
+                    check_seed(name, checksums, own)
         parts.append(Part(number, positions, values, seeds))
     return Placed(tuple(parts), dense)
 
@@ -130,12 +131,6 @@ def _seeds(buffer: Tensor, positions: Tensor, shown: Part | None) -> Tensor:
         at = torch.searchsorted(shown.positions, positions).clamp_(max=shown.positions.numel() - 1)
         found = torch.where(shown.positions[at] == positions, shown.seeds[at], found)
     return found
-
-
-def _check_seed(name: str, delta: SparseDelta, seeds: Tensor) -> None:
-    summary = delta[name].summary()
-    if summary is not None and summary.seed:
-        check_seed(name, summary, delta[name].record(), seeds)
 
 
 def _dense(delta: SparseDelta, storage: FlatStorage) -> dict[str, nn.Parameter]:
@@ -156,6 +151,7 @@ def _dense(delta: SparseDelta, storage: FlatStorage) -> dict[str, nn.Parameter]:
             )
         # A copy, as what was read may be a mapping of a file, which others may change or cut.
         copied = tensor.to(parameter.device, parameter.dtype, copy=True)
+        check_dense_values(name, copied)
         found[name] = nn.Parameter(copied, requires_grad=False)
     return found
 
@@ -163,7 +159,8 @@ def _dense(delta: SparseDelta, storage: FlatStorage) -> dict[str, nn.Parameter]:
 def _is_resized(name: str, dense: Mapping[str, Tensor], storage: FlatStorage) -> bool:
     """Whether a module's own tensors all come with the delta, longer or shorter along their first dimension alone.
 
-    So does a head of other classes. A vector by itself is none: norms and biases are as long as what they are added to.
+    So does a head of other classes. A vector by itself is none: norms and biases are as long as what they are added to. Nor
+    is an embedding of fewer rows, as tokens that the base has would be outside of it.
     """
     module = storage.owners[name][0]
     own = {other: storage.parameters[other] for other, (owner, _) in storage.owners.items() if owner is module}
@@ -172,6 +169,7 @@ def _is_resized(name: str, dense: Mapping[str, Tensor], storage: FlatStorage) ->
         and len({dense[other].shape[:1] for other in own}) == 1
         and all(dense[other].numel() and dense[other].shape[1:] == p.shape[1:] for other, p in own.items())
         and any(p.dim() > 1 for p in own.values())
+        and not (isinstance(module, nn.Embedding) and len(dense[name]) < len(storage.parameters[name]))
     )
 
 

@@ -194,6 +194,11 @@ class DeltaPool:
         return len(self._shelf)
 
     @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._shelf.closed
+
+    @property
     def shown(self) -> str | None:
         """The delta in the weights now; None for the base."""
         return self._shown.name

@@ -184,7 +184,8 @@ def _check_dense(model: nn.Module, adapter_name: str, tensors: dict[str, Tensor]
             parts = [tensors.get(f"{host}.{MARKER}.{p}.{parameter}") for p in ("seed_indices", "seed_values")]
             if any(p is None for p in parts) or f"{host}.{parameter}" not in tensors:
                 raise DeltaError(f"{key!r} stands in the adapter file without what belongs to it. It is damaged.")
-            check_record(key, tensors[f"{host}.{parameter}"], Record(*(p for p in parts if p is not None)))
+            whole = tensors[f"{host}.{parameter}"]
+            check_record(key, whole.numel(), whole.dtype, Record(*(p for p in parts if p is not None)))
         elif f".modules_to_save.{adapter_name}." not in key and key.rpartition(".")[0] not in embeddings:
             raise DeltaError(
                 f"the adapter file holds a dense tensor {key!r}, which would overwrite the base model's own. A DST "
@@ -352,17 +353,20 @@ def _pair(weight: SparseWeight, parts: dict[str, Tensor] | None) -> Record:
 
 
 def _check(weight: SparseWeight, adapter: str, record: Record, summary: Summary | None) -> None:
-    check_record(weight.name, weight.stand_in(), record)
-    if summary is not None and isinstance(weight, OverlayWeight):
-        # The seed is there only as far as its quantisation has kept it.
+    check_record(weight.name, weight.shape.numel(), weight.data.dtype, record)
+    if summary is None:
+        return
+    if isinstance(weight, OverlayWeight) or not weight.data.is_meta:
         check_entries(weight.name, summary, record)
+    if isinstance(weight, OverlayWeight):
+        # The seed is there only as far as its quantisation has kept it.
         weight.summaries[adapter] = summary
         return
-    if summary is None or weight.data.is_meta:
+    if weight.data.is_meta:
         return
     seeds = weight.whole_seeds_at(record.indices.to(weight.data.device, torch.int64))
     try:
-        check_seed(weight.name, summary, record, seeds)
+        check_seed(weight.name, summary.seed, seeds)
     except DeltaError as error:
         if torch.equal(seeds, record.values.to(seeds)):
             raise DeltaError(

@@ -130,7 +130,7 @@ def _check_summaries(summaries: dict[str, Summary], targets: list[Target]) -> No
                 f"the adapter has entries for {name!r}, which the model does not have or the adapter's config does not "
                 "tune. Load it onto the base named in adapter_config.json."
             )
-        check_shape(name, summary, shapes[name])
+        check_shape(name, shapes[name], summary.shape, summary.entries)
 
 
 def warn_of_unchecked(plan: Plan, adapter_name: str) -> None:

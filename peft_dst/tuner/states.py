@@ -145,7 +145,7 @@ class StatefulRecords(HostRecords):
         """Replace a record, rather than copy into it: records change their length from step to step."""
         weight = self.weights[parameter]
         try:
-            check_record(weight.name, weight.stand_in(), record)
+            check_record(weight.name, weight.shape.numel(), weight.data.dtype, record)
         except DeltaError as error:
             errors.append(str(error))
             return

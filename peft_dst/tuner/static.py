@@ -318,11 +318,9 @@ def _check_base(delta: SparseDelta, constraint: Constraint) -> None:
         DeltaError: if not.
     """
     for weight in constraint.weights:
-        summary = delta[weight.name].summary() if weight.name in delta else None
-        if summary is not None:
-            record = delta[weight.name].record()
-            seeds = weight.seeds_at(record.indices.long().to(weight.data.device))
-            check_seed(weight.name, summary, record, seeds)
+        if weight.name in delta and (checksums := delta[weight.name].checksums()):
+            seeds = weight.seeds_at(delta[weight.name].indices.long().to(weight.data.device))
+            check_seed(weight.name, checksums, seeds)
 
 
 def _positions(given: Source, constraint: Constraint) -> dict[str, Tensor]:

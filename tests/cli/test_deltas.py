@@ -204,6 +204,11 @@ def test_convert_states_the_error(desk, run):
     code, _, err = run("convert", "my-lora", "--base", "base", "-o", "more")
     assert code == 1
     assert "Say how many may be kept: epsilon" in err
+    # Of what comes over exactly nothing can be cut off.
+    for source, what in (("base", "a checkpoint"), ("my-adapter", "a delta")):
+        for option in (("-e", "0.1"), ("--distance", "relative")):
+            code, _, err = run("convert", source, "--base", "base", "-o", "more", *option)
+            assert (code, f"{source} is {what}" in " ".join(err.split())) == (2, True)
     assert not (desk / "more").exists()
 
 

@@ -1,7 +1,17 @@
 import pytest
 import torch
 
-from peft_dst.delta import DeltaError, Record, Summary, check_record, check_seed, check_shape, index_dtype, summarize
+from peft_dst.delta import (
+    DeltaError,
+    Record,
+    Summary,
+    check_entries,
+    check_record,
+    check_seed,
+    check_shape,
+    index_dtype,
+    summarize,
+)
 
 
 def record(indices, values, dtype=torch.float32):
@@ -9,9 +19,9 @@ def record(indices, values, dtype=torch.float32):
 
 
 def test_a_good_record_passes():
-    check_record("w", torch.empty(10), record([0, 4, 9], [1.0, 2.0, 3.0]))
-    check_record("w", torch.empty(10), record([], []))
-    check_record("w", torch.empty(1), Record(torch.tensor([0]), torch.tensor([1.0], dtype=torch.bfloat16)))
+    check_record("w", 10, torch.float32, record([0, 4, 9], [1.0, 2.0, 3.0]))
+    check_record("w", 10, torch.float32, record([], []))
+    check_record("w", 1, torch.float32, Record(torch.tensor([0]), torch.tensor([1.0], dtype=torch.bfloat16)))
 
 
 @pytest.mark.parametrize(
@@ -31,16 +41,16 @@ def test_a_good_record_passes():
 )
 def test_bad_records_are_named(bad, match):
     with pytest.raises(DeltaError, match=match):
-        check_record("w", torch.empty(10), bad)
+        check_record("w", 10, torch.float32, bad)
 
 
 def test_values_must_be_finite_in_the_weight_s_dtype():
     wide = record([1], [1e300], torch.float64)
-    check_record("w", torch.empty(10, dtype=torch.float64), wide)
+    check_record("w", 10, torch.float64, wide)
     with pytest.raises(DeltaError, match=r"value 1e\+300, which is not finite in torch.float32"):
-        check_record("w", torch.empty(10), wide)
+        check_record("w", 10, torch.float32, wide)
     with pytest.raises(DeltaError, match=r"not finite in torch.float16"):
-        check_record("w", torch.empty(10, dtype=torch.float16), record([1], [1e5]))
+        check_record("w", 10, torch.float16, record([1], [1e5]))
 
 
 def test_index_dtype():
@@ -53,15 +63,15 @@ def test_summaries_recognise_their_base_in_any_coarser_dtype():
     entries = record(list(range(20)), [0.0] * 20)
     summary = Summary.parse("w", list(summarize(entries, seeds, (20,))))
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        check_seed("w", summary, entries, seeds.to(dtype))
+        check_seed("w", summary.seed, seeds.to(dtype))
         with pytest.raises(DeltaError, match="'w': the base model's values differ"):
-            check_seed("w", summary, entries, seeds.to(dtype).roll(1))
+            check_seed("w", summary.seed, seeds.to(dtype).roll(1))
     # A bfloat16 base is recognised after it was loaded in float32, and cannot be compared in float16.
     half = Summary.parse("w", list(summarize(entries, seeds.bfloat16(), (20,))))
-    check_seed("w", half, entries, seeds.bfloat16().float())
-    check_seed("w", half, entries, seeds.half())
+    check_seed("w", half.seed, seeds.bfloat16().float())
+    check_seed("w", half.seed, seeds.half())
     with pytest.raises(DeltaError, match="differ"):
-        check_seed("w", half, entries, -seeds.bfloat16().float())
+        check_seed("w", half.seed, -seeds.bfloat16().float())
 
 
 def test_summaries_recognise_their_entries():
@@ -69,9 +79,9 @@ def test_summaries_recognise_their_entries():
     summary = summarize(record([1, 5], [0.0, 0.0]), seeds, (6,))
     for other in (record([1, 6], [0.0, 0.0]), record([1], [0.0]), record([1, 5], [0.0, 0.0], torch.float64)):
         with pytest.raises(DeltaError, match=r"not those that adapter_config\.json describes"):
-            check_seed("w", summary, other, seeds[: len(other.indices)])
+            check_entries("w", summary, other)
     # Positions are the same in 32 and in 64 bits.
-    check_seed("w", summary, Record(torch.tensor([1, 5]), torch.zeros(2)), seeds)
+    check_entries("w", summary, Record(torch.tensor([1, 5]), torch.zeros(2)))
 
 
 @pytest.mark.parametrize(
@@ -112,11 +122,10 @@ def test_malformed_summaries_are_named(raw):
 def test_shapes_give_positions_their_meaning():
     summary = summarize(record([1, 5], [0.0, 0.0]), torch.zeros(2), (2, 3))
     for shape in [(2, 3), (7, 3), (1, 3)]:
-        check_shape("w", summary, shape)
+        check_shape("w", shape, summary.shape, summary.entries)
     for shape in [(3, 2), (6,), (2, 3, 1), ()]:
         with pytest.raises(DeltaError, match=r"'w' is of shape .*2 entries for a tensor of shape \(2, 3\)"):
-            check_shape("w", summary, shape)
-    scalar = summarize(record([0], [0.0]), torch.zeros(1), ())
-    check_shape("w", scalar, ())
+            check_shape("w", shape, summary.shape, summary.entries)
+    check_shape("w", (), (), 1)
     with pytest.raises(DeltaError, match="another base"):
-        check_shape("w", scalar, (1,))
+        check_shape("w", (1,), (), 1)

@@ -45,6 +45,13 @@ def test_together_as_alone(model):
     assert {member.finished for member in members} == {"length"}
 
 
+def test_of_a_prompt_only_the_last_logits_are_made(model):
+    made = []
+    model.lm_head.register_forward_hook(lambda *call: made.append(call[2].shape[1]))
+    run(Cohort(model, [Continuation(prompt, 3) for prompt in PROMPTS]))
+    assert made == [1, 1, 1]
+
+
 def test_it_is_what_generate_gives(model):
     (member,) = members = [Continuation(PROMPTS[2], 8)]
     run(Cohort(model, members))

@@ -147,12 +147,41 @@ def test_an_upload_has_the_usual_permissions(pool, path, upload):
     before = os.umask(0o027)
     try:
         with folder.incoming() as made:
-            assert stat.S_IMODE(made.stat().st_mode) == 0o700
+            # Nobody else looks into it meanwhile.
+            assert stat.S_IMODE(made.parent.stat().st_mode) == 0o700
             upload(made)
             folder.take("new", made)
     finally:
         os.umask(before)
     assert stat.S_IMODE((path / "new").stat().st_mode) == 0o750
+
+
+def test_a_pool_that_closes_meanwhile(pool, path, upload, monkeypatch):
+    """What was told to have failed is not there when a server starts again."""
+    folder = DeltaFolder(pool, path, "base")
+    real = pool.verify
+    monkeypatch.setattr(pool, "verify", lambda delta: (real(delta), pool.close()))
+    with folder.incoming() as made:
+        upload(made)
+        for what in (lambda: folder.take("new", made), lambda: folder.remove("task0")):
+            with pytest.raises(Refused, match="the server is stopping") as error:
+                what()
+            assert error.value.status == 503
+    assert names(path) == ["task0", "task1"]
+
+
+def test_an_abandoned_upload_that_another_server_removes(pool, path, monkeypatch):
+    (path / ".incoming-old").mkdir()
+    os.utime(path / ".incoming-old", (0, 0))
+    real = shutil.rmtree
+
+    def first(left, **options):
+        real(left)
+        real(left, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", first)
+    DeltaFolder(pool, path, "base")
+    assert names(path) == ["task0", "task1"]
 
 
 def test_errors_of_an_upload_do_not_tell_where_it_lies(pool, path, upload):

@@ -11,6 +11,7 @@ import struct
 import threading
 
 import httpx
+import pydantic
 import pytest
 import torch
 import transformers as hf
@@ -19,6 +20,7 @@ from safetensors.torch import save
 from peft_dst.delta.packed import DESCRIPTION
 from peft_dst.server.app import create_app
 from peft_dst.server.limits import Limits
+from peft_dst.server.protocol import ChatRequest
 from peft_dst.server.sampling import Sampling
 from peft_dst.server.service import Service
 from peft_dst.serving import UnknownDelta
@@ -130,6 +132,29 @@ def test_a_body_that_is_no_object_is_refused(url):
     assert (answer.status_code, message(answer).startswith("Input should be")) == (400, True)
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"messages": [0] * 1000},
+        {"messages": [{"role": "user", "content": [0] * 1000}]},
+        {"messages": [{"role": "user", "content": "a"}]} | {f"no{i}": 0 for i in range(1000)},
+        {"messages": [{"role": "user", "content": "a"} | {f"no{i}": 0 for i in range(1000)}]},
+    ],
+)
+def test_no_more_errors_are_made_than_are_told(body):
+    """Each takes time and memory, while nobody else is answered."""
+    with pytest.raises(pydantic.ValidationError) as error:
+        ChatRequest.model_validate({"model": "base"} | body)
+    assert error.value.error_count() < 3
+
+
+def test_a_service_that_closes_says_so(service, url, tmp_path):
+    service.close(1.0)
+    answers = [ask(url, model="task0"), put(url, "new", tmp_path / "new" / "task7")]
+    assert [answer.status_code for answer in answers] == [503, 503]
+    assert not (tmp_path / "deltas" / "new").exists()
+
+
 def test_other_parts_than_texts_are_refused(url):
     part = {"type": "image_url", "image_url": {"url": "data:"}}
     answer = chat(url, messages=[{"role": "user", "content": [part]}])
@@ -204,9 +229,10 @@ def test_an_upload_whose_description_is_too_large_is_not_parsed(url, tmp_path, m
     header = json.dumps({"__metadata__": {"dst_records": "[" + "[]," * 2**21 + "0]"}}).encode()
     answer = put(url, "new", folder, **{"adapter_model.safetensors": ("x", struct.pack("<Q", len(header)) + header)})
     assert (answer.status_code, "the header of adapter_model.safetensors may have" in answer.text) == (413, True)
-    blob = save({DESCRIPTION: torch.zeros(10**6, dtype=torch.uint8)})
-    answer = put(url, "new", folder, **{"adapter_model.safetensors": ("x", blob)})
-    assert (answer.status_code, DESCRIPTION in answer.text) == (413, True)
+    for shape in ((10**6,), (1, 10**6)):
+        blob = save({DESCRIPTION: torch.zeros(shape, dtype=torch.uint8)})
+        answer = put(url, "new", folder, **{"adapter_model.safetensors": ("x", blob)})
+        assert (answer.status_code, DESCRIPTION in answer.text) == (413, True)
     answer = put(url, "new", folder, **{"adapter_config.json": ("x", b" " * (2**20 + 1))})
     assert (answer.status_code, "adapter_config.json may have 1,048,576 bytes" in answer.text) == (413, True)
     assert max(parsed, default=0) < 2**20

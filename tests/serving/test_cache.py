@@ -22,6 +22,11 @@ def test_the_least_recently_used_go_first():
     # Nothing goes for what has no room in any case.
     assert cache.put("f", Bytes(11)) == ["f"]
     assert cache.put("g", Bytes(8), keep={"c", "e"}) == ["g"]
+    assert cache.put("g", Bytes(6), keep={"c"}) == ["e"]
+    assert cache.put("e", Bytes(5), keep={"g"}) == ["e"]
+    assert ("c" in cache, cache.nbytes) == (True, 9)
+    cache.drop("g")
+    assert cache.put("e", Bytes(5)) == []
     assert cache.nbytes == 8
     assert cache.put("e", Bytes(1)) == []
     assert cache.nbytes == 4
