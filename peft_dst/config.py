@@ -239,11 +239,12 @@ class DSTConfig(PeftConfig):
         _check_choice("selection", self.selection, SELECTIONS)
         if self.distance_normalization is not None:
             _check_choice("distance_normalization", self.distance_normalization, ("size", "mean"))
-        if self.selection == "bitfit" and self.epsilon is not None:
-            raise ValueError(
-                f"selection='bitfit' tunes all biases; epsilon={self.epsilon} cannot be kept. Leave epsilon out, or "
-                "choose another selection."
-            )
+        for option in ("epsilon", "num_free_parameters"):
+            if self.selection == "bitfit" and (value := getattr(self, option)) is not None:
+                raise ValueError(
+                    f"selection='bitfit' tunes all biases; {option}={value} cannot be kept. Leave {option} out, or choose "
+                    "another selection."
+                )
         if self.distance_normalization and self.siloing not in ("module", "none"):
             raise ValueError(
                 f"distance_normalization={self.distance_normalization!r} changes nothing within silos of one module, as "

@@ -26,6 +26,8 @@ from tests.models import assert_same, bert, loss, train, weights
         ({"epsilon": 0.1, "num_free_parameters": 5}, "two ways to set one"),
         ({"num_free_parameters": 0}, "positive integer, got 0"),
         ({"num_free_parameters": 10.5}, r"positive integer, got 10\.5"),
+        ({"selection": "bitfit", "num_free_parameters": 5}, "num_free_parameters=5 cannot be kept"),
+        ({"selection": "bitfit", "epsilon": 0.1}, "epsilon=0.1 cannot be kept"),
         ({"siloing": "layer"}, "siloing must be one of 'module_and_layer', 'module', 'none', 'parameter'; got 'layer'"),
         ({"distance": "l2"}, "distance must be one of .*'absolute'; got 'l2'"),
         ({"bias": "all"}, "bias must be one of 'none'; got 'all'.*modules_to_save"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import pickle
 import warnings
 
 import pytest
@@ -11,7 +13,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
-from peft_dst import DSTConfig
+from peft_dst import DSTConfig, DSTOptimizer
 from peft_dst.core import choice as choice_module
 from peft_dst.core import constraint as constraint_module
 from tests.models import assert_same, bert, logits, loss, train, tuned_model, weights
@@ -66,9 +68,42 @@ def test_a_merged_or_deleted_adapter_no_longer_constrains(build):
     constraint = model.constraint()
     merged = model.merge_and_unload()
     assert all(p.requires_grad for p in merged.parameters())
+    # Nothing of ours is in it, for who saves it whole.
+    assert b"peft_dst" not in pickle.dumps(merged)
     before = weights(merged)
     train(merged, "bert", steps=1)
     assert sum(int((p != before[n]).sum()) for n, p in weights(merged).items()) > 10 * constraint.budget
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, functools.partial(DSTOptimizer, optimizer_cls=torch.optim.SGD)])
+def test_gradients_from_before_a_switch_are_not_stepped(make, build):
+    """The weights that they belong to are the seed now."""
+    model = get_peft_model(build("bert"), DSTConfig(epsilon=0.02, target_modules=["query"]))
+    optimizer = make([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model.add_adapter("b", DSTConfig(epsilon=0.02, target_modules=["key"]))
+    seed = weights(model.get_base_model())
+    loss(model, "bert").backward()
+    model.set_adapter("b")
+    with pytest.raises(RuntimeError, match=r"query\.weight', whose adapter 'default' is not active.*zero_grad"):
+        optimizer.step()
+    assert_same(weights(model.get_base_model()), seed)
+    optimizer.zero_grad()
+    optimizer.step()
+
+
+def test_a_state_dict_of_other_shapes_leaves_the_seed(build):
+    """What does not fit keeps its adapter and its seed: torch loads none of it, and raises at the end."""
+    seed = weights(build("bert"))
+    model, _ = tuned_model(build)
+    base = model.get_base_model()
+    before = weights(base)
+    name = "bert.embeddings.word_embeddings.weight"
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        base.bert.embeddings.word_embeddings.load_state_dict({"weight": torch.zeros(7, 16)}, strict=False)
+    assert torch.equal(weights(base)[name], before[name])
+    with model.disable_adapter():
+        assert torch.equal(weights(base)[name], seed[name])
+    assert not torch.equal(before[name], seed[name])
 
 
 def test_freezing_after_the_backward_pass(build):

@@ -11,7 +11,7 @@ from peft_dst import (
     fix_subset,
     start_from,
 )
-from tests.models import BUILDERS, assert_same, logits, loss, weights
+from tests.models import BUILDERS, assert_same, logits, loss, train, weights
 from tests.training.test_fixed import fixed, subset, trained
 
 
@@ -116,6 +116,9 @@ def test_refusals_of_sources(build, tmp_path):
     static = fixed(build, selection="transfer")
     with pytest.raises(ValueError, match="never leaves its subset"):
         start_from(static, {"classifier.weight": torch.arange(1)})
+    once = get_peft_model(build("bert"), DSTConfig(epsilon=0.02, selection="first_step"))
+    with pytest.raises(ValueError, match="selection='first_step', which never leaves its subset"):
+        start_from(once, {"classifier.weight": torch.arange(1)})
     scored = fixed(build, selection="fisher")
     with pytest.raises(ValueError, match="chooses by scores"):
         fix_subset(scored, {"classifier.weight": torch.arange(1)})
@@ -127,6 +130,17 @@ def test_refusals_of_sources(build, tmp_path):
     optimizer.step()
     with pytest.raises(ValueError, match="trained values already"):
         fix_subset(scored, ones)
+
+
+def test_magnitudes_of_a_model_that_was_cast_since_a_step(build):
+    model = get_peft_model(build("bert"), DSTConfig(epsilon=0.02))
+    train(model, "bert", steps=1)
+    model.to(torch.bfloat16)
+    model.add_adapter("b", DSTConfig(epsilon=0.02, selection="magnitude"))
+    alone = get_peft_model(build("bert").bfloat16(), DSTConfig(epsilon=0.02, selection="magnitude"))
+    model.set_adapter("b")
+    for one, other in zip(model.constraint("b").weights, alone.constraint().weights, strict=True):
+        assert torch.equal(one.indices, other.indices)
 
 
 def test_bitfit_needs_biases(build):

@@ -197,7 +197,8 @@ def concerned(param_groups: Iterable[Mapping[str, Any]]) -> list[tuple[Constrain
     step with these groups would change.
 
     Raises:
-        RuntimeError: if a weight is in no state to be stepped: its adapter is disabled, or not the only active one.
+        RuntimeError: if a weight is in no state to be stepped: its adapter is disabled, or not the only active one; or if
+            the schedule needs the length of training, which nobody has told.
         NotImplementedError: if a silo spans several devices, or its threshold is tracked and processes hold it together.
     """
     parameters = {id(parameter) for group in param_groups for parameter in group["params"]}
@@ -207,8 +208,11 @@ def concerned(param_groups: Iterable[Mapping[str, Any]]) -> list[tuple[Constrain
         divide_again({w.module for constraint in Constraint.live for w in constraint.weights if w.is_managed})
     # The set's own order is that of addresses, and processes that choose together are to come to each at the same time.
     ordered = sorted(Constraint.live, key=lambda constraint: constraint.number)
-    found = [(c, _to_step(c, parameters)) for c in ordered if not c.fixed]
-    return [(constraint, silos) for constraint, silos in found if silos]
+    found = [(c, silos) for c in ordered if not c.fixed and (silos := _to_step(c, parameters))]
+    for constraint, _ in found:
+        # Whether that is known is told before anything has moved.
+        constraint.chooses(empty=False)
+    return found
 
 
 def _to_step(constraint: Constraint, parameters: set[int]) -> list[Silo]:
@@ -217,6 +221,7 @@ def _to_step(constraint: Constraint, parameters: set[int]) -> list[Silo]:
         devices = {str(weight.data.device) for weight in silo.weights}
         for weight in silo.weights:
             if constraint.adapter not in weight.adapters and not weight.disabled:
+                _check_at_rest(constraint, parameters)
                 return []
             check_steppable(weight, weight.parameter.grad)
             # Where it had no memory when the adapter was added.
@@ -231,6 +236,17 @@ def _to_step(constraint: Constraint, parameters: set[int]) -> list[Silo]:
                 "Train with siloing='module_and_layer' or 'parameter', or a silo_pattern by which no silo spans several."
             )
     return [silo for silo in silos if not any(weight.disabled for weight in silo.weights)]
+
+
+def _check_at_rest(constraint: Constraint, parameters: set[int]) -> None:
+    """Check that an optimizer over these does not step weights in which no adapter is: the seed itself would move."""
+    for weight in constraint.weights:
+        if id(weight.parameter) in parameters and not weight.adapters and weight.parameter.grad is not None:
+            raise RuntimeError(
+                f"an optimizer is stepping {weight.name!r}, whose adapter {constraint.adapter!r} is not active: the step "
+                "would change the seed itself. Step one adapter at a time, while it is active, and call zero_grad() before "
+                "switching."
+            )
 
 
 def check_steppable(weight: SparseWeight, gradient: Tensor | None) -> None:

@@ -106,6 +106,7 @@ class FixedStep:
         self.state = optimizer.state
         self.constraints: list[tuple[Constraint, list[SparseWeight]]] = []
         self._hidden: list[tuple[dict[str, Any], list[Any]]] = []
+        self._begun: list[SparseWeight] = []
         fixed = [constraint for constraint in Constraint.live if constraint.fixed]
         if not fixed:
             return
@@ -145,17 +146,27 @@ class FixedStep:
         if around is not None:
             return
         weight.stepping = weakref.ref(self)
+        self._begun.append(weight)
         live, values = weight.values(), weight.free.data
         exact = self.state.get(weight.free, {}).get(VALUES)
         if exact is not None and exact.shape == values.shape and _ours.get(id(exact)) is not exact:
             values.copy_(exact)
         values.copy_(widened(live, values))
 
+    @property
+    def hides(self) -> bool:
+        """Whether parameters are missing in the optimizer's groups meanwhile."""
+        return bool(self._hidden)
+
     def restore(self) -> None:
-        """Give the optimizer its parameters back."""
+        """Give the optimizer its parameters back; the step is over."""
         for group, parameters in self._hidden:
             group["params"] = parameters
         self._hidden.clear()
+        for weight in self._begun:
+            if weight.stepping is not None and weight.stepping() is self:
+                weight.stepping = None
+        self._begun.clear()
 
     @torch.no_grad()
     def end(self) -> None:
@@ -172,7 +183,7 @@ class FixedStep:
         if finite and not torch.stack([ok.to(finite[0].device) for ok in finite]).all():
             for weight in weights:
                 assert weight.free is not None
-                weight.free.data.copy_(weight.values())
+                weight.free.data.copy_(widened(weight.values(), self.state.get(weight.free, {}).get(VALUES)))
             culprit = weights[[bool(ok) for ok in finite].index(False)]
             constraint = next(constraint for constraint, own in self.constraints if culprit in own)
             silo = next(silo for silo in constraint.silos if culprit in silo.weights)
@@ -185,8 +196,6 @@ class FixedStep:
             constraint.steps += 1
 
     def _keep_exact(self, weight: SparseWeight) -> None:
-        if weight.stepping is not None and weight.stepping() is self:
-            weight.stepping = None
         if weight.data.element_size() == 2 and weight.free is not None and weight.free.grad is not None:
             exact = weight.free.detach().clone()
             _ours[id(exact)] = exact

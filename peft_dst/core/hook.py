@@ -27,6 +27,8 @@ _under_way: weakref.WeakKeyDictionary[Optimizer, list[tuple[Constraint, StepInPr
 _fixed: weakref.WeakKeyDictionary[Optimizer, FixedStep] = weakref.WeakKeyDictionary()
 # Optimizers that keep the constraint by themselves.
 _exempt: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+# Optimizers whose states are saved and loaded with all of their parameters, also after a step that raised.
+_whole_states: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 _installed = False
 
 
@@ -53,6 +55,10 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
     if optimizer in _exempt or _is_skipped(optimizer):
         return
     fixed = _fixed[optimizer] = FixedStep(optimizer)
+    if fixed.hides and optimizer not in _whole_states:
+        _whole_states.add(optimizer)
+        optimizer.register_state_dict_pre_hook(_end_unfinished)
+        optimizer.register_load_state_dict_pre_hook(_end_unfinished)
     steps: list[tuple[Constraint, StepInProgress]] = []
     try:
         for constraint, silos in concerned(optimizer.param_groups):
@@ -81,6 +87,11 @@ def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, A
         # An update that is not finite, memory that ran out, Ctrl-C: no weight keeps an update that was not projected.
         _undo(steps)
         raise
+
+
+def _end_unfinished(optimizer: Optimizer, *unused: Any) -> None:
+    if (fixed := _fixed.get(optimizer)) is not None:
+        fixed.restore()
 
 
 def _is_skipped(optimizer: Optimizer) -> bool:

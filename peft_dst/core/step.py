@@ -35,10 +35,12 @@ class StepInProgress:
 
     def begin(self) -> None:
         for weight in (weight for silo in self.silos for weight in silo.weights):
+            # First of all: if there is no memory for it, the weight is not lent.
+            before = Subset.of(weight)
             if weight.under_way is None:
                 weight.lend()
                 weight.under_way = self
-            self.before[weight], self.holders[weight] = Subset.of(weight), weight.under_way
+            self.before[weight], self.holders[weight] = before, weight.under_way
 
     def take_back(self) -> dict[SparseWeight, Tensor]:
         """What the optimizer made of the working copies. The live weights are the seed now, and back in their places; those

@@ -394,13 +394,13 @@ class SparseWeight:
 
     def remember_seed_cast(self, cast: Callable[[Tensor], Tensor]) -> None:
         """Renew the checksum for what a cast (`nn.Module._apply`) is about to make of the weight."""
-        if self._checksum is not None and not self.data.is_meta and self.seed_is_intact():
-            data = self._follow()
-            if cast(data.new_empty(0)).dtype != data.dtype:
-                self.generation += 1
-                new = cast(data)
-                self._checksum = new.dtype, self.shape, self._sum(new, cast(self.seeds), cast(self.values()))
-                self.whole_checksum = None if self.is_divided else self._checksum[2]
+        if self._checksum is None or self.data.is_meta or cast(self.data.new_empty(0)).dtype == self.data.dtype:
+            return
+        if self.seed_is_intact():
+            self.generation += 1
+            new = cast(self._follow())
+            self._checksum = new.dtype, self.shape, self._sum(new, cast(self.seeds), cast(self.values()))
+            self.whole_checksum = None if self.is_divided else self._checksum[2]
 
     def check_shape(self) -> None:
         """Check that the weight has the shape it had when its seed was noted.

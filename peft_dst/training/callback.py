@@ -85,15 +85,14 @@ class DSTCallback(TrainerCallback):
             # transformers' own load_adapter leaves this to the first forward pass.
             settle(model)
         constraints = active_constraints(model) if model is not None else []
-        if not constraints:
+        if model is None or not constraints:
             warnings.warn(
                 "DSTCallback found no active DST adapter on the model, so it has nothing to report. Wrap the model with "
                 "get_peft_model(model, DSTConfig(...)).",
                 stacklevel=2,
             )
             return
-        assert model is not None
-        if model is not None and state.max_steps > 0:
+        if state.max_steps > 0:
             set_training_steps(model, state.max_steps)
         # Trainer hands over Accelerate's wrapper.
         optimizer = getattr(optimizer, "optimizer", optimizer)

@@ -156,6 +156,12 @@ class DSTOptimizer(Optimizer):
                 if isinstance(value, Tensor) and value.dtype != self.state[parameter][key].dtype:
                     self.state[parameter][key] = value.to(parameter.device, copy=True)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # A copy keeps the constraint by itself as well.
+        exempt(self)
+        exempt(self.engine)
+
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "engine": self.engine, "kernels": self.kernels, "_release": None}
 

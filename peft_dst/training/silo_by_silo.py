@@ -163,7 +163,7 @@ class SiloBySilo:
         for weight, flat in zip(silo.weights, self._stretch(silo, dtype, data[0].device), strict=True):
             copy = _with_strides_of(weight.data, flat).copy_(weight.data)
             if weight.data.dtype in HALF:
-                scatter(copy, weight.indices, self._subset_values(weight))
+                scatter(copy, weight.noted()[0], self._subset_values(weight))
             copies.append(copy)
         return copies
 

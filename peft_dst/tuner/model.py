@@ -26,7 +26,7 @@ from .constraints import CONSTRAINTS, constraints, in_all_processes
 from .layer import SparseLayer, markers
 from .mixed import mixed_batch
 from .overlay import OverlayWeight
-from .parallel import watch_forward
+from .parallel import forget_forward, watch_forward
 from .plan import Plan, make_plan, plan_of, warn_of_unchecked
 from .targets import find_targets, is_excluded, is_targeted
 
@@ -277,8 +277,6 @@ class DSTModel(BaseTuner):
         found[name].retire()
         found[name], self.peft_config[name] = constraint, config
         Constraint.live.add(constraint)
-        if config.fixed:
-            watch_forward(self.model)
         for _, marker in markers(self.model):
             marker.static.discard(name)
             marker.static |= {name} & (marker.tuned.keys() if config.fixed else set())
@@ -380,6 +378,7 @@ class DSTModel(BaseTuner):
                 marker.merge(safe_merge=safe_merge, adapter_names=names)
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         exchange.forget_to_settle(model)
+        forget_forward(model)
         for _, marker in found:
             marker.detach()
         for constraint in model.__dict__.pop(CONSTRAINTS).values():

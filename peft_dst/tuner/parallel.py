@@ -68,6 +68,14 @@ def watch_forward(model: nn.Module) -> None:
         model.register_forward_pre_hook(_before_forward)
 
 
+def forget_forward(model: nn.Module) -> None:
+    """Take away what `watch_forward` registered, and what was noted."""
+    for key, hook in list(model._forward_pre_hooks.items()):
+        if hook is _before_forward:
+            del model._forward_pre_hooks[key]
+    model.__dict__.pop(_COMPARED, None)
+
+
 def _before_forward(model: nn.Module, *unused: Any) -> None:
     for constraint in model.__dict__.get(CONSTRAINTS, {}).values():
         for weight in constraint.weights if constraint.fixed else ():

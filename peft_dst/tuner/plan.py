@@ -68,7 +68,8 @@ class Plan:
                 for (name, sizes), budget in zip(self.silos.items(), self.budgets, strict=True)
             ],
             config.distance,
-            read_names([*weights], compile_silo_patterns(config.silo_pattern)),
+            # Of its own parameters alone: what a name means depends on those beside it.
+            read_names([p for sizes in self.silos.values() for p in sizes], compile_silo_patterns(config.silo_pattern)),
             config.tracking,
             config.schedule,
             config.distance_normalization,

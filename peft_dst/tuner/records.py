@@ -154,8 +154,13 @@ class HostRecords(nn.Module):
     def write_record(self, adapter: str, parameter: str, record: Record) -> None:
         """Replace a record. Call `sync` when all are written; the live weights follow if the adapter is active."""
         self.refresh()
-        self._store(adapter, parameter, record.indices, record.values)
+        self._replace(adapter, parameter, record)
         self._stale = True
+
+    def _replace(self, adapter: str, parameter: str, record: Record) -> None:
+        """Store what comes from outside. Values that are trained follow it, also after a step that never ended."""
+        self._store(adapter, parameter, record.indices, record.values)
+        self.weights[parameter].stepping = None
 
     def _store(self, adapter: str, parameter: str, indices: Tensor, values: Tensor) -> None:
         cast(Entries, self.dst_indices[adapter]).put(parameter, indices)
@@ -281,7 +286,8 @@ class HostRecords(nn.Module):
             self.dst_free[adapter] = FreeValues()
         found = cast(Entries, self.dst_free[adapter])
         free = found._parameters.get(parameter)
-        same = torch.equal(self._positions.get((adapter, parameter), indices), indices)
+        # Noted before the model was moved, perhaps.
+        same = torch.equal(self._positions.get((adapter, parameter), indices).to(indices.device), indices)
         if free is None or not same or free.shape != indices.shape or free.dtype != wide_dtype(weight.data):
             if free is not None:
                 weight.superseded.append(weakref.ref(free))

@@ -151,7 +151,8 @@ class StatefulRecords(HostRecords):
             return
         # No aliases: the caller keeps the tensors of a state dict and may change them.
         indices = record.indices.to(weight.device, copy=True)
-        self._store(adapter, parameter, indices, record.values.to(weight.device, weight.data.dtype, copy=True))
+        values = record.values.to(weight.device, weight.data.dtype, copy=True)
+        self._replace(adapter, parameter, Record(indices, values))
         if self.has_memory(adapter):
             self._take_in(adapter)
         elif indices.numel() and adapter not in self.awaited:
@@ -226,7 +227,9 @@ def _before_host_loads(host: nn.Module, state_dict: Mapping[str, Any], prefix: s
     """Before new dense weights are loaded over a host's: save what training made, and let go of the old seed."""
     marker = getattr(host, MARKER, None)
     if isinstance(marker, StatefulRecords):
-        loaded = [parameter for parameter in marker.weights if prefix + parameter in state_dict]
+        # Of another shape torch loads none.
+        shapes = {parameter: getattr(state_dict.get(prefix + parameter), "shape", None) for parameter in marker.weights}
+        loaded = [parameter for parameter, weight in marker.weights.items() if shapes[parameter] == weight.shape]
         if loaded:
             marker.forget_seed(loaded)
         for parameter in marker._shared.keys() & set(loaded):

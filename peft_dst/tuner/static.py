@@ -125,7 +125,7 @@ def _seed(weight: SparseWeight) -> Tensor:
     if not weight.indices.numel():
         return weight.data
     seed = weight.data.clone()
-    scatter(seed, weight.indices, weight.seeds)
+    scatter(seed, *weight.noted())
     return seed
 
 
@@ -252,7 +252,7 @@ def start_from(
         NotImplementedError: if several processes hold the model together.
     """
     constraint, config = _adapter(model, adapter_name)
-    if config.fixed:
+    if config.selection != "dynamic":
         raise ValueError(
             f"the adapter {adapter_name!r} has selection={config.selection!r}, which never leaves its subset. Use "
             "fix_subset, or selection='dynamic'."
@@ -261,7 +261,7 @@ def start_from(
     delta = SparseDelta.load(source) if values and isinstance(source, str | os.PathLike) else None
     if values and delta is None:
         raise ValueError("values=True takes over an adapter's values: give its folder, not only positions.")
-    given = load_source(source)
+    given = {name: tensor.indices for name, tensor in delta.items()} if delta is not None else load_source(source)
     positions = _positions(given, constraint)
     for silo in constraint.silos:
         count = sum(positions[weight.name].numel() for weight in silo.weights)

@@ -97,8 +97,10 @@ def combined_records(
         entries.append((torch.cat(indices), torch.cat(differences)))
     union, merged = combine(entries, weights, combination_type, density, majority_sign_method)
     combined = {}
-    for name, (weight, _) in found.items():
-        inside = (union >= starts[name]) & (union < starts[name] + weight.data.numel())
+    # Sorted, and so in parts, one a tensor.
+    ends = torch.searchsorted(union, torch.tensor([*starts.values(), start])).tolist()
+    for (name, (weight, _)), begin, end in zip(found.items(), ends, ends[1:], strict=False):
+        inside = slice(begin, end)
         at = (union[inside] - starts[name]).to(weight.data.device)
         seeds = weight.seeds_at(at)
         values = (seeds.double() + merged[inside].to(seeds.device)).to(seeds.dtype)

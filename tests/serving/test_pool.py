@@ -314,7 +314,7 @@ def test_parameters_that_were_assigned_anew_are_told(tasks):
         ),
         ({"classifier.bias": torch.zeros(3, dtype=torch.int64)}, "a tensor of torch.int64 for 'classifier.bias'"),
         ({"classifier.bias": torch.zeros(3, dtype=torch.complex64)}, "a tensor of torch.complex64"),
-        ({"classifier.bias": torch.full((3,), 1e300, dtype=torch.float64)}, "'classifier.bias' is not finite at position 0"),
+        ({"classifier.bias": torch.full((3,), 1e300, dtype=torch.float64)}, "'classifier.bias' is not finite at"),
         (
             {"bert.embeddings.position_embeddings.weight": torch.zeros(7, 16)},
             r"a tensor of shape \(7, 16\) for 'bert.embeddings.position_embeddings.weight'",

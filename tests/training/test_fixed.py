@@ -248,6 +248,69 @@ def test_non_finite_values_are_refused_and_nothing_changes(value, build):
     assert torch.equal(culprit.free.detach(), culprit.values())
 
 
+def test_non_finite_values_leave_the_others_their_precision(build):
+    model = get_peft_model(build("bert").bfloat16(), DSTConfig(epsilon=0.02, selection="random"))
+    optimizer = torch.optim.SGD(trained(model), lr=1.0)
+    one, other = [weight for weight in model.constraint().weights if weight.free is not None][:2]
+    step = torch.full_like(one.free, -(2.0**-20))
+    one.free.grad, other.free.grad = step.clone(), torch.zeros_like(other.free)
+    optimizer.step()
+    exact = one.free.detach().clone()
+    assert not torch.equal(exact, exact.bfloat16().float())
+    one.free.grad, other.free.grad = step, torch.full_like(other.free, torch.nan)
+    with pytest.raises(FloatingPointError):
+        optimizer.step()
+    assert torch.equal(one.free.detach(), exact)
+
+
+def interrupted(optimizer):
+    def stop():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(stop)
+
+
+@pytest.mark.parametrize("again", ["the same optimizer", "another one"])
+def test_an_adapter_loaded_after_an_interrupted_step(again, build, tmp_path):
+    """What was loaded counts, whether or not the step is known to have ended."""
+    model = fixed(build)
+    with torch.no_grad():
+        for weight in model.constraint().weights:
+            if weight.free is not None:
+                weight.data.flatten()[weight.indices] += 1.0
+                weight.stepped = True
+    model.save_pretrained(tmp_path)
+    model = fixed(build)
+    first = torch.optim.SGD(trained(model), lr=0.0)
+    interrupted(first)
+    model.load_adapter(tmp_path, "default", is_trainable=True)
+    before = weights(model.get_base_model())
+    optimizer = first if again == "the same optimizer" else torch.optim.SGD(trained(model), lr=0.0)
+    loss(model, "bert").backward()
+    optimizer.step()
+    assert_same(weights(model.get_base_model()), before)
+    assert any((before[name] != seed).any() for name, seed in weights(build("bert")).items())
+
+
+def test_the_state_of_an_optimizer_whose_step_was_interrupted(build):
+    model = fixed(build)
+    # With the weights, as Trainer makes it.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    loss(model, "bert").backward()
+    optimizer.step()
+    whole = [len(group["params"]) for group in optimizer.state_dict()["param_groups"]]
+    saved = copy.deepcopy(optimizer.state_dict())
+    interrupted(optimizer)
+    assert [len(group["params"]) for group in optimizer.state_dict()["param_groups"]] == whole
+    interrupted(optimizer)
+    optimizer.load_state_dict(saved)
+    assert_same(
+        {f"{i}.{key}": value for i, state in optimizer.state_dict()["state"].items() for key, value in state.items()},
+        {f"{i}.{key}": value for i, state in saved["state"].items() for key, value in state.items()},
+    )
+
+
 def test_an_optimizer_without_the_values_is_refused(build):
     model = fixed(build)
     optimizer = torch.optim.SGD([w.parameter for w in model.constraint().weights], lr=0.1)

@@ -335,6 +335,19 @@ def test_copies_and_pickles(build):
     assert_same(weights(model.base_model.model), weights(model2.base_model.model))
 
 
+def test_a_copy_enforces_the_constraint_once(build):
+    model, parameters = wrapped(build, churn_interval=2)
+    optimizer = DSTOptimizer(parameters, torch.optim.SGD, lr=0.1)
+    copied = copy.deepcopy((model, optimizer))
+    for step in range(4):
+        for m, o in ((model, optimizer), copied):
+            loss(m, "bert", step).backward()
+            o.step()
+            o.zero_grad()
+        assert copied[0].constraint().steps == model.constraint().steps == step + 1
+        assert_same(weights(copied[0].base_model.model), weights(model.base_model.model))
+
+
 @pytest.mark.parametrize(("dtype", "release"), [(torch.float32, False), (torch.bfloat16, True)])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_the_kernels_choose_as_the_working_copies_do(device, dtype, release, build):

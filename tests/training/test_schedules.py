@@ -164,11 +164,13 @@ def test_interrupted_and_resumed_equals_uninterrupted(build, tmp_path):
 
 
 def test_a_fraction_without_a_total_is_refused_before_anything_changes(build):
-    model = get_peft_model(build("bert"), DSTConfig(epsilon=0.02, churn_stop=0.5))
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model = get_peft_model(build("bert"), DSTConfig(epsilon=0.02, churn_stop=0.5, modules_to_save=["classifier"]))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
     before = weights(model.get_base_model())
     loss(model, "bert").backward()
     with pytest.raises(RuntimeError, match="set_training_steps"):
         optimizer.step()
+    # The head and the moments neither.
     assert_same(weights(model.get_base_model()), before)
+    assert not optimizer.state
     assert not any(silo.free() for silo in model.constraint().silos)
