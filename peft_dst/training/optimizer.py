@@ -113,13 +113,20 @@ class DSTOptimizer(Optimizer):
             self._release.forget()
         super().zero_grad(set_to_none)
 
-    def run(self, stand_ins: Mapping[nn.Parameter, nn.Parameter]) -> None:
-        """One step of the wrapped optimizer on stand-ins (with gradients) of some parameters."""
+    def run(
+        self, stand_ins: Mapping[nn.Parameter, nn.Parameter], groups: Mapping[nn.Parameter, dict[str, Any]]
+    ) -> None:
+        """One step of the wrapped optimizer on stand-ins (with gradients) of some parameters.
+
+        Args:
+            stand_ins: by the parameters that they stand for.
+            groups: the group of each parameter of the optimizer.
+        """
         engine = self.engine
-        engine.param_groups = [
-            {**group, "params": [stand_ins[p] for p in group["params"] if p in stand_ins]}
-            for group in self.param_groups
-        ]
+        members: dict[int, list[nn.Parameter]] = {id(group): [] for group in self.param_groups}
+        for parameter, stand_in in stand_ins.items():
+            members[id(groups[parameter])].append(stand_in)
+        engine.param_groups = [{**group, "params": members[id(group)]} for group in self.param_groups]
         own = {p: {k: v for k, v in self.state[p].items() if k != VALUES} for p in stand_ins if p in self.state}
         engine.state = defaultdict(dict, {stand_ins[p]: entries for p, entries in own.items()})
         try:

@@ -82,7 +82,8 @@ class SiloBySilo:
                 weight.parameter: _stand_in(like(copy, weight.parameter), found)
                 for weight, copy, found in zip(silo.weights, working, gradients, strict=True)
                 if found is not None
-            }
+            },
+            self.groups,
         )
         before = self._remember(silo)
         for weight in silo.weights:
@@ -138,7 +139,7 @@ class SiloBySilo:
                 working = widened(parameter.data, self._values(parameter)) if half else parameter.data
                 stand_ins[parameter] = _stand_in(working, found)
         if stand_ins:
-            self.optimizer.run(stand_ins)
+            self.optimizer.run(stand_ins, self.groups)
         for parameter, stand_in in stand_ins.items():
             if parameter.dtype in HALF:
                 parameter.data.copy_(stand_in.data)

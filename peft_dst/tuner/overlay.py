@@ -24,6 +24,8 @@ from ..delta import DTYPES, Record, Summary
 
 
 _EDITABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+# Of a matrix's components one in so many is remembered as it was read, 12 bytes each.
+_KNOWN = 16
 
 
 def can_edit(parameter: nn.Parameter) -> bool:
@@ -96,14 +98,16 @@ class OverlayWeight(SparseWeight):
         self._known, self._read = self._known.to(indices.device), self._read.to(indices.device)
         if not torch.isin(indices, self._known).all():
             matrix = _dequantised(cast(nn.Linear, self.module))
-            self._known = torch.cat([self._known, indices]).unique()
+            known = torch.cat([self._known, indices]).unique()
+            # Adapters come and go, and what was read for them would stay.
+            self._known = known if len(known) <= self.shape.numel() // _KNOWN else indices.unique()
             self._read = gather(matrix.t() if self.inputs_first else matrix, self._known).float()
         return self._read[torch.searchsorted(self._known, indices)]
 
     def forget(self) -> None:
         """Take the quantised weight, which was replaced, as the seed."""
         super().forget()
-        self._known, self._read = self._known[:0], self._read[:0]
+        self._known, self._read = self._known.new_empty(0), self._read.new_empty(0)
 
     def apply(self, indices: Tensor, values: Tensor) -> None:
         """Have the layer compute as if `values` (k,) stood at `indices` (k,) int64, sorted."""

@@ -11,6 +11,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from peft_dst import DSTConfig, hotswap_adapter
+from peft_dst.tuner import overlay
 from tests.models import assert_same, logits, train
 from tests.quantised.bases import HEAD, add, serve, with_stand_ins
 
@@ -116,6 +117,24 @@ def test_counts_are_those_of_the_seed(kind, base, adapter):
     size = sum(p.numel() for p in base().parameters())
     assert model.constraint().budget == round(0.05 * size)
     assert model.get_nb_trainable_parameters() == (0, size)
+
+
+def test_what_is_remembered_of_the_matrix_does_not_grow(base, adapter, monkeypatch):
+    """However many adapters come and go, and each computes as it did."""
+    folders = [adapter(label=f"{i}", first=10 * i)[0] for i in range(4)]
+    expected = [logits(serve(base("stand-in"), folder), "bert") for folder in folders]
+    monkeypatch.setattr(overlay, "_KNOWN", 30)
+    model = serve(base("stand-in"), folders[0])
+    read = [weight for weight in model.constraint().weights if isinstance(weight, overlay.OverlayWeight)]
+    for _ in range(2):
+        for folder, answer in zip(folders, expected, strict=True):
+            hotswap_adapter(model, folder, "default")
+            assert torch.equal(logits(model, "bert"), answer)
+            assert all(
+                len(weight._known) <= max(weight.shape.numel() // 30, weight.summaries["default"].entries)
+                for weight in read
+                if weight.summaries
+            )
 
 
 def test_hot_swapping(base, adapter, tmp_path):

@@ -117,6 +117,17 @@ def test_normalised_distances_equal_the_dense_reference(epsilon, siloing, kind, 
             assert_same(weights(model.get_base_model()), wanted)
 
 
+def test_normalisation_is_the_adapters_own(build):
+    """A norm's module is that of what stands beside it, among the parameters that the adapter tunes itself."""
+    options = {"epsilon": 0.02, "siloing": "none", "distance_normalization": "size"}
+    b = DSTConfig(target_modules=["layernorm_before", "fc1"], **options)
+    alone = get_peft_model(build("vit"), b).constraint().modules
+    both = get_peft_model(build("vit"), DSTConfig(target_modules=["q_proj"], **options))
+    both.add_adapter("b", b)
+    assert both.constraint("b").modules == alone
+    assert {kind for _, kind in alone.values()} == {"feed_forward"}
+
+
 def test_normalisation_by_hand():
     """Two modules, of 2 and 4 components, moved as far: divided by their sizes the smaller one wins."""
 
