@@ -192,11 +192,6 @@ def block_size(n: int, budget: int) -> int:
     return 1 << min(10, max(3, round(math.log2(2 * math.sqrt(max(n, 1) / max(budget, 1))))))
 
 
-def adamw_step_silo(tensors: Sequence[AdamWTensor], budget: int, kind: str) -> SiloStep:
-    """`adamw_step` for a single silo."""
-    return adamw_step([tensors], [budget], kind)[0]
-
-
 @torch.no_grad()
 def adamw_step(silos: Sequence[Sequence[AdamWTensor]], budgets: Sequence[int], kind: str) -> list[SiloStep]:
     """Make one AdamW step of some silos under the constraint, and write their live weights.

@@ -106,6 +106,7 @@ class DSTCallback(TrainerCallback):
         if "tensorboard" in (args.report_to or []) and state.is_world_process_zero and is_tensorboard_available():
             from torch.utils.tensorboard import SummaryWriter
 
+            self._close()  # of an attempt before this one that raised
             directory = os.getenv("TENSORBOARD_LOGGING_DIR") or os.path.join(str(args.output_dir), "runs")
             self._writer = SummaryWriter(os.path.join(os.path.expanduser(directory), "dst"))
 
@@ -134,6 +135,9 @@ class DSTCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._close()
+
+    def _close(self) -> None:
         if self._writer is not None:
             self._writer.close()
             self._writer = None

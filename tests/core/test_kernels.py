@@ -234,7 +234,7 @@ def test_an_entry_back_at_its_seed_is_not_free(device):
         *(tensor.fused.weight, torch.zeros_like(tensor.seed), tensor.fused.exp_avg, tensor.fused.exp_avg_sq),
         *(scalars(1), at, tensor.seed[at], moved),
     )
-    step = K.adamw_step_silo([t], 5, "absolute")
+    (step,) = K.adamw_step([[t]], [5], "absolute")
     assert step.selection.indices[0].tolist() == [90]
     assert step.selection.threshold == (moved[1] - tensor.seed[90]).abs()
 
@@ -338,7 +338,7 @@ def test_close_to_torch_adamw(device, betas, weight_decay):
     none = torch.empty(0, dtype=torch.int64, device=device)
     t = K.AdamWTensor(before[0], theta.grad, before[1], before[2], rate, none, none.float(), none.float())
     # All but one compete, so all values are seen.
-    step = K.adamw_step_silo([t], theta.numel() - 1, "absolute")
+    (step,) = K.adamw_step([[t]], [theta.numel() - 1], "absolute")
     kept, unit = step.selection.indices[0], 2.0**-23
     state, old = optimizer.state[theta], before[0]
     larger = torch.maximum(before[1].abs(), theta.grad.abs())
@@ -384,9 +384,9 @@ def test_which_tensors_are_supported(device):
 def test_wrong_arguments_are_refused_before_anything_is_changed():
     tensor = make((10,))
     with pytest.raises(ValueError, match="budget of 10 for 10"):
-        K.adamw_step_silo([tensor.fused], 10, "absolute")
+        K.adamw_step([[tensor.fused]], [10], "absolute")
     with pytest.raises(ValueError, match="euclid"):
-        K.adamw_step_silo([tensor.fused], 3, "euclid")
+        K.adamw_step([[tensor.fused]], [3], "euclid")
     assert_same_bits(tensor.fused.weight, tensor.seed)
 
 
