@@ -187,20 +187,21 @@ def _convert(
     SHiRA and Super-Tuning adapters, and checkpoints, come over exactly. Of a LoRA adapter the nearest delta with the given
     budget is made, and what was cut off is stated as a share of the change (relative Frobenius norm), by module.
     """
-    adapter = (source / CONFIG_NAME).is_file()
-    if not adapter or is_delta(source):
+    kind = "a checkpoint"
+    if (source / CONFIG_NAME).is_file():
+        kind = "a delta" if is_delta(source) else "an adapter"
+    if kind != "an adapter":
         given = {"--epsilon": epsilon is not None, "-n": number is not None}
         given |= {"--siloing": siloing != "none", "--distance": distance != "absolute"}
         if wrong := [option for option, is_given in given.items() if is_given]:
             raise typer.BadParameter(
-                f"{source} is {'a delta' if adapter else 'a checkpoint'}, and comes over exactly; only other adapters can "
-                "be cut to a budget. For a delta of one from a checkpoint take peft-dst diff.",
+                f"{source} is {kind}, and comes over exactly; only other adapters can be cut to a budget. "
+                "For a delta of one from a checkpoint take peft-dst diff.",
                 param_hint=wrong[0],
             )
-    if adapter:
-        if is_delta(source):
-            _merge_into(base, SparseDelta.load(source), output, quiet)
-            return
+    if kind == "a delta":
+        _merge_into(base, SparseDelta.load(source), output, quiet)
+    elif kind == "an adapter":
         made = convert_adapter(
             source,
             base,

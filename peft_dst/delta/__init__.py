@@ -36,9 +36,11 @@ from .records import (
     check_seed,
     check_shape,
     index_dtype,
+    seed_checksums,
     summarize,
 )
-from .sparse import SparseDelta, SparseTensor
+from .sparse import SparseDelta
+from .tensors import SparseTensor
 
 
 __all__ = [
@@ -81,6 +83,7 @@ __all__ = [
     "plain_name",
     "read_metadata",
     "reconcile",
+    "seed_checksums",
     "stamp",
     "summarize",
 ]

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from .files import MARKER, PEFT_PREFIX, check_dense_values
 from .records import DeltaError, is_comparable
-from .sparse import SparseDelta, SparseTensor
+from .sparse import SparseDelta
+from .tensors import SparseTensor
 
 
 SINGLE = "model.safetensors"

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from .checkpoint import INDEX, SAFETENSORS_DTYPES, SINGLE, Checkpoint, Layout, Placement, place
 from .records import DeltaError
-from .sparse import SparseDelta, SparseTensor
+from .sparse import SparseDelta
+from .tensors import SparseTensor
 
 
 # Read and written at once; a multiple of every dtype's size.

@@ -199,18 +199,18 @@ def seed_checksums(seeds: Tensor) -> dict[str, str]:
     return {_PRECISIONS[dtype]: _crc(seeds.to(dtype)) for dtype in _coarser(seeds.dtype)}
 
 
-def summarize(record: Record, seeds: Tensor, shape: Sequence[int]) -> Summary:
+def summarize(record: Record, checksums: Mapping[str, str], shape: Sequence[int]) -> Summary:
     """Summarise a record for `adapter_config.json`.
 
     Args:
         record: the entries.
-        seeds: the seed's values at their positions, (k,) in the base's dtype.
+        checksums: `seed_checksums` of the seed's values at their positions.
         shape: shape of the base's tensor.
     """
     return Summary(
         record.indices.numel(),
         digest(record),
-        seed_checksums(seeds),
+        checksums,
         tuple(shape),
         _PRECISIONS[record.values.dtype],
     )

@@ -37,80 +37,15 @@ from .records import (
     DTYPES,
     FORMAT_VERSION,
     DeltaError,
-    Record,
-    Summary,
     check_floating,
     check_record,
     check_seed,
     check_shape,
-    index_dtype,
-    seed_checksums,
-    summarize,
 )
+from .tensors import Aligned, SparseTensor, align, changed, last, shared, summed
 
 
 Weights = Mapping[str, Tensor] | nn.Module
-
-
-@dataclass(frozen=True, eq=False)
-class SparseTensor:
-    """Entries of one tensor.
-
-    Attributes:
-        shape: shape of the base's tensor.
-        indices: sorted flat positions, each once, int64 (k,).
-        values: the new values there, floating (k,).
-        seeds: what the base has there, (k,) in the base's dtype; None if it is not known.
-        digests: checksums of the seeds by dtype, as saved; None if there are none. Where `seeds` are known they count.
-    """
-
-    shape: tuple[int, ...]
-    indices: Tensor
-    values: Tensor
-    seeds: Tensor | None = None
-    digests: Mapping[str, str] | None = None
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "shape", tuple(self.shape))
-
-    def __len__(self) -> int:
-        return self.indices.numel()
-
-    def __eq__(self, other: object) -> bool:
-        """Same shape, same positions, same values in the same dtype, bit for bit."""
-        if not isinstance(other, SparseTensor):
-            return NotImplemented
-        return (
-            self.shape == other.shape
-            and self.values.dtype == other.values.dtype
-            and torch.equal(self.indices, other.indices)
-            and torch.equal(bits(self.values), bits(other.values))
-        )
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def take(self, kept: Tensor) -> SparseTensor:
-        """Those entries where `kept` (k,) bool is true."""
-        if bool(kept.all()):
-            return self
-        seeds = None if self.seeds is None else self.seeds[kept]
-        return SparseTensor(self.shape, self.indices[kept], self.values[kept], seeds)
-
-    def record(self) -> Record:
-        """Indices in the dtype they have in files, and values."""
-        return Record(self.indices.to(index_dtype(math.prod(self.shape))), self.values)
-
-    def summary(self) -> Summary | None:
-        """What a file says of these entries, or None where seeds and their checksums are unknown."""
-        if self.seeds is not None:
-            return summarize(self.record(), self.seeds, self.shape)
-        if self.digests is None:
-            return None
-        return summarize(self.record(), self.values[:0], self.shape)._replace(seed=self.digests)
-
-    def checksums(self) -> Mapping[str, str]:
-        """Of the seeds, by dtype; empty if nothing is known of them."""
-        return self.digests or {} if self.seeds is None else seed_checksums(self.seeds)
 
 
 @dataclass(frozen=True, eq=False)
@@ -371,7 +306,7 @@ class SparseDelta(Mapping[str, SparseTensor]):
         composed = self
         for other in others:
             composed._check_fit(other, "composition", chained=True)
-            composed = composed._combine([other], lambda aligned, seeds: _last(aligned))
+            composed = composed._combine([other], lambda aligned, seeds: last(aligned))
         return composed.reduced()
 
     def add(self, *others: SparseDelta) -> SparseDelta:
@@ -381,7 +316,7 @@ class SparseDelta(Mapping[str, SparseTensor]):
         """
         for other in others:
             self._check_fit(other, "sum")
-        return self._combine(others, _sum)
+        return self._combine(others, summed)
 
     def difference(self, other: SparseDelta) -> SparseDelta:
         """What leads from this delta's weights to another's: `a.compose(a.difference(b)) == b.reduced()`.
@@ -391,9 +326,9 @@ class SparseDelta(Mapping[str, SparseTensor]):
         self._check_fit(other, "difference")
         found = {}
         for name in dict.fromkeys([*self, *other]):
-            indices, seeds, (mine, theirs) = _align([self.get(name), other.get(name)])
+            indices, seeds, (mine, theirs) = align([self.get(name), other.get(name)])
             shape = (self.get(name) or other[name]).shape
-            found[name] = _changed(SparseTensor(shape, indices, theirs.where_absent(seeds), mine.where_absent(seeds)))
+            found[name] = changed(SparseTensor(shape, indices, theirs.where_absent(seeds), mine.where_absent(seeds)))
         return self._calculated(found)
 
     def scale(self, factor: float) -> SparseDelta:
@@ -405,7 +340,7 @@ class SparseDelta(Mapping[str, SparseTensor]):
             return self.reduced()
         return self._with(
             {
-                name: _changed(replace(t, values=torch.lerp(t.seeds.double(), t.values.double(), factor).to(t.values)))
+                name: changed(replace(t, values=torch.lerp(t.seeds.double(), t.values.double(), factor).to(t.values)))
                 for name, t in self.items()
                 if t.seeds is not None
             }
@@ -414,7 +349,7 @@ class SparseDelta(Mapping[str, SparseTensor]):
     def reduced(self) -> SparseDelta:
         """Without the entries whose value is their seed's, bit for bit. Needs the seeds."""
         self._need_seeds("to tell what equals it")
-        return self._with({name: _changed(tensor) for name, tensor in self.items()})
+        return self._with({name: changed(tensor) for name, tensor in self.items()})
 
     def restrict(self, keep: Callable[[str], bool] | Sequence[str]) -> SparseDelta:
         """Only some tensors.
@@ -471,18 +406,18 @@ class SparseDelta(Mapping[str, SparseTensor]):
         """
         if dtype not in DTYPES.values():
             raise ValueError(f"values are {', '.join(DTYPES)}; {dtype} is none of them.")
-        changed = {}
+        converted = {}
         for name, tensor in self.items():
             check_record(name, math.prod(tensor.shape), dtype, tensor.record())
             # Widened seeds would no longer say what they were rounded from.
             seeds = tensor.seeds
             if seeds is not None and torch.finfo(dtype).bits < torch.finfo(seeds.dtype).bits:
                 seeds = seeds.to(dtype)
-            changed[name] = replace(tensor, values=tensor.values.to(dtype), seeds=seeds)
+            converted[name] = replace(tensor, values=tensor.values.to(dtype), seeds=seeds)
         dense = {key: t.to(dtype) if t.dtype.is_floating_point else t for key, t in self.dense.items()}
         for key, t in dense.items():
             check_dense_values(key, t)
-        return self._with(changed, dense=dense)
+        return self._with(converted, dense=dense)
 
     # Helpers
 
@@ -497,7 +432,7 @@ class SparseDelta(Mapping[str, SparseTensor]):
         return replace(made, config={**self.config, **made._default_config(), "epsilon": None, "modules_to_save": None})
 
     def _combine(
-        self, others: Sequence[SparseDelta], join: Callable[[Sequence[_Aligned], Tensor], Tensor]
+        self, others: Sequence[SparseDelta], join: Callable[[Sequence[Aligned], Tensor], Tensor]
     ) -> SparseDelta:
         for delta in (self, *others):
             delta._need_seeds("to calculate with it")
@@ -505,8 +440,8 @@ class SparseDelta(Mapping[str, SparseTensor]):
         found = {}
         for name in dict.fromkeys(name for delta in deltas for name in delta):
             there = [delta[name] for delta in deltas if name in delta]
-            indices, seeds, aligned = _align(there)
-            found[name] = _changed(SparseTensor(there[0].shape, indices, join(aligned, seeds), seeds))
+            indices, seeds, aligned = align(there)
+            found[name] = changed(SparseTensor(there[0].shape, indices, join(aligned, seeds), seeds))
         return self._calculated(found)
 
     def _need_seeds(self, what: str) -> None:
@@ -527,7 +462,7 @@ class SparseDelta(Mapping[str, SparseTensor]):
                     f"{name!r} is {mine.values.dtype} {mine.shape} in one delta and {theirs.values.dtype} {theirs.shape} "
                     "in the other. They belong to different bases, or need one dtype (delta.to)."
                 )
-            _, where, at = _shared(mine.indices, theirs.indices)
+            _, where, at = shared(mine.indices, theirs.indices)
             assert mine.seeds is not None
             assert theirs.seeds is not None
             found = bits(theirs.seeds[at].to(mine.seeds))
@@ -536,68 +471,6 @@ class SparseDelta(Mapping[str, SparseTensor]):
                 fits |= found == bits(mine.values[where].to(mine.seeds))
             if not fits.all():
                 raise DeltaError(f"the two deltas have different seeds in {name!r}: they belong to different bases.")
-
-
-@dataclass(frozen=True)
-class _Aligned:
-    """The values of one delta on the union of several's positions, (k,), and which of them it has, bool (k,)."""
-
-    values: Tensor
-    has: Tensor
-
-    def where_absent(self, other: Tensor) -> Tensor:
-        return torch.where(self.has, self.values, other.to(self.values))
-
-
-def _align(tensors: Sequence[SparseTensor | None]) -> tuple[Tensor, Tensor, list[_Aligned]]:
-    """Bring several on the union of their positions: (positions, the first's seeds there, each one's values there)."""
-    there = [tensor for tensor in tensors if tensor is not None]
-    indices = torch.cat([tensor.indices for tensor in there]).unique()
-    first = there[0].seeds
-    assert first is not None
-    seeds = torch.zeros(indices.numel(), dtype=first.dtype, device=indices.device)
-    # The first one's seeds count.
-    for earlier in reversed(there):
-        if earlier.seeds is not None:
-            seeds[torch.searchsorted(indices, earlier.indices)] = earlier.seeds.to(seeds)
-    aligned = []
-    for tensor in tensors:
-        has = torch.zeros(indices.numel(), dtype=torch.bool, device=indices.device)
-        values = torch.zeros(indices.numel(), dtype=there[0].values.dtype, device=indices.device)
-        if tensor is not None:
-            at = torch.searchsorted(indices, tensor.indices)
-            has[at] = True
-            values[at] = tensor.values
-        aligned.append(_Aligned(values, has))
-    return indices, seeds, aligned
-
-
-def _last(aligned: Sequence[_Aligned]) -> Tensor:
-    values = aligned[0].values
-    for later in aligned[1:]:
-        values = torch.where(later.has, later.values, values)
-    return values
-
-
-def _sum(aligned: Sequence[_Aligned], seeds: Tensor) -> Tensor:
-    count = torch.stack([one.has for one in aligned]).sum(dim=0)
-    shift = torch.zeros_like(seeds, dtype=torch.float64)
-    for one in aligned:
-        shift += torch.where(one.has, one.values.double() - seeds.double(), 0.0)
-    total = seeds.double() + shift
-    # Exact where only one has an entry.
-    return torch.where(count == 1, _last(aligned), total.to(aligned[0].values))
-
-
-def _shared(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Positions that two sorted vectors share, and where in each they stand."""
-    where = torch.isin(a, b, assume_unique=True).nonzero().view(-1)
-    return a[where], where, torch.searchsorted(b, a[where])
-
-
-def _changed(tensor: SparseTensor) -> SparseTensor:
-    assert tensor.seeds is not None
-    return tensor.take(bits(tensor.values) != bits(tensor.seeds.to(tensor.values)))
 
 
 def _bytes(tensor: Tensor) -> Tensor:

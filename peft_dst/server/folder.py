@@ -65,8 +65,7 @@ class DeltaFolder:
             )
         path.mkdir(parents=True, exist_ok=True)
         for left in path.glob(f"{INCOMING}*"):
-            # Of uploads that were killed; others may be another server's, and under way.
-            # Another server may be doing the same.
+            # Of uploads that were killed; others may be another server's, and under way. It may be removing these as well.
             with contextlib.suppress(FileNotFoundError):
                 if time.time() - left.stat().st_mtime > ABANDONED:
                     shutil.rmtree(left, ignore_errors=True)
@@ -134,11 +133,16 @@ class DeltaFolder:
         except BaseException:
             # What was not taken is not to be there when a server starts again.
             shutil.rmtree(target, ignore_errors=True)
-            self._check_open()
+            self.check_open()
             raise
         return delta
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
+        """Check that the pool is not closed, which then has no names.
+
+        Raises:
+            Refused: if it is.
+        """
         if self.pool.closed:
             raise Refused("the server is stopping.", 503, "overloaded")
 
@@ -148,7 +152,7 @@ class DeltaFolder:
         Raises:
             Refused: if it is no name, or taken, or the pool is closed.
         """
-        self._check_open()
+        self.check_open()
         if not NAME.fullmatch(name):
             raise Refused(
                 f"{name[:80]!r} is no name: letters, digits, '_', '.' and '-', 64 at most, a letter or digit first."
@@ -163,7 +167,7 @@ class DeltaFolder:
             Refused: if there is none, or it is the base, or the pool is closed.
             OSError: if its files cannot be removed; then it stays.
         """
-        self._check_open()
+        self.check_open()
         if name == self.base or name not in self.pool:
             raise _missing(name)
         try:

@@ -13,7 +13,7 @@ from typing import Any
 from ..delta import DeltaError
 from ..serving import DeltaPool, UnknownDelta
 from .cohorts import Continuation
-from .engine import Classify, Engine, Generate, Stopped
+from .engine import Classify, Engine, Generate
 from .folder import DeltaFolder
 from .labels import scores
 from .limits import Limits, Refused
@@ -92,13 +92,11 @@ class Service:
         """The delta of a model's name; None for the base.
 
         Raises:
-            Refused: if there is none.
-            Stopped: if the service is closed.
+            Refused: if there is none, or the service is closed.
         """
         if model == self.name:
             return None
-        if self.pool.closed:
-            raise Stopped("the server is stopping.")
+        self.deltas.check_open()
         if model not in self.pool:
             raise Refused(f"the model {model!r} does not exist.", 404, "model_not_found")
         return model

@@ -41,6 +41,7 @@ from ..delta import (
     pair,
     parse_summaries,
     plain_name,
+    seed_checksums,
     summarize,
 )
 from .constraints import constraints, processes_of
@@ -89,7 +90,7 @@ def collect(
                     record, summaries[weight.name] = weight.original(adapter_name, record)
                 else:
                     seeds = _seeds(weight, name, record, state_dict, asks)
-                    summaries[weight.name] = summarize(record, seeds, weight.shape)
+                    summaries[weight.name] = summarize(record, seed_checksums(seeds), weight.shape)
                 kept |= dict(zip(keys, record, strict=True))
                 records[weight.name] = record
     config.__dict__[COLLECTED] = {name: list(summary) for name, summary in summaries.items()}
@@ -354,15 +355,12 @@ def _pair(weight: SparseWeight, parts: dict[str, Tensor] | None) -> Record:
 
 def _check(weight: SparseWeight, adapter: str, record: Record, summary: Summary | None) -> None:
     check_record(weight.name, weight.shape.numel(), weight.data.dtype, record)
-    if summary is None:
+    if summary is None or (weight.data.is_meta and not isinstance(weight, OverlayWeight)):
         return
-    if isinstance(weight, OverlayWeight) or not weight.data.is_meta:
-        check_entries(weight.name, summary, record)
+    check_entries(weight.name, summary, record)
     if isinstance(weight, OverlayWeight):
         # The seed is there only as far as its quantisation has kept it.
         weight.summaries[adapter] = summary
-        return
-    if weight.data.is_meta:
         return
     seeds = weight.whole_seeds_at(record.indices.to(weight.data.device, torch.int64))
     try:

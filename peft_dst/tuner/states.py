@@ -228,8 +228,7 @@ def _before_host_loads(host: nn.Module, state_dict: Mapping[str, Any], prefix: s
     marker = getattr(host, MARKER, None)
     if isinstance(marker, StatefulRecords):
         # Of another shape torch loads none.
-        shapes = {parameter: getattr(state_dict.get(prefix + parameter), "shape", None) for parameter in marker.weights}
-        loaded = [parameter for parameter, weight in marker.weights.items() if shapes[parameter] == weight.shape]
+        loaded = [p for p, w in marker.weights.items() if getattr(state_dict.get(prefix + p), "shape", None) == w.shape]
         if loaded:
             marker.forget_seed(loaded)
         for parameter in marker._shared.keys() & set(loaded):

@@ -10,6 +10,7 @@ from peft_dst.delta import (
     check_seed,
     check_shape,
     index_dtype,
+    seed_checksums,
     summarize,
 )
 
@@ -61,13 +62,13 @@ def test_index_dtype():
 def test_summaries_recognise_their_base_in_any_coarser_dtype():
     seeds = torch.randn(20)
     entries = record(list(range(20)), [0.0] * 20)
-    summary = Summary.parse("w", list(summarize(entries, seeds, (20,))))
+    summary = Summary.parse("w", list(summarize(entries, seed_checksums(seeds), (20,))))
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         check_seed("w", summary.seed, seeds.to(dtype))
         with pytest.raises(DeltaError, match="'w': the base model's values differ"):
             check_seed("w", summary.seed, seeds.to(dtype).roll(1))
     # A bfloat16 base is recognised after it was loaded in float32, and cannot be compared in float16.
-    half = Summary.parse("w", list(summarize(entries, seeds.bfloat16(), (20,))))
+    half = Summary.parse("w", list(summarize(entries, seed_checksums(seeds.bfloat16()), (20,))))
     check_seed("w", half.seed, seeds.bfloat16().float())
     check_seed("w", half.seed, seeds.half())
     with pytest.raises(DeltaError, match="differ"):
@@ -76,7 +77,7 @@ def test_summaries_recognise_their_base_in_any_coarser_dtype():
 
 def test_summaries_recognise_their_entries():
     seeds = torch.randn(2)
-    summary = summarize(record([1, 5], [0.0, 0.0]), seeds, (6,))
+    summary = summarize(record([1, 5], [0.0, 0.0]), seed_checksums(seeds), (6,))
     for other in (record([1, 6], [0.0, 0.0]), record([1], [0.0]), record([1, 5], [0.0, 0.0], torch.float64)):
         with pytest.raises(DeltaError, match=r"not those that adapter_config\.json describes"):
             check_entries("w", summary, other)
@@ -120,7 +121,7 @@ def test_malformed_summaries_are_named(raw):
 
 
 def test_shapes_give_positions_their_meaning():
-    summary = summarize(record([1, 5], [0.0, 0.0]), torch.zeros(2), (2, 3))
+    summary = summarize(record([1, 5], [0.0, 0.0]), seed_checksums(torch.zeros(2)), (2, 3))
     for shape in [(2, 3), (7, 3), (1, 3)]:
         check_shape("w", shape, summary.shape, summary.entries)
     for shape in [(3, 2), (6,), (2, 3, 1), ()]:

@@ -157,7 +157,7 @@ FAILURES = (
     Failure(
         "test_custom_models.py::TestPeftFsdpStateDict::test_save_load_roundtrip_fsdp_wrapped",
         "saves from within FSDP, which fixed subsets do not support",
-        "tests/training/test_fixed.py::test_data_parallelism_is_refused",
+        "tests/training/test_fixed_errors.py::test_data_parallelism_is_refused",
         r"^DST-random",
     ),
     Failure(
