@@ -102,6 +102,8 @@ def _sweep(
         for group in recipes.groups(recipe):
             seeds = len(group.recipes)
             search = f", {group.option} searched from {group.start:g}" if group.option else ""
+            if group.option and group.search.at:
+                search += f" at {recipes.title(group.search.at)}"
             print(f"{recipes.title(group.point)}: {seeds} seed{'s' * (seeds != 1)}{search}")
         return
     folder = output or Path("runs") / config.stem

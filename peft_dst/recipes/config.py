@@ -325,6 +325,13 @@ def _check(recipe: Recipe) -> None:
         )
     if recipe.search.option is not None and recipe.search.option.startswith(("seed", "search.")):
         raise ValueError(f"search.option={recipe.search.option} is nothing to choose on validation data.")
+    for name in recipe.search.at:
+        if name not in option_names():
+            raise ValueError(f"search.at changes {name}, which does not exist{_nearest(name)}.")
+        if name == recipe.search.option or name.startswith(("seed", "search.", "sweep")):
+            raise ValueError(
+                f"search.at={{{name}: …}} is nothing that trials can have otherwise; take {name} out of it."
+            )
     if recipe.training.release_gradients and method.name not in SELECTIONS:
         raise ValueError(
             f"training.release_gradients is DSTOptimizer's, which method.name={method.name} does not step through; set it "

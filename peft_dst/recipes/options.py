@@ -203,6 +203,11 @@ class SearchOptions:
     )
     trials: int = _option(7, "Values tried at most, of the series 1, 2, 5, 10, outwards from the recipe's own.")
     seed: int = _option(0, "Seed of the trials.")
+    at: dict[str, Any] = _option(
+        {},
+        "Options that are otherwise in the trials, by their dotted names: {model.tuned: null} chooses on the pretrained "
+        "model, once for all points that differ in nothing else.",
+    )
 
 
 @dataclass

@@ -53,9 +53,9 @@ class _Course:
     def _steps(self) -> Generator[list[Run], Records, None]:
         """Yields runs that may go side by side, and takes their records, None of what failed."""
         group = self.group
+        tried: set[Path] = set()
         if group.option is not None:
             scores: dict[int, float] = {}
-            folders: dict[int, Path] = {}
             while places := next_places(scores, group.search.trials):
                 # A value that the option cannot have ends the series there.
                 scores |= dict.fromkeys(places, -math.inf)
@@ -64,19 +64,19 @@ class _Course:
                     continue
                 records = yield list(trials.values())
                 for place, trial in trials.items():
-                    folders[place], record = trial.folder, records[trial]
+                    tried.add(trial.folder)
+                    record = records[trial]
                     # What diverges is worse than anything.
                     scores[place] = -math.inf if record is None else first_figure(record, "validation")
                     group.trials[self._value(place)] = scores[place]
                 if max(scores.values()) == -math.inf:
                     return
-            best = best_place(scores)
-            group.chosen = self._value(best)
-            for place in folders.keys() - {best}:
-                _thin(folders[place])
+            group.chosen = self._value(best_place(scores))
         runs = {seed: self._run(group.chosen, seed) for seed in group.recipes}
         for run in runs.values():
             (run.folder / TRIAL).unlink(missing_ok=True)
+        for folder in tried - {run.folder for run in runs.values()}:
+            _thin(folder)
         records = yield list(runs.values())
         for seed, run in runs.items():
             if (record := records[run]) is not None:
@@ -109,6 +109,8 @@ class _Course:
         changes: dict[str, Any] = {"seed": seed}
         if group.option is not None:
             changes[group.option] = value
+        if trial:
+            changes |= group.search.at
         recipe = at(recipe, changes)
         if trial:
             recipe = replace(recipe, evaluation=replace(recipe.evaluation, splits=["validation"]))
@@ -125,7 +127,7 @@ class _Course:
 
 
 def _thin(folder: Path) -> None:
-    """Leave of a trial that was not chosen its figures alone, unless it has become a run since."""
+    """Leave of a trial its figures alone, unless it has become a run since."""
     record = results(folder)
     if (folder / TRIAL).is_file() and record is not None and record["metrics"].keys() <= {"validation"}:
         for weights in (ADAPTER, MODEL):
@@ -142,11 +144,13 @@ def groups(recipe: Recipe) -> list[Group]:
     found: dict[str, Group] = {}
     for point in points(recipe):
         run = at(recipe, point)
-        searched = ("seed", run.search.option, "search.option", "search.trials", "search.seed")
+        searched = ("seed", run.search.option, "search.option", "search.trials", "search.seed", "search.at")
         rest = {name: value for name, value in point.items() if name not in searched}
         start = value_of(run, run.search.option) if run.search.option else None
         if run.search.option and (isinstance(start, bool) or not isinstance(start, int | float) or not start > 0):
             raise ValueError(f"the search of {run.search.option} must start at a number above 0, not at {start!r}.")
+        if run.search.option:
+            at(run, run.search.at)
         new = Group(rest, run.search, math.nan if start is None else start)
         group = found.setdefault(repr(sorted(rest.items())), new)
         if group.search != run.search or (start is not None and start != group.start):
@@ -160,7 +164,10 @@ def groups(recipe: Recipe) -> list[Group]:
 
 def _search_of(group: Group) -> str:
     search = group.search
-    return f"{search.option}={group.start:g}, search.trials={search.trials}" if search.option else "no search"
+    elsewhere = f", search.at={search.at}" if search.at else ""
+    return (
+        f"{search.option}={group.start:g}, search.trials={search.trials}{elsewhere}" if search.option else "no search"
+    )
 
 
 def sweep(

@@ -126,9 +126,54 @@ def test_the_choice_is_made_on_validation_data_with_one_seed(options, tmp_path, 
     assert figures["values"] == pytest.approx([0.601, 0.602, 0.603])
     assert figures["mean"] == pytest.approx(0.602)
     assert figures["deviation"] == pytest.approx(0.001)
-    # What was tried and not taken leaves its figures alone.
+    # Of what was tried there are the figures alone.
     kept = [folder for folder in (tmp_path / "sweep" / "runs").iterdir() if (folder / "adapter").is_dir()]
-    assert len(kept) == 4
+    assert len(kept) == 3
+
+
+def test_trials_may_have_other_options_than_the_runs(options, tmp_path, monkeypatch):
+    """The second paper's secondary tasks: one rate, chosen on the pretrained model, for every tuned body."""
+
+    def figure(recipe):
+        best = 0.02 if recipe.model.tuned is None else 0.1
+        return 0.5 - abs(math.log10(recipe.training.learning_rate / best)) / 10
+
+    seen = scripted(monkeypatch, figure)
+    options["search"] = {"option": "training.learning_rate", "at": {"model.tuned": None}}
+    options["sweep"] = {"model.tuned": ["one", "other", None], "seed": [0, 1]}
+    summary = sweep(make_recipe(options), tmp_path / "sweep", workers=0)
+    runs = [
+        (recipe.model.tuned, recipe.training.learning_rate, recipe.seed, "test" in recipe.evaluation.splits)
+        for recipe in seen
+    ]
+    trials = [(None, rate, 0, False) for rate in (0.01, 0.005, 0.02, 0.05)]
+    assert sorted(runs, key=str) == sorted(
+        [*trials, *((tuned, 0.02, seed, True) for tuned in ("one", "other", None) for seed in (0, 1))], key=str
+    )
+    assert [(point["title"], point["chosen"]) for point in summary["points"]] == [
+        ("tuned=one", 0.02), ("tuned=other", 0.02), ("tuned=None", 0.02)
+    ]  # fmt: skip
+    assert len({str(point["trials"]) for point in summary["points"]}) == 1
+    # Without other options every body has a rate of its own.
+    options["search"].pop("at")
+    summary = sweep(make_recipe(options), tmp_path / "sweep", workers=0)
+    assert [point["chosen"] for point in summary["points"]] == [0.1, 0.1, 0.02]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model.tunes": None}, r"search\.at changes model\.tunes, which does not exist; did you mean model\.tuned\."),
+        ({"training.learning_rate": 0.1}, r"search\.at=\{training\.learning_rate: …\} is nothing"),
+        ({"seed": 3}, r"search\.at=\{seed: …\} is nothing"),
+        ({"search.trials": 3}, r"search\.at=\{search\.trials: …\} is nothing"),
+        ({"method.epsilon": 3.0}, r"method\.epsilon must be a fraction"),
+    ],
+)
+def test_options_of_trials_are_checked(options, values, message):
+    options["search"] = {"option": "training.learning_rate", "at": values}
+    with pytest.raises(ValueError, match=message):
+        groups(make_recipe(options))
 
 
 def test_what_is_finished_is_not_run_again(options, tmp_path, monkeypatch):
