@@ -29,9 +29,12 @@ AT_LEAST = {
     ),
 }
 FRACTIONS = ("method.lora_dropout", "model.dropout", "task.mask_probability")
-# `train`, `train[:1000]`; of those parts the ones that can be compared.
+# `train`, `train[:1000]`
 _SPLIT = re.compile(r"\s*([^\[\s]+)(?:\[(.*)\])?\s*")
-_PART = re.compile(r"(\d*)(%?):(\d*)(%?)")
+IN_COMMON = (
+    "task.{name}={split} and task.test={test} have examples in common; the test split is never trained on, nor chosen by. "
+    "Name another, or parts of it, such as validation[:800] and validation[800:]."
+)
 
 
 def check_numbers(options: Mapping[str, Any]) -> None:
@@ -57,6 +60,8 @@ def check_numbers(options: Mapping[str, Any]) -> None:
 def check_splits(task: TaskOptions) -> None:
     """Check that no example is tested on that is trained on or chosen by, as far as the splits' names tell.
 
+    Parts of splits are compared when the data is there (`tasks.base`).
+
     Raises:
         ValueError: for splits that overlap.
     """
@@ -65,31 +70,14 @@ def check_splits(task: TaskOptions) -> None:
     )
     for name, split in (("train", None if elsewhere else task.train), ("validation", task.validation)):
         if split is not None and _in_common(split, task.test):
-            raise ValueError(
-                f"task.{name}={split} and task.test={task.test} have examples in common; the test split is never trained "
-                "on, nor chosen by. Name another, or parts of it, such as validation[:800] and validation[800:]."
-            )
+            raise ValueError(IN_COMMON.format(name=name, split=split, test=task.test))
 
 
 def _in_common(one: str, other: str) -> bool:
     """Whether two splits, as `datasets` writes them, have rows in common for certain."""
     return any(
-        a[1] == b[1] and _overlapping(a[2], b[2])
+        a[1] == b[1] and (a[2] is None or b[2] is None or a[2] == b[2])
         for a in map(_SPLIT.fullmatch, one.split("+"))
         for b in map(_SPLIT.fullmatch, other.split("+"))
         if a and b
     )
-
-
-def _overlapping(one: str | None, other: str | None) -> bool:
-    if one is None or other is None or one == other:
-        return True
-    parts = _PART.fullmatch(one), _PART.fullmatch(other)
-    if parts[0] is None or parts[1] is None:
-        # Counted from the end, or rounded in some way.
-        return False
-    units = {part[n] for part in parts if part for n in (2, 4) if part[n - 1]}
-    if len(units) > 1:
-        return False
-    (begin, end), (start, stop) = ((int(p[1] or 0), int(p[3]) if p[3] else math.inf) for p in parts if p)
-    return begin < stop and start < end

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 
 import numpy as np
 import pytest
@@ -305,6 +306,65 @@ def test_what_is_evaluated_may_come_from_elsewhere(tmp_path):
     assert (len(rows.train), len(rows.validation), rows.test[0]["target"]) == (10, 2, "x")
     rows = make_task(TaskOptions(name="maths", **where)).load()
     assert (len(rows.train), len(rows.validation), len(rows.test)) == (8, 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "common"),
+    [
+        ("other[:16]", "other[16:]", False),
+        ("other[:17]", "other[16:]", True),
+        ("other[:50%]", "other[50%:]", False),
+        ("other[:60%]", "other[50%:90%]", True),
+        ("other[:50%]", "other[10:]", False),
+        ("other[:60%]", "other[10:]", True),
+        ("other[:-5]", "other[-5:]", False),
+        ("other[:-5]", "other[-6:-5]", True),
+        ("other[:-5]+train", "train[-2:]", True),
+        ("other[:15]", "train[:15]", False),
+        ("other[-5:]+train", "other[:15]", False),
+    ],
+)
+@pytest.mark.parametrize("role", ["train", "validation"])
+def test_parts_of_a_split(train, test, common, role, tmp_path):
+    """No row that is tested on is trained on, or chosen by."""
+    rows = [{"text": f"a {i}", "label": "b"} for i in range(20)]
+    toys.write_rows(tmp_path / "data", other=rows, train=rows, third=rows)
+    splits = {"train": "third", "test": test, role: train}
+
+    def load_from(**elsewhere):
+        options = TaskOptions(name="classification", data=str(tmp_path / "data"), **splits, **elsewhere)
+        return make_task(options).load()
+
+    if not common:
+        load_from()
+        return
+    message = rf"task\.{role}={re.escape(train)} and task\.test={re.escape(test)} have examples in common"
+    with pytest.raises(ValueError, match=message):
+        load_from()
+    # The same folder, in other words.
+    with pytest.raises(ValueError, match=message):
+        load_from(evaluation_data=str(tmp_path / "data" / ".." / "data"))
+    toys.write_rows(tmp_path / "more", other=rows, train=rows, third=rows)
+    if role == "train":
+        load_from(evaluation_data=str(tmp_path / "more"))
+
+
+def test_superglues_parts_of_a_split_and_data_from_elsewhere(tmp_path):
+    superglue(tmp_path / "data")
+    toys.write_rows(
+        tmp_path / "real" / "CB",
+        train=[{"premise": "z", "hypothesis": f"{i}", "label": "neutral"} for i in range(6)],
+        validation=[{"premise": "z", "hypothesis": "v", "label": "neutral"}],
+    )
+    given = {"name": "superglue", "data": str(tmp_path / "data"), "parts": ["CB"]}
+    elsewhere = {"evaluation_data": str(tmp_path / "real")}
+    found = make_task(TaskOptions(**given, **elsewhere, validation="validation", test="train[:4]")).load()
+    assert (len(found.train), len(found.validation), len(found.test)) == (6, 1, 4)
+    assert "premise: z" not in found.train[0]["input"]
+    assert all("premise: z" in row["input"] for row in found.validation + found.test)
+    with pytest.raises(ValueError, match=r"task\.train=train\[:4\] and task\.test=train\[-3:\] have examples"):
+        make_task(TaskOptions(**given, train="train[:4]", test="train[-3:]")).load()
+    make_task(TaskOptions(**given, train="train[:3]", test="train[-3:]", validation="validation")).load()
 
 
 def test_templates_have_no_power():

@@ -12,8 +12,9 @@ import torch
 from datasets import Dataset
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from ..checks import IN_COMMON
 from ..options import TaskOptions
-from .data import load_rows
+from .data import in_common, load_rows, source_of
 
 
 Row = dict[str, Any]
@@ -58,6 +59,8 @@ class Task(ABC):
         """
         options = self.options
         train = load_rows(options.data, options.train, options.subset).shuffle(seed=options.data_seed)
+        test = self.evaluation_rows(options.test)
+        self.check_apart("train", train, test)
         # Before the cut: a rare label may be in the part that is held out.
         self.prepare(train)
         if options.validation is None:
@@ -69,8 +72,9 @@ class Task(ABC):
             train = train.select(range(len(train) - size))
         else:
             held_out = self.evaluation_rows(options.validation)
+            self.check_apart("validation", held_out, test)
             held_out = held_out.select(range(min(options.validation_size, len(held_out))))
-        return self.divided(train, held_out, self.evaluation_rows(options.test))
+        return self.divided(train, held_out, test)
 
     def held_out(self, count: int) -> int:
         """How many of so many training examples are cut for validation."""
@@ -78,10 +82,27 @@ class Task(ABC):
 
     def evaluation_rows(self, split: str) -> Dataset:
         """Rows of a split that is not trained on."""
+        return load_rows(self.evaluated[0], split, self.evaluated[1])
+
+    @property
+    def evaluated(self) -> tuple[str, str | None]:
+        """Data set and subset that are evaluated on."""
         options = self.options
         if options.evaluation_data is not None:
-            return load_rows(options.evaluation_data, split, options.evaluation_subset)
-        return load_rows(options.data, split, options.subset)
+            return options.evaluation_data, options.evaluation_subset
+        return options.data, options.subset
+
+    def check_apart(self, name: str, data: Dataset, test: Dataset) -> None:
+        """Check that the split `name` (train or validation) has no row of the test split.
+
+        Raises:
+            ValueError: if it has.
+        """
+        options = self.options
+        split = getattr(options, name)
+        elsewhere = name == "train" and source_of(options.data, options.subset) != source_of(*self.evaluated)
+        if not elsewhere and in_common(data, split, test, options.test):
+            raise ValueError(IN_COMMON.format(name=name, split=split, test=options.test))
 
     def divided(self, train: Dataset, validation: Dataset, test: Dataset) -> Splits:
         """The rows of each split, converted and cut to size."""

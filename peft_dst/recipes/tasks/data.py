@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset, ReadInstruction, load_dataset
 
 
 # The folder in which relative folders are looked for, too.
@@ -72,6 +72,32 @@ def load_rows(data: str, split: str, subset: str | None = None) -> Dataset:
         wrong = next((place for name in wanted if (place := _broken(Path(files[name])))), None)
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(wrong or f"{folder}: the split {split} cannot be read: {reason}") from None
+
+
+def source_of(data: str, subset: str | None) -> tuple[str, str | None]:
+    """What is read of a data set: equal for two ways to write one folder."""
+    inner = find_folder(f"{data}/{subset}") if subset else None
+    folder = inner or local_folder(data, "*")
+    return (str(folder.resolve()), None) if folder else (data, subset)
+
+
+def in_common(one: Dataset, part: str, other: Dataset, others_part: str) -> bool:
+    """Whether two parts of one data set, as `load_rows` gave them, have rows in common."""
+    return any(
+        a[0] == b[0] and max(a[1], b[1]) < min(a[2], b[2])
+        for a in _ranges(one, part)
+        for b in _ranges(other, others_part)
+    )
+
+
+def _ranges(data: Dataset, part: str) -> list[tuple[str, int, int]]:
+    """Name of a split, first row and end of each piece of `part`."""
+    # None of a data set that was made of rows in memory.
+    sizes = {name: split.num_examples for name, split in (data.info.splits or {}).items()}
+    if not sizes:
+        return []
+    pieces = ReadInstruction.from_spec(part).to_absolute(sizes)
+    return [(piece.splitname, piece.from_, piece.to) for piece in pieces]
 
 
 def _broken(file: Path) -> str | None:

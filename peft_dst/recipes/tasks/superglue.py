@@ -58,15 +58,16 @@ class SuperGLUE(Generation):
 
     def _load_part(self, name: str) -> Splits:
         options = self.options
-        read: dict[str, list[Row]] = {}
-        for split in {options.train, options.test, options.validation or options.train}:
-            data = self._data(name, split)
-            data = data.shuffle(seed=options.data_seed) if split == options.train else data
-            read[split] = self._read(name, split, data)
-        train, test = read[options.train], read[options.test][: options.test_size]
-        if options.validation is not None:
-            return Splits(train, read[options.validation][: options.validation_size], test)
-        return Splits(*_cut(train, self.held_out(len(train))), test)
+        train = self._data(name, options.data, options.train).shuffle(seed=options.data_seed)
+        test = self._data(name, self.evaluated[0], options.test)
+        self.check_apart("train", train, test)
+        rows = self._read(name, options.train, train)
+        tested = self._read(name, options.test, test)[: options.test_size]
+        if options.validation is None:
+            return Splits(*_cut(rows, self.held_out(len(rows))), tested)
+        validation = self._data(name, self.evaluated[0], options.validation)
+        self.check_apart("validation", validation, test)
+        return Splits(rows, self._read(name, options.validation, validation)[: options.validation_size], tested)
 
     def _read(self, name: str, split: str, data: Dataset) -> list[Row]:
         found = []
@@ -81,11 +82,11 @@ class SuperGLUE(Generation):
             raise ValueError(f"{name} has no examples in the split {split}; name the other tasks in task.parts.")
         return found
 
-    def _data(self, name: str, split: str) -> Dataset:
+    def _data(self, name: str, data: str, split: str) -> Dataset:
         # The hub's names of the tasks are in small letters; of WSC it has one with its spans put right, T5's.
-        subset = name if find_folder(f"{self.options.data}/{name}") else HUB.get(name, name.lower())
+        subset = name if find_folder(f"{data}/{name}") else HUB.get(name, name.lower())
         try:
-            return load_rows(self.options.data, split, subset)
+            return load_rows(data, split, subset)
         except ValueError as error:
             raise ValueError(f"{name}: {error} To leave it out, name the others in task.parts.") from None
 
