@@ -118,6 +118,8 @@ class Cohort:
         self.model: Any = model
         # Of a prompt the last position's logits are all that is wanted: those of all are many times as large as the rest.
         self._options = {"logits_to_keep": 1} if "logits_to_keep" in signature(type(model).forward).parameters else {}
+        # A delta's head may have more outputs than there are tokens that can be read again.
+        self._readable = self.model.get_input_embeddings().num_embeddings
         self.members = list(members)
         # One that was interrupted goes on after what it has.
         texts = [[*member.prompt, *member.tokens] for member in members]
@@ -167,7 +169,7 @@ class Cohort:
     def _take(self, logits: Tensor) -> None:
         self.width = logits.shape[-1]
         for member, of_one in zip(self.members, logits, strict=True):
-            member.take(of_one)
+            member.take(of_one[: self._readable])
         self.leave()
 
     def leave(self) -> None:

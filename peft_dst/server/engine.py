@@ -24,6 +24,8 @@ LOG = logging.getLogger(__name__)
 Key = tuple[str | None, int | None]
 # Steps after which it is decided anew whether deltas go together; when requests come, it is decided at once.
 STEPS = 16
+# Tokens of several texts that are read in one batch at most, with their padding: one long text makes short ones as long.
+TOKENS = 8192
 
 
 @dataclass(eq=False)
@@ -48,6 +50,11 @@ class Request:
         raise NotImplementedError
 
     @property
+    def size(self) -> int:
+        """Tokens that are to be read."""
+        raise NotImplementedError
+
+    @property
     def key(self) -> Key:
         """What it is computed with."""
         return self.delta, self.version
@@ -63,6 +70,10 @@ class Generate(Request):
     def cancelled(self) -> bool:
         return self.continuation.cancelled
 
+    @property
+    def size(self) -> int:
+        return len(self.continuation.prompt) + len(self.continuation.tokens)
+
 
 @dataclass(eq=False)
 class Classify(Request):
@@ -71,6 +82,10 @@ class Classify(Request):
     tokens: Sequence[int]
     logits: Tensor | None = None
     cancelled: bool = False
+
+    @property
+    def size(self) -> int:
+        return len(self.tokens)
 
 
 R = TypeVar("R", bound=Request)
@@ -237,10 +252,10 @@ class Engine:
         """Begin what is new, and have everybody's next token made."""
         begun = [request for request in new if isinstance(request, Generate)]
         self._owners |= {request.continuation: request for request in begun}
-        for prompts in self._plan("read", begun, lambda request: len(request.continuation.prompt)):
+        for prompts in self._plan("read", begun):
             self._compute(self._begin, prompts)
         asked = [request for request in new if isinstance(request, Classify)]
-        for texts in self._plan("classify", asked, lambda request: len(request.tokens)):
+        for texts in self._plan("classify", asked):
             self._compute(self._classify, texts)
         self._arrange(bool(new))
         for cohort in list(self._cohorts):
@@ -296,10 +311,8 @@ class Engine:
 
     def _begin(self, requests: list[Generate]) -> None:
         """Read what these have so far, and have them continued."""
-        members = [request.continuation for request in requests]
-        lengths = [len(member.prompt) + len(member.tokens) for member in members]
-        with self._model("read", requests, lengths) as model:
-            cohort = Cohort(model, members)
+        with self._model("read", requests, [request.size for request in requests]) as model:
+            cohort = Cohort(model, [request.continuation for request in requests])
         self._learn(requests, cohort.width)
         self._cohorts.append(cohort)
         self._tell(requests)
@@ -334,13 +347,13 @@ class Engine:
         Returns:
             Whether none ended with an error.
         """
-        requests = self._present(requests)
-        try:
-            if requests:
-                compute(requests)
-        except Exception as error:
-            return self._divide(compute, requests, error)
-        return True
+        fine = True
+        for batch in _batches(self._present(requests)):
+            try:
+                compute(batch)
+            except Exception as error:
+                fine = self._divide(compute, batch, error) and fine
+        return fine
 
     def _divide(self, compute: Callable[[list[R]], None], requests: list[R], error: Exception) -> bool:
         """After an error of a batch: compute it in two, so that it is known whose it was; as `_compute`."""
@@ -398,7 +411,7 @@ class Engine:
         requests = [self._owners[member] for cohort in self._cohorts for member in cohort.members]
         place = {
             request.continuation: number
-            for number, together in enumerate(self._plan("step", requests, lambda request: 1))
+            for number, together in enumerate(self._plan("step", requests))
             for request in together
         }
         found: dict[int, Cohort] = {}
@@ -411,12 +424,13 @@ class Engine:
                     found[key] = part
         self._cohorts = list(found.values())
 
-    def _plan(self, kind: str, requests: Sequence[R], size: Callable[[R], int]) -> list[list[R]]:
+    def _plan(self, kind: str, requests: Sequence[R]) -> list[list[R]]:
         """What goes together: everything of a company, or those of one delta."""
         plan: list[list[R]] = []
         for company in _grouped(requests, self._company):
             parts = _by_delta(company)
-            together = self.planners[kind].mixes([sum(map(size, part)) for part in parts])
+            sizes = [len(part) if kind == "step" else sum(request.size for request in part) for part in parts]
+            together = self.planners[kind].mixes(sizes)
             plan += [company] if together else parts
         return plan
 
@@ -434,6 +448,17 @@ class Engine:
         self.computed["mixed_batches"] += len(by_delta) > 1
         self.computed["rows"] += len(deltas)
         self.computed["tokens"] += 0 if kind == "classify" else len(deltas)
+
+
+def _batches(requests: Sequence[R]) -> list[list[R]]:
+    """Those of like sizes together, no more than `TOKENS` with their padding, or a single one."""
+    found: list[list[R]] = []
+    for request in sorted(requests, key=lambda request: request.size):
+        if found and (len(found[-1]) + 1) * request.size <= TOKENS:
+            found[-1].append(request)
+        else:
+            found.append([request])
+    return found
 
 
 def _by_delta(requests: Sequence[R]) -> list[list[R]]:

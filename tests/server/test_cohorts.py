@@ -52,6 +52,23 @@ def test_of_a_prompt_only_the_last_logits_are_made(model):
     assert made == [1, 1, 1]
 
 
+def test_a_head_larger_than_the_embeddings(model):
+    """What could not be read again is never picked."""
+    want = [alone(model, prompt, 4) for prompt in PROMPTS]
+    size, width = model.lm_head.weight.shape
+    head = torch.nn.Linear(width, size + 2, bias=False, dtype=torch.float64)
+    loud = 1e3 * torch.randn(width)
+    with torch.no_grad():
+        head.weight[:size] = model.lm_head.weight
+        # Whatever they are given, one of the two is larger than all others.
+        head.weight[size:] = torch.stack([loud, -loud])
+    model.lm_head = head
+    cohort = Cohort(model, members := [Continuation(prompt, 4) for prompt in PROMPTS])
+    run(cohort)
+    assert cohort.width == size + 2
+    assert [member.tokens for member in members] == want
+
+
 def test_it_is_what_generate_gives(model):
     (member,) = members = [Continuation(PROMPTS[2], 8)]
     run(Cohort(model, members))

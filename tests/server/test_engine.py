@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from peft_dst.server import engine as engine_module
-from peft_dst.server.cohorts import Continuation
+from peft_dst.server.cohorts import Cohort, Continuation
 from peft_dst.server.engine import Classify, Engine, Full, Generate, Stopped
 from tests.models import bert
 from tests.server.engines import (
@@ -19,6 +19,7 @@ from tests.server.engines import (
     Gate,
     expected,
     pooled,
+    together,
 )
 from tests.server.test_classifier import MODELS
 
@@ -55,6 +56,40 @@ def test_many_at_once(causal, mixes, monkeypatch):
     # They went together.
     assert engine.computed["rows"] > 1.5 * engine.computed["batches"]
     assert engine.computed["tokens"] == sum(map(len, want))
+
+
+def test_a_long_text_makes_no_batch_of_long_ones(causal, monkeypatch):
+    """Short ones would be padded to its length."""
+    monkeypatch.setattr(engine_module, "TOKENS", 24)
+    monkeypatch.setattr(engine_module, "Planner", lambda: Always(True))
+    prompts = [[3 + i % 7 for i in range(size)] for size in (2, 30, 3, 9, 1, 12, 12, 2)]
+    deltas = [None, *causal.names(), None, *causal.names()]
+    want = [expected(causal, delta, prompt, 3) for delta, prompt in zip(deltas, prompts, strict=True)]
+    read = []
+
+    class Watched(Cohort):
+        def __init__(self, model, members):
+            read.append((len(members), max(len(member.prompt) for member in members)))
+            super().__init__(model, members)
+
+    monkeypatch.setattr(engine_module, "Cohort", Watched)
+    engine = Engine(causal)
+    shapes = []
+    causal.model.register_forward_pre_hook(
+        lambda module, args, given: shapes.append(tuple(given["input_ids"].shape)), with_kwargs=True
+    )
+    asked = [
+        Asked(Generate, delta, continuation=Continuation(prompt, 3))
+        for delta, prompt in zip(deltas, prompts, strict=True)
+    ]
+    together(engine, asked)
+    for one, tokens in zip(asked, want, strict=True):
+        assert one.wait() is None
+        assert one.request.continuation.tokens == tokens
+    assert engine.stop(SECONDS)
+    assert read == [(4, 3), (2, 12), (1, 12), (1, 30)]
+    # They are continued together.
+    assert shapes[-1] == (8, 1)
 
 
 def test_nobody_waits_for_another_s_answer_to_end(causal):
