@@ -114,8 +114,8 @@ class Cohort:
     """
 
     @torch.no_grad()
-    def __init__(self, model: nn.Module, members: Sequence[Continuation]) -> None:
-        self.model: Any = model
+    def __init__(self, model: Any, members: Sequence[Continuation]) -> None:
+        self.model = model
         # Of a prompt the last position's logits are all that is wanted: those of all are many times as large as the rest.
         self._options = {"logits_to_keep": 1} if "logits_to_keep" in signature(type(model).forward).parameters else {}
         # A delta's head may have more outputs than there are tokens that can be read again.
