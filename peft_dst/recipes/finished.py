@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,27 @@ def seed_of(recipe: Recipe, task: Task) -> Seed:
     """
     seed = load_seed(recipe.model, task, recipe.seed)
     if recipe.model.tuned:
-        _put(seed, _tuned_body(Path(recipe.model.tuned)), recipe.model.tuned)
+        _put(seed, _tuned_body(_run(recipe.model.tuned, recipe.seed)), recipe.model.tuned)
     return seed
+
+
+def _run(tuned: str, seed: int) -> Path:
+    """The folder that model.tuned names for a seed.
+
+    Raises:
+        ValueError: if it is a pattern that not exactly one finished run fits.
+    """
+    name = tuned.replace("{seed}", str(seed))
+    if Path(name).exists() or not set("*?[") & set(name):
+        return Path(name)
+    # Of what a search only tried there are no weights.
+    found = [folder for folder in map(Path, sorted(glob(name))) if saved(folder).is_dir()]
+    if len(found) != 1:
+        there = f" ({', '.join(map(str, found[:3]))}, …)" if found else ""
+        raise ValueError(
+            f"model.tuned={tuned} must stand for one finished run; for seed {seed} there are {len(found)}{there}."
+        )
+    return found[0]
 
 
 def _tuned_body(folder: Path) -> dict[str, Tensor]:
@@ -75,10 +95,9 @@ def _tuned_body(folder: Path) -> dict[str, Tensor]:
 def _put(seed: Seed, body: dict[str, Tensor], where: str) -> None:
     """Another run's body into this model's, parameter by parameter; a head of this task stays as it is."""
     model: Any = seed.model
-    own = model.base_model.state_dict()
-    fitting = {name: tensor for name, tensor in body.items() if name in own and own[name].shape == tensor.shape}
     prefix = f"{model.base_model_prefix}."
-    lacking = [name for name in own.keys() - fitting.keys() if not seed.in_head(prefix + name)]
-    if lacking:
+    own = {name: tensor for name, tensor in model.base_model.state_dict().items() if not seed.in_head(prefix + name)}
+    fitting = {name: tensor for name, tensor in body.items() if name in own and own[name].shape == tensor.shape}
+    if lacking := own.keys() - fitting.keys():
         raise ValueError(f"model.tuned={where} has another body: there is no {sorted(lacking)[0]} of the right shape.")
     model.base_model.load_state_dict(fitting, strict=False)

@@ -305,6 +305,41 @@ def test_a_tuned_body_is_probed_and_tuned_on(options, tmp_path):
     train(make_recipe(options, ["method.name=full", "training.learning_rate=1e-4"]), tmp_path / "secondary")
 
 
+def test_a_tuned_body_brings_no_head(options, tmp_path):
+    """Also where a part of the head, as BERT's pooler, stands within the body's own module."""
+    options["model"]["head"] = ["pooler", "classifier"]
+    train(make_recipe(options), tmp_path / "primary")
+    plain = Lab(make_recipe(options), tmp_path / "lab").bare().model.state_dict()
+    options["model"]["tuned"] = str(tmp_path / "primary")
+    tuned = Lab(make_recipe(options), tmp_path / "lab").bare().model.state_dict()
+    changed = {name for name in plain if not torch.equal(plain[name], tuned[name])}
+    assert changed
+    assert not {name for name in changed if "pooler" in name or "classifier" in name}
+    dense = SparseDelta.load(tmp_path / "primary" / "adapter").dense
+    assert any("pooler" in name for name in dense)
+
+
+def test_each_seed_may_have_a_body_of_its_own(options, tmp_path):
+    runs = tmp_path / "runs"
+    for seed in (1, 2):
+        train(make_recipe(options, [f"seed={seed}"]), runs / f"random,seed={seed},x")
+    # A trial, of which the figures alone stay.
+    (runs / "random,seed=1,trial").mkdir()
+    pattern = str(runs / "random,seed={seed},*")
+    options["model"]["tuned"] = pattern
+    for seed in (1, 2):
+        found = Lab(make_recipe(options, [f"seed={seed}"]), tmp_path / "lab").bare()
+        options["model"]["tuned"] = str(runs / f"random,seed={seed},x")
+        want = Lab(make_recipe(options, [f"seed={seed}"]), tmp_path / "lab").bare()
+        options["model"]["tuned"] = pattern
+        assert all(torch.equal(found.body()[name], tensor) for name, tensor in want.body().items())
+    with pytest.raises(ValueError, match=r"must stand for one finished run; for seed 3 there are 0\."):
+        Lab(make_recipe(options, ["seed=3"]), tmp_path / "lab").bare()
+    options["model"]["tuned"] = str(runs / "*")
+    with pytest.raises(ValueError, match=r"for seed 1 there are 2 \(.*random,seed=1,x, "):
+        Lab(make_recipe(options, ["seed=1"]), tmp_path / "lab").bare()
+
+
 def test_another_body_is_refused(options, tmp_path):
     train(make_recipe(options, ["method.name=prompt_tuning", "training.max_steps=1"]), tmp_path / "prompt")
     options["model"]["tuned"] = str(tmp_path / "prompt")
