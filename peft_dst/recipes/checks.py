@@ -31,10 +31,8 @@ AT_LEAST = {
 FRACTIONS = ("method.lora_dropout", "model.dropout", "task.mask_probability")
 # `train`, `train[:1000]`
 _SPLIT = re.compile(r"\s*([^\[\s]+)(?:\[(.*)\])?\s*")
-IN_COMMON = (
-    "task.{name}={split} and task.test={test} have examples in common; the test split is never trained on, nor chosen by. "
-    "Name another, or parts of it, such as validation[:800] and validation[800:]."
-)
+# Roles of splits that have no example in common.
+PAIRS = (("train", "test"), ("validation", "test"), ("train", "validation"))
 
 
 def check_numbers(options: Mapping[str, Any]) -> None:
@@ -58,7 +56,8 @@ def check_numbers(options: Mapping[str, Any]) -> None:
 
 
 def check_splits(task: TaskOptions) -> None:
-    """Check that no example is tested on that is trained on or chosen by, as far as the splits' names tell.
+    """Check that no example is tested on that is trained on or chosen by, nor chosen by that is trained on, as far as the
+    splits' names tell.
 
     Parts of splits are compared when the data is there (`tasks.base`).
 
@@ -68,9 +67,20 @@ def check_splits(task: TaskOptions) -> None:
     elsewhere = task.evaluation_data is not None and (
         (task.evaluation_data, task.evaluation_subset) != (task.data, task.subset)
     )
-    for name, split in (("train", None if elsewhere else task.train), ("validation", task.validation)):
-        if split is not None and _in_common(split, task.test):
-            raise ValueError(IN_COMMON.format(name=name, split=split, test=task.test))
+    for one, other in PAIRS:
+        splits = getattr(task, one), getattr(task, other)
+        if None not in splits and not (elsewhere and one == "train") and _in_common(*splits):
+            raise ValueError(in_common(task, one, other))
+
+
+def in_common(task: TaskOptions, one: str, other: str) -> str:
+    """What is said of two splits (of `PAIRS`) that overlap."""
+    first, second = getattr(task, one), getattr(task, other)
+    rule = "tested on is never trained on, nor chosen by" if other == "test" else "chosen by is never trained on"
+    return (
+        f"task.{one}={first} and task.{other}={second} have examples in common; what is {rule}. Name another split, or "
+        "parts of it, such as validation[:800] and validation[800:]."
+    )
 
 
 def _in_common(one: str, other: str) -> bool:

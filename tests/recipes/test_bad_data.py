@@ -127,6 +127,19 @@ def test_multirc_is_cut_by_paragraph(monkeypatch):
     assert not paragraphs[0] & paragraphs[1]
 
 
+def test_record_is_cut_by_passage(monkeypatch):
+    """No passage of the validation part is trained on, whose other queries name the same people."""
+    rows = [
+        {"passage": f"p{p}", "query": f"q{q}", "entities": ["a"], "answers": ["a"], "idx": {"passage": p, "query": q}}
+        for p in range(10) for q in range(3)
+    ]  # fmt: skip
+    from_hub(monkeypatch, None, train=rows, test=rows)
+    found = make_task(TaskOptions(name="superglue", data="hub", parts=["ReCoRD"], validation_size=6)).load()
+    assert (len(found.train), len(found.validation)) == (24, 6)
+    passages = [{row["input"].rpartition(" ")[2] for row in rows} for rows in (found.train, found.validation)]
+    assert not passages[0] & passages[1]
+
+
 def test_what_a_causal_model_is_asked_stays(tmp_path):
     """A long input loses its beginning, a target that is cut has no end."""
     tokenizer = AutoTokenizer.from_pretrained(toys.model(tmp_path / "llama", "llama"))

@@ -215,7 +215,8 @@ def test_the_hubs_form_of_superglue_is_the_same():
     hub = {
         "MultiRC": {"paragraph": "the cat", "question": "who", "answer": "cat", "label": 1,
                     "idx": {"paragraph": 3, "question": 1}},
-        "ReCoRD": {"passage": "Anna saw Paul", "query": "q", "entities": ["Anna", "Paul"], "answers": ["Paul"]},
+        "ReCoRD": {"passage": "Anna saw Paul", "query": "q", "entities": ["Anna", "Paul"], "answers": ["Paul"],
+                   "idx": {"passage": 5, "query": 9}},
         "CB": {"premise": "p", "hypothesis": "h", "label": 2},
         "RTE": {"premise": "p", "hypothesis": "h", "label": 0},
         "WSC": {"text": "he is Pete", "span1_index": 2, "span1_text": "Pete", "span2_index": 0, "span2_text": "he",
@@ -224,6 +225,7 @@ def test_the_hubs_form_of_superglue_is_the_same():
     found = {part: READERS[part](row, 0)[0] for part, row in hub.items()}
     assert found["MultiRC"]["group"] == "3-1"
     assert [row["target"] for row in found.values()] == ["True", "Paul", "neutral", "entailment", "True"]
+    assert found["ReCoRD"]["group"] == "5-0"
     assert found["ReCoRD"]["input"] == "record query: q entities: Anna, Paul passage: Anna saw Paul"
     assert found["WSC"]["input"] == "wsc: #he# is *Pete*"
 
@@ -347,6 +349,19 @@ def test_parts_of_a_split(train, test, common, role, tmp_path):
     toys.write_rows(tmp_path / "more", other=rows, train=rows, third=rows)
     if role == "train":
         load_from(evaluation_data=str(tmp_path / "more"))
+
+
+def test_what_is_chosen_by_is_not_trained_on(tmp_path):
+    rows = [{"text": f"a {i}", "label": "b"} for i in range(20)]
+    toys.write_rows(tmp_path / "data", train=rows, test=rows)
+    given = {"name": "classification", "data": str(tmp_path / "data")}
+    message = (
+        r"task\.train=train\[:15\] and task\.validation=train\[-8:\] have .*: what is chosen by is never trained on"
+    )
+    with pytest.raises(ValueError, match=message.replace(": what", "; what")):
+        make_task(TaskOptions(**given, train="train[:15]", validation="train[-8:]")).load()
+    found = make_task(TaskOptions(**given, train="train[:15]", validation="train[-5:]")).load()
+    assert not {row["text"] for row in found.train} & {row["text"] for row in found.validation}
 
 
 def test_superglues_parts_of_a_split_and_data_from_elsewhere(tmp_path):

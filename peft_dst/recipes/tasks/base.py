@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,9 +12,9 @@ import torch
 from datasets import Dataset
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from ..checks import IN_COMMON
+from ..checks import PAIRS, in_common
 from ..options import TaskOptions
-from .data import in_common, load_rows, source_of
+from .data import load_rows, rows_in_common, source_of
 
 
 Row = dict[str, Any]
@@ -59,8 +59,10 @@ class Task(ABC):
         """
         options = self.options
         train = load_rows(options.data, options.train, options.subset).shuffle(seed=options.data_seed)
-        test = self.evaluation_rows(options.test)
-        self.check_apart("train", train, test)
+        given = {"train": train, "test": self.evaluation_rows(options.test)}
+        if options.validation is not None:
+            given["validation"] = self.evaluation_rows(options.validation)
+        self.check_apart(given)
         # Before the cut: a rare label may be in the part that is held out.
         self.prepare(train)
         if options.validation is None:
@@ -71,10 +73,9 @@ class Task(ABC):
             held_out = train.select(range(len(train) - size, len(train)))
             train = train.select(range(len(train) - size))
         else:
-            held_out = self.evaluation_rows(options.validation)
-            self.check_apart("validation", held_out, test)
+            held_out = given["validation"]
             held_out = held_out.select(range(min(options.validation_size, len(held_out))))
-        return self.divided(train, held_out, test)
+        return self.divided(train, held_out, given["test"])
 
     def held_out(self, count: int) -> int:
         """How many of so many training examples are cut for validation."""
@@ -92,17 +93,19 @@ class Task(ABC):
             return options.evaluation_data, options.evaluation_subset
         return options.data, options.subset
 
-    def check_apart(self, name: str, data: Dataset, test: Dataset) -> None:
-        """Check that the split `name` (train or validation) has no row of the test split.
+    def check_apart(self, given: Mapping[str, Dataset]) -> None:
+        """Check that splits, by their roles (train, test, perhaps validation), have no rows in common.
 
         Raises:
-            ValueError: if it has.
+            ValueError: if they have.
         """
         options = self.options
-        split = getattr(options, name)
-        elsewhere = name == "train" and source_of(options.data, options.subset) != source_of(*self.evaluated)
-        if not elsewhere and in_common(data, split, test, options.test):
-            raise ValueError(IN_COMMON.format(name=name, split=split, test=options.test))
+        elsewhere = source_of(options.data, options.subset) != source_of(*self.evaluated)
+        for one, other in PAIRS:
+            if not {one, other} <= given.keys() or (elsewhere and one == "train"):
+                continue
+            if rows_in_common(given[one], getattr(options, one), given[other], getattr(options, other)):
+                raise ValueError(in_common(options, one, other))
 
     def divided(self, train: Dataset, validation: Dataset, test: Dataset) -> Splits:
         """The rows of each split, converted and cut to size."""

@@ -81,7 +81,7 @@ def source_of(data: str, subset: str | None) -> tuple[str, str | None]:
     return (str(folder.resolve()), None) if folder else (data, subset)
 
 
-def in_common(one: Dataset, part: str, other: Dataset, others_part: str) -> bool:
+def rows_in_common(one: Dataset, part: str, other: Dataset, others_part: str) -> bool:
     """Whether two parts of one data set, as `load_rows` gave them, have rows in common."""
     return any(
         a[0] == b[0] and max(a[1], b[1]) < min(a[2], b[2])

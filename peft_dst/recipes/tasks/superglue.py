@@ -58,16 +58,18 @@ class SuperGLUE(Generation):
 
     def _load_part(self, name: str) -> Splits:
         options = self.options
-        train = self._data(name, options.data, options.train).shuffle(seed=options.data_seed)
-        test = self._data(name, self.evaluated[0], options.test)
-        self.check_apart("train", train, test)
-        rows = self._read(name, options.train, train)
-        tested = self._read(name, options.test, test)[: options.test_size]
+        given = {
+            "train": self._data(name, options.data, options.train).shuffle(seed=options.data_seed),
+            "test": self._data(name, self.evaluated[0], options.test),
+        }
+        if options.validation is not None:
+            given["validation"] = self._data(name, self.evaluated[0], options.validation)
+        self.check_apart(given)
+        rows = {role: self._read(name, getattr(options, role), data) for role, data in given.items()}
+        test = rows["test"][: options.test_size]
         if options.validation is None:
-            return Splits(*_cut(rows, self.held_out(len(rows))), tested)
-        validation = self._data(name, self.evaluated[0], options.validation)
-        self.check_apart("validation", validation, test)
-        return Splits(rows, self._read(name, options.validation, validation)[: options.validation_size], tested)
+            return Splits(*_cut(rows["train"], self.held_out(len(rows["train"]))), test)
+        return Splits(rows["train"], rows["validation"][: options.validation_size], test)
 
     def _read(self, name: str, split: str, data: Dataset) -> list[Row]:
         found = []
@@ -110,7 +112,7 @@ class SuperGLUE(Generation):
 
 
 def _cut(rows: list[Row], size: int) -> tuple[list[Row], list[Row]]:
-    """Rows to train on, and some `size` of the last ones held out; of MultiRC's paragraphs each is on one side."""
+    """Rows to train on, and some `size` of the last ones held out; a paragraph of MultiRC or ReCoRD is on one side."""
     origins = [_origin(row, i) for i, row in enumerate(rows)]
     counts, held_out, so_far = Counter(origins), set(), 0
     for origin in reversed(origins):
@@ -192,7 +194,8 @@ def _multirc(raw: Row, index: int) -> list[Row]:
 
 
 def _record(raw: Row, index: int) -> list[Row]:
-    if "query" in raw:  # the hub's
+    if "query" in raw:  # the hub's: a query a row
+        index = raw["idx"]["passage"]
         text, queries = raw["passage"], [(raw["query"], list(raw["answers"]))]
         entities = list(raw["entities"])
     else:
@@ -204,8 +207,8 @@ def _record(raw: Row, index: int) -> list[Row]:
     text = text.replace("@highlight", "")
     return [
         _example(f"record query: {query} entities: {', '.join(entities)} passage: {text}", answers[0])
-        | {"references": list(dict.fromkeys(answers))}
-        for query, answers in queries
+        | {"references": list(dict.fromkeys(answers)), "group": f"{index}-{i}"}
+        for i, (query, answers) in enumerate(queries)
         if answers
     ]
 
