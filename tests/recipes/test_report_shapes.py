@@ -6,7 +6,7 @@ import pytest
 
 from peft_dst.recipes.report import data, shapes
 from peft_dst.recipes.report.data import Spread, number_text
-from tests.recipes.summaries import BODY, point, section
+from tests.recipes.summaries import BODY, point, section, spread
 
 
 def means(lines):
@@ -149,6 +149,35 @@ def test_models_beside_one_another():
     found = shapes.relative_quality([small, without, large])
     assert means(found) == [("small", [1e-5, 1e-4], [0.5, pytest.approx(0.75)]), ("large", [1e-5], [1.0])]
     assert shapes.relative_quality([small, without]) == []
+
+
+def test_of_several_full_ones_the_best_on_validation_data_counts():
+    """As with and without dropout."""
+    full = [point([quality], BODY, method_name="full", model_dropout=p) for p, quality in ((0.0, 0.5), (0.1, 0.8))]
+    # Worse on the test split.
+    full[1]["metrics"]["test"]["accuracy"] = spread([0.4])
+    dynamic = [point([0.2], 10, method_name="dynamic", seconds=20.0)]
+    made = [section(*dynamic, *full, name=name) for name in ("one", "other")]
+    assert [line.y[0].mean for line in shapes.relative_quality(made)] == [0.5, 0.5]
+
+
+def test_what_generalises_is_tabled():
+    """The gap between training and test data, seed by seed, and what the head alone had learnt."""
+    entry = point([0.8, 0.9], 100)
+    entry["metrics"]["train"] = {"accuracy": spread([0.9, 0.94])}
+    entry["metrics_after_head"] = {"test": {"accuracy": {"values": [0.5, 0.7], "mean": 0.6}}}
+    made = section(entry, point([0.7], 10, method_epsilon=0.1))
+    table = shapes.metric_table(made.points)
+    assert table.header[-2:] == ["gap, test − train", "head alone, test accuracy"]
+    assert [row[-2:] for row in table.rows] == [["-0.070 ± 0.042", "0.600"], ["", ""]]
+    assert made.points[1].gap is None
+
+
+def test_layers_of_strangers_take_no_time():
+    """Names as long, and as many, as in no model."""
+    names = ["9" * 300_000, "layer." + "1" * 5_000 + "x", *(f"a.{i}" for i in range(20_000))]
+    (found,) = shapes.layer_shares(section(point([0.5], 10, entries={"a": dict.fromkeys(names, 1)})).points)
+    assert sum(found.values[0]) == pytest.approx(1.0)
 
 
 def test_tables():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,15 +12,14 @@ from typing import Any
 from ..config import differences, make_recipe, value_of
 from ..options import Recipe, SearchOptions
 from ..record import RESULTS
+from ..summary import RATE, Group, summarise, title
 from ..summary import SUMMARY as SUMMARY_FILE
-from ..summary import Group, summarise, title
 from ..sweep import RUNS
 from .forms import DONE, NUMBER, POINT, RECORD, SUMMARY, Maybe, check, read
 
 
 # Options that say how large what is trained is, and the one that is looked for rather than compared.
 SIZES = ("method.epsilon", "method.num_free_parameters", "method.rank", "method.virtual_tokens")
-RATE = "training.learning_rate"
 # Methods whose size no budget decides.
 OWN_SIZE = ("full", "head_only", "bitfit", "l1", "l2")
 
@@ -49,6 +49,8 @@ class Point:
         quality: the figure that points are compared by.
         validation: the same figure's mean on validation data.
         metrics: split → name → figure.
+        after_head: the same after the head's own training, before the body's.
+        gap: of the figure that points are compared by, on the test split less that on training data.
         free: free parameters, the head aside.
         body: parameters of the model, the head aside.
         speed: steps per second of training.
@@ -70,6 +72,8 @@ class Point:
     quality: Spread | None = None
     validation: float | None = None
     metrics: Mapping[str, Mapping[str, Spread]] | None = None
+    after_head: Mapping[str, Mapping[str, Spread]] | None = None
+    gap: Spread | None = None
     free: int = 0
     body: int = 0
     speed: float | None = None
@@ -125,8 +129,9 @@ class Section:
         return self.summary["failures"]
 
     def reference(self, method: str) -> Point | None:
-        """The first finished point of a method."""
-        return next((point for point in self.done if point.method == method), None)
+        """The finished point of a method; of several the best on validation data, or the first."""
+        found = [point for point in self.done if point.method == method]
+        return max(found, key=lambda point: point.validation or 0.0, default=None)
 
 
 def load(paths: Iterable[Path]) -> list[Section]:
@@ -228,8 +233,8 @@ def section(summary: Any, where: str, name: str) -> Section:
         place = f"{where}points[{i}]"
         if entry["seeds"]:
             check(entry, POINT | DONE, place)
-            for figures in entry["metrics"].values():
-                for spread in figures.values():
+            for splits in (entry["metrics"], entry.get("metrics_after_head") or {}):
+                for spread in (spread for figures in splits.values() for spread in figures.values()):
                     spread.setdefault("deviation", None)
         points.append(_point(entry, recipe, summary["metric"], summary["split"], place))
     overlaps = []
@@ -284,10 +289,7 @@ def _point(
         return point
     if metric not in entry["metrics"].get(split, {}):
         raise ValueError(f"{where}.metrics lacks {metric!r} on the split {split!r}.")
-    metrics = {
-        name: {key: Spread(found["mean"], found["deviation"], len(found["values"])) for key, found in figures.items()}
-        for name, figures in entry["metrics"].items()
-    }
+    metrics = _spreads(entry["metrics"])
     subset, seconds = entry.get("subset") or {}, entry["seconds"]
     snapshots = subset.get("snapshots") or {"steps": [], "shared": []}
     _check_square(snapshots["shared"], len(snapshots["steps"]), f"{where}.subset.snapshots.shared")
@@ -298,6 +300,8 @@ def _point(
         quality=metrics[str(split)][str(metric)],
         validation=on_validation.mean if on_validation else None,
         metrics=metrics,
+        after_head=_spreads(entry.get("metrics_after_head") or {}),
+        gap=_gap(entry["metrics"], str(metric)),
         free=entry["free_parameters"],
         body=entry["body_parameters"],
         speed=entry["steps"] / seconds["training"] if trained else None,
@@ -307,6 +311,22 @@ def _point(
         churn=snapshots["shared"],
         between_seeds=entry.get("seeds_share"),
     )
+
+
+def _spreads(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Spread]]:
+    return {
+        name: {key: Spread(found["mean"], found["deviation"], len(found["values"])) for key, found in figures.items()}
+        for name, figures in metrics.items()
+    }
+
+
+def _gap(metrics: Mapping[str, Mapping[str, Any]], metric: str) -> Spread | None:
+    """Seed by seed; None where one of the two was not measured."""
+    values = [metrics.get(split, {}).get(metric, {}).get("values", ()) for split in ("test", "train")]
+    gaps = [test - train for test, train in zip(*values, strict=False)]
+    if not gaps or len({len(found) for found in values}) > 1:
+        return None
+    return Spread(statistics.fmean(gaps), statistics.stdev(gaps) if len(gaps) > 1 else None, len(gaps))
 
 
 def _words(name: str, value: Any) -> str:

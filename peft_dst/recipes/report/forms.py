@@ -31,11 +31,13 @@ POINT = {
     "search": Maybe(str),
     "trials": [list],
     "chosen": Maybe(NUMBER),
+    "rule": Maybe(NUMBER),
     "seeds": [int],
 }
 # Of a point with runs that are finished.
 DONE = {
     "metrics": {ANY: {ANY: _SPREAD}},
+    "metrics_after_head": Maybe({ANY: {ANY: _SPREAD}}),
     "p": Maybe(NUMBER),
     "free_parameters": int,
     "body_parameters": int,

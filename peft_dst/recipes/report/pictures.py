@@ -46,8 +46,9 @@ def comparison(sections: Sequence[Section]) -> Picture | None:
     return Picture(
         "relative",
         "Quality of several models relative to full fine-tuning",
-        f"Mean {sections[0].measured} of dynamic subsets divided by that of full fine-tuning of the same sweep, by the "
-        f"fraction of the model that is free. {_seeds(points)} As Figure 2 of the first paper.",
+        f"Mean {sections[0].measured} of dynamic subsets divided by that of full fine-tuning of the same sweep (of several "
+        f"the best on validation data), by the fraction of the model that is free. {_seeds(points)} As Figure 2 of the "
+        "first paper.",
         lambda: plots.lines(
             found,
             [shapes.Level("full fine-tuning", "full", Spread(1.0))],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -283,15 +284,17 @@ def layer_shares(points: Iterable[Point]) -> list[Shares]:
     layers = [layer for point in points for found in (point.entries or {}).values() for layer in found if layer]
     stacks = list(dict.fromkeys(_layer(layer)[0] for layer in layers))
     names = {"": ""} | dict(zip(stacks, _where_they_differ(stacks), strict=True))
+    order = {stack: place for place, stack in enumerate(names)}
 
     def named(entries: dict[str, dict[str, int]]) -> dict[str, int]:
         found: dict[str, int] = {}
         for kind, counts in entries.items():
-            for stack, number in sorted(map(_layer, counts), key=lambda layer: ([*names].index(layer[0]), layer[1])):
+            by_layer: Counter[tuple[str, int]] = Counter()
+            for name, count in counts.items():
+                by_layer[_layer(name)] += count
+            for stack, number in sorted(by_layer, key=lambda layer: (order[layer[0]], layer[1])):
                 words = [names[stack], kind, str(number) if number >= 0 else ""]
-                found[" ".join(filter(None, words))] = sum(
-                    n for name, n in counts.items() if _layer(name) == (stack, number)
-                )
+                found[" ".join(filter(None, words))] = by_layer[stack, number]
         return found
 
     return _shares(points, named)
@@ -299,8 +302,9 @@ def layer_shares(points: Iterable[Point]) -> list[Shares]:
 
 def _layer(name: str) -> tuple[str, int]:
     """The stack that a layer is in, and its number; -1 without one."""
-    found = re.fullmatch(r"(.*?)\.?(\d+)", name)
-    return (found[1], int(found[2])) if found else (name, -1)
+    # Of a long row of digits, as nobody has layers, not all are tried as the beginning of a number.
+    found = re.search(r"\.?(\d{1,6})\Z", name)
+    return (name[: found.start()], int(found[1])) if found else (name, -1)
 
 
 def _where_they_differ(names: Sequence[str]) -> list[str]:
@@ -365,15 +369,24 @@ def budget_table(points: Iterable[Point]) -> Table | None:
 
 
 def metric_table(points: Sequence[Point]) -> Table:
-    """Every figure on every split."""
-    names = list(
-        dict.fromkeys((split, key) for p in points for split, figures in (p.metrics or {}).items() for key in figures)
-    )
+    """Every figure on every split, and what generalises: the gap, and what the head alone had learnt."""
+    found: list[dict[str, Spread]] = []
+    for point in points:
+        own = {
+            f"{split} {key}": figure
+            for split, figures in (point.metrics or {}).items()
+            for key, figure in figures.items()
+        }
+        if point.gap is not None:
+            own["gap, test − train"] = point.gap
+        for split, figures in (point.after_head or {}).items():
+            own |= {f"head alone, {split} {key}": figure for key, figure in figures.items()}
+        found.append(own)
+    names = list(dict.fromkeys(name for own in found for name in own))
     rows = [
-        [point.title, *(figure_text((point.metrics or {}).get(split, {}).get(key)) for split, key in names)]
-        for point in points
+        [point.title, *(figure_text(own.get(name)) for name in names)] for point, own in zip(points, found, strict=True)
     ]
-    return Table(["", *(f"{split} {key}" for split, key in names)], rows)
+    return Table(["", *names], rows)
 
 
 def figure_text(figure: Spread | None) -> str:
