@@ -6,7 +6,7 @@ import itertools
 import math
 from dataclasses import replace
 
-from ..config import DEFAULT_EPSILON
+from ..config import DEFAULT_EPSILON, DSTConfig
 from .options import AUTO, Recipe
 from .search import rounded
 
@@ -40,7 +40,8 @@ def settled(recipe: Recipe) -> Recipe:
     """The recipe with a number where its learning rate is `auto`.
 
     Raises:
-        ValueError: if there is no rule: for an optimizer other than AdamW, or a budget that is given as a number.
+        ValueError: if there is no rule: for an optimizer other than AdamW, a budget that is given as a number, or another
+            distance than the default.
     """
     if recipe.training.learning_rate != AUTO:
         return recipe
@@ -53,6 +54,11 @@ def settled(recipe: Recipe) -> Recipe:
         raise ValueError(
             "training.learning_rate=auto goes by method.epsilon, not by method.num_free_parameters; give either that "
             "fraction or a learning rate."
+        )
+    if method.name in ("dynamic", "first_step") and method.distance not in (None, DSTConfig.distance):
+        raise ValueError(
+            f"training.learning_rate=auto is a rule for the distance {DSTConfig.distance}; {method.distance} wants another "
+            "rate, up to ten times as large or half as large. Give a number, or search."
         )
     if method.name == "diff_pruning" and method.pruning_learning_rate is None:
         # The training that is pruned is another one.

@@ -58,6 +58,18 @@ def test_it_is_what_the_sweeps_chose(task):
     assert compared
 
 
+@pytest.mark.parametrize("method", ["dynamic", "first_step"])
+def test_other_distances_want_other_rates(method):
+    """On TREC the rule's rate is up to eight points below the one that a search finds for the relative distance."""
+    assert rate(f"method.name={method}", "method.distance=inverse_relative") == by_rule(method, DEFAULT_EPSILON)
+    for distance in ("relative", "absolute"):
+        with pytest.raises(
+            ValueError, match=f"a rule for the distance inverse_relative; {distance} wants another rate"
+        ):
+            rate(f"method.name={method}", f"method.distance={distance}")
+    assert rate("method.name=pruning", "method.distance=relative") == FIXED["pruning"]
+
+
 def test_it_is_settled_by_method_and_budget():
     assert rate("method.epsilon=1e-3") == by_rule("dynamic", 1e-3)
     assert rate("method.name=random", "method.epsilon=1e-4") == by_rule("random", 1e-4)
