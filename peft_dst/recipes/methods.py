@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -151,7 +152,13 @@ def _subset(lab: Lab) -> Prepared:
 
 
 def _full(lab: Lab) -> Prepared:
-    name = lab.recipe.method.name
+    name, dtype = lab.recipe.method.name, lab.recipe.model.dtype
+    if dtype != "float32":
+        warnings.warn(
+            f"method.name={name} trains {dtype} weights as they are: steps below their precision are lost, as they are not "
+            "with methods that keep float32 values. To compare them, set model.dtype=float32 training.bf16=true.",
+            stacklevel=2,
+        )
     seed = lab.start()
     size = sum(tensor.numel() for tensor in seed.body().values())
     penalty = _penalty(lab, seed, name) if name in ("l1", "l2") else None
