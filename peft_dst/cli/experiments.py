@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..tables import text_table
+from ..tables import printable, text_table
 from .program import Output, Quiet, app, shows
 
 
@@ -104,6 +104,8 @@ def _sweep(
             search = f", {group.option} searched from {group.start:g}" if group.option else ""
             if group.option and group.search.at:
                 search += f" at {recipes.title(group.search.at)}"
+            if group.rule is not None:
+                search += f", learning rate {group.rule:g} by rule"
             print(f"{recipes.title(group.point)}: {seeds} seed{'s' * (seeds != 1)}{search}")
         return
     folder = output or Path("runs") / config.stem
@@ -112,7 +114,7 @@ def _sweep(
         header, rows = recipes.rows_of(summary)
         print("\n".join(text_table(header, rows)))
     for name, error in summary["failures"].items():
-        print(f"error: {folder / 'runs' / name}: {error}", file=sys.stderr)
+        print(printable(f"error: {folder / 'runs' / name}: {error}"), file=sys.stderr)
     if summary["failures"]:
         raise typer.Exit(1)
 

@@ -6,6 +6,7 @@ Options on the command line come last: `training.learning_rate=1e-2`. The option
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import hashlib
@@ -30,6 +31,9 @@ from .rates import settled
 # What refers to another option, or to the environment, in OmegaConf: somebody else's recipe shall read neither. Such text
 # stays as it is; while OmegaConf has it, a character of private use stands in it.
 REFERENCE, HARMLESS = "${", "\ue000{"
+# Options that are mappings, with what they are without any: a new one takes the old one's place, where OmegaConf would
+# merge the two (and could not merge one with a list).
+WHOLE: dict[str, Any] = {"sweep": None, "task.columns": {}, "search.at": {}}
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -50,7 +54,7 @@ def make_recipe(values: Mapping[str, Any], overrides: Iterable[str] = (), where:
     """A recipe from nested mappings, as `load_recipe` makes it from files."""
     recipe = _merge(OmegaConf.structured(Recipe), values, where)
     for override in overrides:
-        recipe = _merge(recipe, _given(override), "the command line")
+        recipe = _merge(recipe, _given(override), "the command line", [override.partition("=")[0]])
     return _finished(recipe, where)
 
 
@@ -160,7 +164,7 @@ def at(recipe: Recipe, point: Mapping[str, Any]) -> Recipe:
     values: dict[str, Any] = {}
     for name, value in point.items():
         values = _merged(values, _nested(name, value))
-    merged = _merge(OmegaConf.structured(_inert(replace(recipe, sweep=None))), values, "the sweep")
+    merged = _merge(OmegaConf.structured(_inert(replace(recipe, sweep=None))), values, "the sweep", point)
     return settled(_finished(merged, "the sweep"))
 
 
@@ -223,11 +227,12 @@ def _merged(lower: Any, upper: Any) -> Any:
             for key in [*lower, *(k for k in upper if k not in lower)]}  # fmt: skip
 
 
-def _merge(recipe: DictConfig, values: Mapping[str, Any], where: str) -> DictConfig:
+def _merge(recipe: DictConfig, values: Mapping[str, Any], where: str, given: Iterable[str] = ()) -> DictConfig:
+    """A recipe with other values, of which those options that are `given` by their whole names."""
     _check_names(values, Recipe, "", where)
-    if "sweep" in values:
-        # One sweep takes the place of another; a mapping would not merge with a list.
-        recipe = OmegaConf.merge(recipe, {"sweep": None})
+    recipe = copy.deepcopy(recipe)
+    for name in WHOLE.keys() & {*values, *given}:
+        OmegaConf.update(recipe, name, WHOLE[name], merge=False)
     try:
         merged = OmegaConf.merge(recipe, OmegaConf.create(_inert(dict(values))))
     except OmegaConfBaseException as error:

@@ -49,7 +49,9 @@ class ModelOptions:
         [], "Modules of the head that are initialised anew though the checkpoint has them, and tied to nothing."
     )
     tuned: str | None = _option(
-        None, "Folder of a finished run whose tuned body is put onto the model first (probes, secondary tasks)."
+        None,
+        "Folder of a finished run whose tuned body is put onto the model first (probes, secondary tasks), or a pattern "
+        "that one run fits; {seed} stands for the seed: runs/methods/runs/random,*seed={seed},*.",
     )
 
 

@@ -21,6 +21,7 @@ from .record import ADAPTER, SURROUNDINGS
 
 
 SUMMARY, TABLE = "summary.json", "summary.md"
+RATE = "training.learning_rate"
 # Every pair of so many adapters of one budget is compared.
 COMPARED = 16
 HEADER = ("", "chosen", "free parameters", "file, bytes", "seeds", "mean", "deviation", "p", "seconds")
@@ -34,9 +35,11 @@ class Group:
         point: option → value, without the seed and what is searched.
         search: what is chosen before they run.
         start: the searched option's value to begin with.
+        rule: the learning rate, where a rule gave it and it is not searched.
         recipes: the runs by their seed, the searched option at its start.
         trials: value of the searched option → figure on the validation split; -inf for what failed.
         chosen: the searched option's value.
+        at_the_edge: whether the search ended with the best value at an end of those tried, as its trials were used up.
         records: results by seed.
         folders: folder by seed.
     """
@@ -44,9 +47,11 @@ class Group:
     point: dict[str, Any]
     search: SearchOptions
     start: float
+    rule: float | None = None
     recipes: dict[int, Recipe] = field(default_factory=dict)
     trials: dict[float, float] = field(default_factory=dict)
     chosen: float | None = None
+    at_the_edge: bool = False
     records: dict[int, dict[str, Any]] = field(default_factory=dict)
     folders: dict[int, Path] = field(default_factory=dict)
 
@@ -139,6 +144,8 @@ def _point(group: Group, reference: Group | None, split: str | None) -> dict[str
         "search": group.option,
         "trials": [[value, None if score == -math.inf else score] for value, score in sorted(group.trials.items())],
         "chosen": group.chosen,
+        "at_the_edge": group.at_the_edge,
+        "rule": group.rule,
         "seeds": sorted(group.records),
     }
     if not records:
@@ -191,8 +198,11 @@ def _paired(group: Group, reference: Group, split: str) -> float | None:
     one, other = _figures(group, split), _figures(reference, split)
     seeds = [seed for seed in one if seed in other]
     differences = np.array([one[seed] - other[seed] for seed in seeds])
-    if group is reference or len(seeds) < 2 or np.ptp(differences) < 1e-12:
+    if group is reference or len(seeds) < 2:
         return None
+    if np.ptp(differences) < 1e-12:
+        # The same at every seed: nothing, or something beyond any doubt that this test knows.
+        return None if abs(differences[0]) < 1e-12 else 0.0
     return float(stats.ttest_1samp(differences, 0.0).pvalue)
 
 
@@ -259,6 +269,10 @@ def rows_of(summary: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str
 
 def _row(point: Mapping[str, Any], summary: Mapping[str, Any]) -> tuple[str, ...]:
     chosen = "" if point["chosen"] is None else f"{point['chosen']:g}"
+    if point.get("at_the_edge"):
+        chosen += ", at the edge"
+    if point.get("rule") is not None:
+        chosen = f"{chosen + ', ' if chosen else ''}rate {point['rule']:g}"
     if not point["seeds"]:
         return (point["title"], chosen, "", "", "0", "failed", "", "", "")
     figures = point["metrics"][summary["split"]][summary["metric"]]

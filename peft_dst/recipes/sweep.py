@@ -19,17 +19,20 @@ from typing import Any
 from tqdm import tqdm
 
 from ..delta.files import replace_text
+from ..tables import printable
 from .cache import shared_cache
 from .config import at, digest, is_integer, points, value_of
-from .options import Recipe
+from .options import AUTO, Recipe
 from .processes import Pool, Run
 from .record import ADAPTER, LOG, MODEL, RESULTS, TRIAL, lacking, results, write
 from .runner import tidy
 from .search import best_place, in_series, next_places
-from .summary import SUMMARY, TABLE, Group, first_figure, summarise, table, title
+from .summary import RATE, SUMMARY, TABLE, Group, first_figure, summarise, table, title
 
 
 RUNS = "runs"
+# Errors that speak against a value that was tried: training diverged. Any other says nothing about it.
+DIVERGED = ("FloatingPointError", "NonFiniteDistanceError", "NonFiniteStepError")
 # Characters of a run's folder that say what it is; a digest follows.
 LONGEST = 80
 
@@ -46,6 +49,8 @@ class _Course:
     steps: Generator[list[Run], Records, None] = field(init=False)
     waiting: int = 0
     records: Records = field(default_factory=dict)
+    # Whether a run failed for a reason that has nothing to do with its options.
+    lost: bool = False
 
     def __post_init__(self) -> None:
         self.steps = self._steps()
@@ -65,13 +70,15 @@ class _Course:
                 records = yield list(trials.values())
                 for place, trial in trials.items():
                     tried.add(trial.folder)
-                    record = records[trial]
+                    figure = math.nan if (record := records[trial]) is None else first_figure(record, "validation")
                     # What diverges is worse than anything.
-                    scores[place] = -math.inf if record is None else first_figure(record, "validation")
+                    scores[place] = -math.inf if math.isnan(figure) else figure
                     group.trials[self._value(place)] = scores[place]
-                if max(scores.values()) == -math.inf:
+                # Without a trial that may have been the best nothing is chosen; it is tried again next time.
+                if self.lost or max(scores.values()) == -math.inf:
                     return
             group.chosen = self._value(best_place(scores))
+            group.at_the_edge = bool(next_places(scores, len(scores) + 1))
         runs = {seed: self._run(group.chosen, seed) for seed in group.recipes}
         for run in runs.values():
             (run.folder / TRIAL).unlink(missing_ok=True)
@@ -138,8 +145,8 @@ def groups(recipe: Recipe) -> list[Group]:
     """The points of a recipe's sweep, each with its seeds.
 
     Raises:
-        ValueError: for an option or value that does not exist, a search that starts at nothing, or a point of which it is
-            not clear where its search starts.
+        ValueError: for an option or value that does not exist, a search that starts at nothing, a point of which it is not
+            clear where its search starts, or points of different kinds of task.
     """
     found: dict[str, Group] = {}
     for point in points(recipe):
@@ -151,7 +158,9 @@ def groups(recipe: Recipe) -> list[Group]:
             raise ValueError(f"the search of {run.search.option} must start at a number above 0, not at {start!r}.")
         if run.search.option:
             at(run, run.search.at)
-        new = Group(rest, run.search, math.nan if start is None else start)
+        by_rule = point.get(RATE, recipe.training.learning_rate) == AUTO and run.search.option != RATE
+        rule = run.training.learning_rate if by_rule else None
+        new = Group(rest, run.search, math.nan if start is None else start, rule)
         group = found.setdefault(repr(sorted(rest.items())), new)
         if group.search != run.search or (start is not None and start != group.start):
             raise ValueError(
@@ -159,6 +168,12 @@ def groups(recipe: Recipe) -> list[Group]:
                 "among values itself. Give one value to start from, or set search.option=null to compare them."
             )
         group.recipes[run.seed] = run
+    kinds = {run.task.name: None for group in found.values() for run in group.recipes.values()}
+    if len(kinds) > 1:
+        raise ValueError(
+            f"the sweep has tasks with figures of different kinds: {', '.join(kinds)}. Make a recipe for each; peft-dst "
+            "overlap compares the subsets of several tasks."
+        )
     return list(found.values())
 
 
@@ -216,6 +231,7 @@ def _run_all(courses: list[_Course], pool: Pool, failures: dict[str, str], bar: 
 
     def settle(course: _Course, run: Run, error: str | None, new: bool = True) -> None:
         course.records[run] = record = None if error else results(run.folder)
+        course.lost |= error is not None and not error.startswith(DIVERGED)
         course.waiting -= 1
         if error:
             failures[run.folder.name] = error
@@ -270,6 +286,6 @@ def _finished(run: Run) -> bool:
 def _line(run: Run, record: dict[str, Any] | None, error: str | None) -> str:
     if record is None:
         log = run.folder / LOG
-        return f"{run.title}: failed{f', see {log}' if log.is_file() else ''}: {error}"
+        return printable(f"{run.title}: failed{f', see {log}' if log.is_file() else ''}: {error}")
     split = run.recipe.evaluation.splits[0]
     return f"{run.title}: {split} {first_figure(record, split):.4f} in {record['seconds']['all']:.0f} s"

@@ -76,6 +76,10 @@ def test_files_lie_over_their_defaults_and_overrides_over_files(tmp_path):
         ("model.dropout=1.5", r"model\.dropout must be 1 at most, got 1\.5"),
         ("task.validation=test", r"task\.validation=test and task\.test=test have examples in common"),
         ("task.train=train+test[:50%]", r"task\.train=.* and task\.test=test have examples in common"),
+        (
+            "task.validation=train[:50]",
+            r"task\.train=train and task\.validation=train\[:50\] .* chosen by is never trained on",
+        ),
         ("task.test=train[:10]", r"task\.train=train and task\.test=train\[:10\] have examples in common"),
     ],
 )
@@ -90,6 +94,17 @@ def test_splits_of_other_data_are_other_splits():
     make_recipe(LEAST, ["task.test=train[:10]", "task.evaluation_data=other"])
     # Parts can be compared when their sizes are known.
     make_recipe(LEAST, ["task.train=train[:60%]", "task.test=train[50%:]"])
+
+
+def test_a_mapping_takes_the_place_of_another():
+    given = {**LEAST, "search": {"option": "training.learning_rate", "at": {"model.tuned": None}}}
+    given["task"] = {**LEAST["task"], "columns": {"text": "a"}}
+    assert make_recipe(given).search.at == {"model.tuned": None}
+    made = make_recipe(given, ["search.at={}", "task.columns={label: b}"])
+    assert (made.search.at, made.task.columns) == ({}, {"label": "b"})
+    assert made.search.option == "training.learning_rate"
+    assert at(make_recipe(given), {"task.columns": {}}).task.columns == {}
+    assert make_recipe(given, ["task.columns.label=b"]).task.columns == {"text": "a", "label": "b"}
 
 
 def test_gradients_are_released_by_one_optimizer():

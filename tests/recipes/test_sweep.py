@@ -232,14 +232,76 @@ def test_each_run_is_told_in_a_line(options, tmp_path, monkeypatch, capsys):
 
 
 def test_a_trial_that_fails_is_not_chosen(options, tmp_path, monkeypatch):
-    scripted(monkeypatch, lambda recipe: ValueError("!") if recipe.training.learning_rate > 0.01 else 0.5)
+    error = FloatingPointError("!")
+    scripted(monkeypatch, lambda recipe: error if recipe.training.learning_rate > 0.01 else 0.5)
     options["search"] = {"option": "training.learning_rate"}
     options["sweep"] = {"seed": [0, 1]}
     (point,) = sweep(make_recipe(options), tmp_path / "sweep", workers=0)["points"]
     assert (point["chosen"], point["trials"]) == (0.01, [[0.005, 0.5], [0.01, 0.5], [0.02, None]])
-    scripted(monkeypatch, lambda recipe: ValueError("!"))
+    # Nor is one without a figure.
+    scripted(monkeypatch, lambda recipe: math.nan if recipe.training.learning_rate < 0.01 else 0.5)
+    (point,) = sweep(make_recipe(options), tmp_path / "none", workers=0)["points"]
+    assert (point["chosen"], point["trials"]) == (0.01, [[0.005, None], [0.01, 0.5], [0.02, 0.5]])
+    scripted(monkeypatch, lambda recipe: error)
     (point,) = sweep(make_recipe(options), tmp_path / "other", workers=0)["points"]
     assert (point["chosen"], point["seeds"], len(point["trials"])) == (None, [], 3)
+
+
+def test_without_one_of_the_trials_nothing_is_chosen(options, tmp_path, monkeypatch):
+    """An error that says nothing about the value, such as a full disk: that trial may be the best. Nothing is tested."""
+
+    def figure(recipe):
+        if recipe.training.learning_rate == 0.02 and not mended:
+            return OSError("no space left on device")
+        return 1 - recipe.training.learning_rate if recipe.training.learning_rate != 0.02 else 2.0
+
+    mended: list[bool] = []
+    seen = scripted(monkeypatch, figure)
+    options["search"] = {"option": "training.learning_rate"}
+    options["sweep"] = {"seed": [0, 1]}
+    summary = sweep(make_recipe(options), tmp_path / "sweep", workers=0)
+    assert (summary["points"][0]["chosen"], summary["points"][0]["seeds"]) == (None, [])
+    assert list(summary["failures"].values()) == ["OSError: no space left on device"]
+    assert all(recipe.evaluation.splits == ["validation"] for recipe in seen)
+    mended.append(True)
+    summary = sweep(make_recipe(options), tmp_path / "sweep", workers=0)
+    assert (summary["points"][0]["chosen"], summary["points"][0]["seeds"]) == (0.02, [0, 1])
+    assert not summary["failures"]
+
+
+@pytest.mark.parametrize(("trials", "edge"), [(3, True), (4, True), (5, False), (7, False)])
+def test_a_best_value_at_the_end_of_those_tried_is_marked(options, tmp_path, monkeypatch, trials, edge):
+    scripted(monkeypatch, lambda recipe: 1 - abs(recipe.training.learning_rate - 0.05))
+    options["search"] = {"option": "training.learning_rate", "trials": trials}
+    summary = sweep(make_recipe(options), tmp_path / "sweep", workers=0)
+    assert summary["points"][0]["at_the_edge"] is edge
+    chosen = "0.02" if trials == 3 else "0.05"
+    assert (
+        f"| the recipe | {chosen}{', at the edge' if edge else ''} |" in (tmp_path / "sweep" / "summary.md").read_text()
+    )
+
+
+def test_a_rate_by_rule_is_told(options, tmp_path, monkeypatch):
+    scripted(monkeypatch, lambda recipe: recipe.training.learning_rate)
+    options["training"]["learning_rate"] = "auto"
+    options["sweep"] = [
+        {"method.epsilon": [1e-3, 1e-4]}, {"method.name": ["full"], "training.learning_rate": [0.1]},
+        {"method.name": ["random"], "method.epsilon": [1e-3], "search.option": ["training.learning_rate"]},
+    ]  # fmt: skip
+    assert [group.rule for group in groups(make_recipe(options))] == [0.01, 0.02, None, None]
+    points = sweep(make_recipe(options), tmp_path / "sweep", workers=0)["points"]
+    assert [point["rule"] for point in points] == [0.01, 0.02, None, None]
+    table = (tmp_path / "sweep" / "summary.md").read_text()
+    assert "| epsilon=0.001 | rate 0.01 |" in table
+    assert "| full, learning_rate=0.1 |  |" in table
+
+
+def test_kinds_of_tasks_are_not_mixed(options):
+    options["sweep"] = [{"task.name": ["classification"]}, {"task.name": ["tagging"]}]
+    with pytest.raises(
+        ValueError, match=r"figures of different kinds: classification, tagging\. Make a recipe for each"
+    ):
+        groups(make_recipe(options))
 
 
 def test_a_search_stays_among_the_values_that_an_option_can_have(options, tmp_path, monkeypatch):
@@ -278,10 +340,13 @@ def test_points_are_tested_against_one_of_them(options, tmp_path, monkeypatch):
     summary = sweep(make_recipe(options), tmp_path / "sweep", workers=0)
     assert summary["against"] == "dynamic"
     expected = stats.ttest_rel([0.6, 0.62, 0.65], [0.5, 0.55, 0.53]).pvalue
-    # A difference that is the same for all seeds has no spread to test it by.
-    assert [point["p"] for point in summary["points"]] == [None, pytest.approx(expected), None]
+    # A difference that is the same for all seeds is as sure as this test can be.
+    assert [point["p"] for point in summary["points"]] == [None, pytest.approx(expected), 0.0]
     summary = sweep(make_recipe(options), tmp_path / "sweep", workers=0, against="random")
     assert [point["p"] is None for point in summary["points"]] == [False, True, False]
+    scripted(monkeypatch, lambda recipe: [0.5, 0.52, 0.55][recipe.seed])
+    summary = sweep(make_recipe(options), tmp_path / "equal", workers=0)
+    assert [point["p"] for point in summary["points"]] == [None, None, None]
     with pytest.raises(ValueError, match="no point 'full' to compare with; there are: dynamic; random; magnitude"):
         sweep(make_recipe(options), tmp_path / "sweep", workers=0, against="full")
 
