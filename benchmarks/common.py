@@ -85,9 +85,13 @@ class Record:
         self.document = {**environment(), "options": options}
         self.began = time.perf_counter()
 
+    def head(self) -> dict[str, Any]:
+        """All but the results; the seconds are those since the start."""
+        return {**self.document, "seconds": time.perf_counter() - self.began}
+
     def write(self, **results: Any) -> None:
         if self.path is not None:
-            document = {**self.document, "seconds": time.perf_counter() - self.began, **results}
+            document = {**self.head(), **results}
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_text(json.dumps(_rounded(document), indent=1) + "\n")
 

@@ -1,6 +1,6 @@
 """Time of the fused AdamW step under the constraint on a GPU, as a ratio to torch's fused AdamW on the same tensors.
 
-    python benchmarks/gpu_step.py --json benchmarks/results/gpu_step.json
+    python -m benchmarks.gpu_step --json benchmarks/results/gpu_step.json
 
 Only the optimizer's step is timed, on random weights and gradients; no model is run. By default 1 B parameters in 48
 silos of six tensors each. Both optimizers hold float32 moments of their own: with 16-bit weights, torch's is given
@@ -11,39 +11,31 @@ it, and also 16-bit everything for comparison. Steps of all are timed in turn wi
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import os
-import platform
 import statistics
-import subprocess
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 import torch
 
-import peft_dst
 from peft_dst.core.kernels import AdamWTensor, adamw_scalars, adamw_step, available
+
+from . import common
 
 
 LR, BETAS, EPS = 1e-4, (0.9, 0.999), 1e-8
 
 
-def environment() -> dict[str, object]:
-    """Commit, versions and machine."""
+def surroundings() -> dict[str, Any]:
+    """Versions and machine, of the GPU."""
     import triton
 
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     properties = torch.cuda.get_device_properties(0)
     return {
-        "commit": commit,
-        "versions": {m.__name__: m.__version__ for m in (torch, triton, peft_dst)} | {"cuda": torch.version.cuda},
-        "machine": {
-            "gpu": properties.name,
-            "memory_gib": round(properties.total_memory / 2**30, 1),
-            "cpu": platform.machine(),
-            "cores": os.cpu_count(),
-        },
+        "triton": triton.__version__,
+        "cuda": torch.version.cuda,
+        "gpu": properties.name,
+        "gpu_memory_gib": round(properties.total_memory / 2**30, 1),
     }
 
 
@@ -158,7 +150,7 @@ def compare(layout: list[list[tuple[int, ...]]], dtype: torch.dtype, epsilon: fl
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__)
     parser.add_argument("--parameters", type=float, default=1e9)
     parser.add_argument("--silos", type=int, default=48)
     parser.add_argument("--pairs", type=int, default=20)
@@ -166,12 +158,12 @@ def main() -> None:
     parser.add_argument("--distance", default="inverse_relative")
     parser.add_argument("--epsilons", type=float, nargs="+", default=[1e-5, 1e-4, 1e-3, 1e-2])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("This benchmark needs a CUDA device: there is none here, or torch was built without CUDA.")
     if not available(torch.empty(0, device="cuda")):
         raise SystemExit("The kernels cannot run: install triton, and do not set TRITON_INTERPRET.")
+    record = common.Record(args)
     torch.manual_seed(0)
     layout = shapes(int(args.parameters), args.silos)
     count = sum(math.prod(shape) for silo in layout for shape in silo)
@@ -185,9 +177,7 @@ def main() -> None:
                     f"{key} {value:.3g}" if isinstance(value, float) else value for key, value in rows[-1].items()
                 )
             )
-    if args.json:
-        options = {key: value for key, value in vars(args).items() if key != "json"} | {"count": count}
-        args.json.write_text(json.dumps({**environment(), "options": options, "rows": rows}, indent=1) + "\n")
+    record.write(accelerator=surroundings(), count=count, rows=rows)
 
 
 if __name__ == "__main__":

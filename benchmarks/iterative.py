@@ -24,7 +24,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from peft_dst.core import Selection, allocate_budgets, partition, select
 from peft_dst.core.iterative import mean_distance, select_iteratively
 
-from .common import environment, minilm_folder
+from .common import Record, minilm_folder
 
 
 DATA = Path(__file__).parent.parent / "examples" / "data" / "question_types" / "train.jsonl"
@@ -156,6 +156,7 @@ def main() -> None:
     args = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    record = Record(args)
     results = []
     for m, r, start in RUNS:
         result = run(m, r, start, args.steps, args.epsilon, args.batch, args.learning_rate)
@@ -165,8 +166,7 @@ def main() -> None:
         for name, figures in result["summary"].items():
             print(f"  {name:<9}", ", ".join(f"{key} {value:.4g}" for key, value in figures.items()))
     if args.json:
-        options = {k: v for k, v in vars(args).items() if k != "json"}
-        head = json.dumps({**environment(), "options": options}, indent=1).removesuffix("\n}")
+        head = json.dumps(record.head(), indent=1).removesuffix("\n}")
         # A run a line: fifty steps of it.
         runs = ",\n  ".join(json.dumps(result) for result in results)
         args.json.write_text(f'{head},\n "runs": [\n  {runs}\n ]\n}}\n')

@@ -53,7 +53,8 @@ def measure(n: int, silos: int, epsilon: float, rounds: int) -> dict[str, Any]:
     unconstrained = stepper(plain, gradients)
     times = {"plain": [], "hook": [], "select": []}
     for turn in range(rounds + 1):
-        taken = {"plain": common.seconds(unconstrained.step), "hook": common.seconds(constrained.step)}
+        steps = [("plain", unconstrained.step), ("hook", constrained.step)]
+        taken = {name: common.seconds(step) for name, step in (steps if turn % 2 == 0 else reversed(steps))}
         if silos == 1:
             # Θ̂ of the plain run: the same seeds, updated everywhere.
             live, budget = [p.data.flatten() for p in plain.parameters()], round(epsilon * n)

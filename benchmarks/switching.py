@@ -100,7 +100,9 @@ def others(model: nn.Module) -> dict[str, Callable[[], None]]:
     for name, make in (("LoRA", lora), ("SHiRA", shira), ("Super-Tuning", super_tuning)):
         wrapped: Any = make(copy.deepcopy(model))
         wrapped.add_adapter("other", copy.deepcopy(wrapped.peft_config["default"]))
-        found[f"{name}, set_adapter"] = alternating("default", "other", wrapped.set_adapter)
+        found[f"{name}, set_adapter"] = alternating(
+            "default", "other", partial(wrapped.set_adapter, inference_mode=True)
+        )
     merged: Any = lora(copy.deepcopy(model))
     merged.add_adapter("other", copy.deepcopy(merged.peft_config["default"]))
 
