@@ -106,7 +106,9 @@ def load_task(source: str, tokenizer, train_size: int) -> Task:
         encoded = tokenizer(batch[text], truncation=True, max_length=128)
         return {**encoded, "labels": [numbers[value] for value in batch[label]]}
 
-    train, test = rows["train"].shuffle(seed=0), rows["test" if "test" in rows else "validation"]
+    # Where labels are not public, the hub's test sets have -1.
+    public = "test" in rows and -1 not in rows["test"].unique(label)
+    train, test = rows["train"].shuffle(seed=0), rows["test" if public else "validation"]
     train = train.select(range(min(train_size, len(train))))
     encoded = [part.map(encode, batched=True, remove_columns=part.column_names) for part in (train, test)]
     return Task(Path(source).name, [str(value) for value in values], *encoded)

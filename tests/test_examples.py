@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from tests import toys
 from tests.programs import run
 
 
@@ -39,6 +40,14 @@ def test_quickstart_says_what_is_wrong_with_a_folder(minilm, tmp_path, monkeypat
     monkeypatch.setattr(sys, "argv", [str(QUICKSTART), "--data", str(tmp_path)])
     with pytest.raises(SystemExit, match="no data set with a text and a label found"):
         runpy.run_path(str(QUICKSTART), run_name="__main__")
+
+
+def test_quickstart_tests_on_labels_that_are_public(minilm, tmp_path):
+    """sst2's test set on the hub has -1 for every label; its validation set is taken."""
+    rows = [{"text": f"a {i}", "label": i % 2} for i in range(4)]
+    toys.write_rows(tmp_path, train=rows, validation=rows[:3], test=[{"text": "a", "label": -1}] * 2)
+    load_task = runpy.run_path(str(QUICKSTART))["load_task"]
+    assert load_task(str(tmp_path), AutoTokenizer.from_pretrained(minilm), 4).test["labels"] == [0, 1, 0]
 
 
 def test_quickstart_reaches_its_accuracy_on_trec(minilm, data_folder, apart):
