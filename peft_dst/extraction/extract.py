@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from ..config import DSTConfig
 from ..core import NonFiniteDistanceError, Selection, Silo, select
 from ..core.choice import divisors_of
-from ..delta import Record, index_dtype, new_folder
+from ..delta import Record, index_dtype, new_folder, plain_name
 from ..tuner.layer import SparseLayer, markers
 from . import skeleton
 from .figures import Extraction, SiloFigures, joined, measure
@@ -54,8 +54,8 @@ def extract(
     selection is "dynamic": the others choose before training, or by its first step.
 
     Args:
-        base: the seed: a folder with `model.safetensors` or its shards, which is mapped and never loaded; or a model; or
-            a state dict. None of them is changed.
+        base: the seed: a folder with `model.safetensors` or its shards, which is mapped and never loaded; or a model,
+            compiled or not; or a state dict. None of them is changed.
         tuned: the fine-tuned model, likewise.
         output: folder for the adapter. A folder that holds one already is overwritten, as `save_pretrained` does.
         config: the options; its threshold is taken to be "exact".
@@ -73,6 +73,7 @@ def extract(
     output = Path(output)
     _check_selection(config)
     _check_output(output)
+    base, tuned = skeleton.unwrapped(base), skeleton.unwrapped(tuned)
     structure = skeleton.structure_of(base, tuned, model_class)
     seeds = skeleton.read(structure, skeleton.tensors_of(base, "base"), "base")
     updates = skeleton.read(structure, skeleton.tensors_of(tuned, "tuned"), "tuned")
@@ -158,7 +159,7 @@ def _fill_dense(model: PeftModel, structure: nn.Module, updates: Mapping[str, Te
     for host, wrapper in model.get_base_model().named_modules():
         if isinstance(wrapper, AuxiliaryTrainingWrapper):
             for name, parameter in wrapper.modules_to_save[ADAPTER].named_parameters():
-                filled.append(first[f"{host}.{name}"])
+                filled.append(first[plain_name(f"{host}.{name}")])
                 parameter.data.copy_(updates[filled[-1]])
     return filled
 
