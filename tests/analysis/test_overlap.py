@@ -10,7 +10,8 @@ from peft import PeftModel, get_peft_model
 
 from peft_dst import DSTConfig
 from peft_dst.analysis import Count, overlap
-from tests.models import bert, llama, train
+from tests.models import bert, checkpoint_layers, compile_layers, llama, train
+from tests.quantised.bases import StandIn
 
 
 Q = "model.layers.0.self_attn.q_proj.weight"
@@ -189,3 +190,33 @@ def test_adapters_that_are_not_there(build, tmp_path):
     fresh = get_peft_model(build("bert"), DSTConfig.from_pretrained(tmp_path))
     with pytest.raises(ValueError, match="its tensors were not loaded"):
         overlap((fresh, "default"), tmp_path)
+
+
+@pytest.mark.parametrize("wrap", [compile_layers, checkpoint_layers, "whole"])
+def test_wrapped_models(wrap, build, tmp_path):
+    """Torch's wrappers put their own names into those of parameters; adapters have none of them."""
+    model = get_peft_model(build("llama"), DSTConfig(epsilon=0.02), "a")
+    model.add_adapter("b", DSTConfig(epsilon=0.05, init_weights=False))
+    train(model, "llama")
+    model.save_pretrained(tmp_path)
+    plain = overlap((model, "a"), (model, "b"))
+    base = build("llama")
+    for one in (model.get_base_model(), base):
+        if wrap != "whole":
+            wrap(one)
+    if wrap == "whole":
+        model, base = (torch.compile(one, backend="eager") for one in (model, base))
+    assert overlap((model, "a"), (model, "b")) == plain
+    assert overlap(tmp_path / "a", tmp_path / "b", sizes=base) == plain
+    assert overlap(tmp_path / "a", (model, "b"), sizes=base) == plain
+
+
+def test_weights_that_are_stored_in_less(build):
+    """Of four bits each: two components share a byte."""
+    base = build("llama")
+    for layer in base.model.layers:
+        packed = torch.zeros(layer.mlp.up_proj.weight.numel() // 2, 1).as_subclass(StandIn)
+        layer.mlp.up_proj.weight = torch.nn.Parameter(packed, requires_grad=False)
+    name, numel = "model.layers.0.mlp.up_proj.weight", 32 * 16
+    found = overlap({name: [0, 1, numel - 1]}, {name: [1, 2]}, sizes=base)
+    assert found.total == Count(3, 2, 1, 6 / numel)
