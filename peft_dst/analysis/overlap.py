@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from os import PathLike
-from typing import TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -103,6 +103,10 @@ class Overlap:
         if self.only_in_a or self.only_in_b:
             lines.append(f"tensors with entries in A only: {len(self.only_in_a)}, in B only: {len(self.only_in_b)}")
         return "\n".join(lines)
+
+    def to_json(self) -> dict[str, Any]:
+        """The same in plain types."""
+        return asdict(self)
 
 
 def overlap(
