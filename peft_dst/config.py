@@ -15,7 +15,7 @@ from .core.distances import DISTANCES, Distance
 from .core.iterative import FLUCTUATION, ITERATIONS
 from .core.schedule import Schedule
 from .core.silos import SILOINGS, Siloing, compile_silo_patterns
-from .delta import FORMAT_VERSION, WEIGHTS_NAME, read_metadata, reconcile, stamp
+from .delta import FORMAT_VERSION, WEIGHTS_NAME, check_depth, read_metadata, reconcile, stamp
 
 
 DEFAULT_EPSILON = 1e-3
@@ -322,6 +322,7 @@ class DSTConfig(PeftConfig):
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
         """Read adapter_config.json. A save that was cut short leaves it behind the tensors; what their file says counts."""
         config = super().from_json_file(path_json_file, **kwargs)
+        check_depth(path_json_file, config)
         tensors = Path(path_json_file).with_name(WEIGHTS_NAME)
         return reconcile(config, read_metadata(tensors)) if tensors.is_file() else config
 

@@ -8,6 +8,7 @@ import torch
 import transformers as hf
 from peft import get_peft_model
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
 from peft_dst import DSTConfig
 
@@ -182,6 +183,18 @@ def native(tmp_path, name="bert"):
     model = BUILDERS[name]()
     model.save_pretrained(tmp_path / "base")
     return lambda: type(model).from_pretrained(tmp_path / "base")
+
+
+def compile_layers(model: nn.Module) -> None:
+    """Each layer becomes a compiled one, which has it inside."""
+    for parent in [module for module in model.modules() if isinstance(module, nn.ModuleList)]:
+        for number, layer in enumerate(parent):
+            parent[number] = torch.compile(layer, backend="eager")
+
+
+def checkpoint_layers(model: nn.Module) -> None:
+    """A Llama's layers, with wrappers around them that compute activations anew."""
+    apply_activation_checkpointing(model, check_fn=lambda module: type(module).__name__ == "LlamaDecoderLayer")
 
 
 class Outer(torch.optim.Optimizer):

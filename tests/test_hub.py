@@ -333,6 +333,17 @@ def test_strange_names_break_nothing(name, tmp_path):
         assert 'from_pretrained("path/or/hub-id/of/the/base", num_labels=3)' in code
 
 
+def test_dense_modules_of_one_name_are_added_up(tmp_path):
+    """modules_to_save names ends of names, and may keep several modules."""
+    net = torch.nn.ModuleDict({name: torch.nn.Module() for name in "abc"})
+    net["a"].proj, net["b"].proj = torch.nn.Linear(100, 10), torch.nn.Linear(10, 10)
+    net["c"].fc = torch.nn.Linear(10, 10)
+    model = get_peft_model(net, DSTConfig(epsilon=0.5, modules_to_save=["proj"]))
+    model.save_pretrained(tmp_path)
+    size = 4 * (1010 + 110)
+    assert f"| proj ({size / 1000:,.1f} kB) |" in ModelCard.load(tmp_path / "README.md").text
+
+
 @pytest.mark.parametrize("other", [torch.nn.Sequential(torch.nn.Linear(8, 8))])
 def test_bases_that_are_not_transformers(other, tmp_path):
     get_peft_model(other, DSTConfig(epsilon=0.5)).save_pretrained(tmp_path)

@@ -10,13 +10,11 @@ import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from peft_dst import DSTConfig
 from peft_dst.delta import DeltaError, read_metadata
-from tests.models import assert_same, logits, native, train, weights
+from tests.models import assert_same, checkpoint_layers, compile_layers, logits, native, train, weights
 
 
 def test_logits_come_back_bit_for_bit(architecture, build, saved):
@@ -201,16 +199,6 @@ def test_a_loaded_model_is_unloaded_before_its_first_use(finish, build, saved):
     base = getattr(PeftModel.from_pretrained(build("bert"), folder), finish)()
     expected = output if finish == "merge_and_unload" else logits(build("bert"), "bert")
     assert torch.equal(logits(copy.deepcopy(base), "bert"), expected)
-
-
-def compile_layers(model):
-    for parent in [module for module in model.modules() if isinstance(module, nn.ModuleList)]:
-        for number, layer in enumerate(parent):
-            parent[number] = torch.compile(layer, backend="eager")
-
-
-def checkpoint_layers(model):
-    apply_activation_checkpointing(model, check_fn=lambda module: type(module).__name__ == "LlamaDecoderLayer")
 
 
 # What the tracer asks of a tensor between two of the compiled layers.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import pytest
@@ -193,6 +194,9 @@ BAD = {
     "twice": ((["a", "a"], [1.0, 1.0], "new"), {}, "names one of a, a twice"),
     "existing": ((["a", "b"], [1.0, 1.0], "c"), {}, "Adapter c already exists"),
     "weights": ((["a", "b"], [1.0], "new"), {}, "2 adapters need as many weights, got 1"),
+    "nan": ((["a", "b"], [1.0, math.nan], "new"), {}, r"weights must be finite, got \[1.0, nan\]"),
+    "infinite": ((["a", "b"], [-math.inf, 1.0], "new"), {}, r"weights must be finite, got \[-inf, 1.0\]"),
+    "huge": ((["a", "b"], [1e300, 1.0], "new"), {}, "gives '.*' the value -?inf at position .* torch.float32"),
     "kind": ((["a", "b"], [1.0, 1.0], "new", "svd"), {}, "Invalid combination_type: svd"),
     "density": ((["a", "b"], [1.0, 1.0], "new", "ties"), {}, "give a density with 0 < density <= 1, got None"),
     "range": ((["a", "b"], [1.0, 1.0], "new", "ties"), {"density": 1.5}, "give a density with .* got 1.5"),
@@ -218,6 +222,25 @@ def test_bad_arguments_change_nothing(untrained, case):
         untrained.add_weighted_adapter(*arguments, **options)
     assert untrained.peft_config.keys() == {"a", "b", "c"}
     assert_same(before, dict(untrained.state_dict()))
+
+
+def test_what_overflows_leaves_no_trace(build):
+    """A value that float16 holds, three times."""
+    model = get_peft_model(build("bert").half(), DSTConfig(epsilon=0.02), "a")
+    weight = model.get_base_model().bert.pooler.dense.weight
+    weight.grad = torch.zeros_like(weight)
+    weight.grad[0, 5] = -30_000.0
+    torch.optim.SGD([weight], lr=1.0).step()
+    before, names = dict(model.state_dict()), [name for name, _ in model.named_modules()]
+    for factor, value in ((3.0, "inf"), (-3.0, "-inf")):
+        with pytest.raises(
+            ValueError, match=rf"'bert.pooler.dense.weight' the value {value} at position 5, .*float16\. Give"
+        ):
+            model.add_weighted_adapter(["a"], [factor], "new")
+        assert model.peft_config.keys() == {"a"}
+        assert [name for name, _ in model.named_modules()] == names
+        assert_same(before, dict(model.state_dict()))
+    model.add_weighted_adapter(["a"], [2.0], "new")
 
 
 @pytest.mark.parametrize("order", [("a", "b"), ("b", "a")])

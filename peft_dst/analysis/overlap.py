@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from os import PathLike
-from typing import TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..core.shards import check_held_alone
 from ..core.silos import compile_silo_patterns, read_names
-from ..delta import SparseDelta
+from ..delta import SparseDelta, plain_name
 from ..tables import text_table
 from ..tuner.exchange import settle
 from ..tuner.layer import markers
+from ..tuner.overlay import can_edit, can_overlay, original_shape
 
 
 Subset: TypeAlias = "str | PathLike[str] | SparseDelta | tuple[nn.Module, str] | Mapping[str, Tensor | Sequence[int]]"
@@ -102,6 +103,10 @@ class Overlap:
         if self.only_in_a or self.only_in_b:
             lines.append(f"tensors with entries in A only: {len(self.only_in_a)}, in B only: {len(self.only_in_b)}")
         return "\n".join(lines)
+
+    def to_json(self) -> dict[str, Any]:
+        """The same in plain types."""
+        return asdict(self)
 
 
 def overlap(
@@ -200,7 +205,17 @@ def _check_sorted(name: str, positions: Tensor, which: str) -> None:
 def _parameter_sizes(model: nn.Module) -> dict[str, int]:
     """Sizes by the names that the base model has for its parameters, and the adapter's records with it."""
     inner = getattr(model, "get_base_model", lambda: model)()
-    return {name: parameter.numel() for name, parameter in inner.named_parameters(remove_duplicate=False)}
+    return {
+        plain_name(f"{name}.{parameter}" if name else parameter): _numel(host, parameter, tensor)
+        for name, host in inner.named_modules(remove_duplicate=False)
+        for parameter, tensor in host.named_parameters(recurse=False)
+    }
+
+
+def _numel(host: nn.Module, parameter: str, tensor: nn.Parameter) -> int:
+    # Quantised weights are stored in other shapes.
+    packed = not can_edit(tensor) and can_overlay(host, parameter)
+    return math.prod(original_shape(cast(nn.Linear, host))) if packed else tensor.numel()
 
 
 def _agree(names: Iterable[str], models: list[dict[str, int]], given: Sequence[Mapping[str, int]]) -> dict[str, int]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Annotated, Any
 import typer
 from tqdm import tqdm
 
-from ..analysis import inspect, overlap
+from ..analysis import Overlaps, inspect, overlap, overlaps
 from ..config import DSTConfig
 from ..conversion import convert_adapter, convert_checkpoint, is_delta
 from ..core.distances import Distance
@@ -117,12 +118,60 @@ def _merge(base: Base, delta: Delta, output: Output, quiet: Quiet = False) -> No
 
 
 @app.command("overlap", epilog="Example: peft-dst overlap my-adapter another-adapter")
-def _overlap(a: Delta, b: Delta) -> None:
-    """Compare the subsets of two deltas of one base.
+def _overlap(
+    deltas: Annotated[
+        list[Path],
+        typer.Argument(metavar="DELTA DELTA...", exists=True, help="Folders of adapters, or their safetensors files."),
+    ],
+    as_json: AsJson = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw how much each has of each other into this picture.")] = None,
+) -> None:
+    """Compare the subsets of deltas of one base.
 
-    How much they have in common stands beside what chance would give.
+    Of two: how much they have in common, by kind of module and layer, beside what chance would give. Of more: a square
+    table of the percentage of each one's subset (row) that is also in each other's (column).
     """
-    print(overlap(a, b))
+    if len(deltas) < 2:
+        raise typer.BadParameter("a subset is compared with others; give two deltas or more.", param_hint="DELTA")
+    found = [SparseDelta.load(path) for path in deltas]
+    each = overlaps(found, _short_names(deltas)) if plot is not None or len(found) > 2 else None
+    if each is not None and plot is not None:
+        _draw(each, plot)
+    shown = overlap(*found) if len(found) == 2 else each
+    assert shown is not None
+    print(_json(shown.to_json()) if as_json else shown)
+
+
+def _short_names(paths: Sequence[Path]) -> list[str]:
+    """What tells paths apart: each without the parts that all begin with, and those that they end with."""
+
+    def shared(parts: Sequence[Sequence[str]]) -> int:
+        columns = zip(*parts, strict=False)
+        return len([*itertools.takewhile(lambda column: len(set(column)) == 1, columns)])
+
+    parts = [path.parts for path in paths]
+    head = shared(parts)
+    tail = shared([own[head:][::-1] for own in parts])
+    names = ["/".join(own[head : len(own) - tail]) for own in parts]
+    return [name or str(path) for name, path in zip(names, paths, strict=True)]
+
+
+def _draw(found: Overlaps, path: Path) -> None:
+    """A heat map, as reports have them."""
+    try:
+        from ..recipes.report import plots, shapes
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"this plot needs {error.name}, which is not installed: pip install 'peft-dst[recipes,plots]'."
+        ) from None
+    places = range(len(found.names))
+    columns = [f"({i + 1})" if found.numbered else found.names[i] for i in places]
+    rows = [f"{column} {name}" if found.numbered else name for column, name in zip(columns, found.names, strict=True)]
+    # That each has all of itself would take up the scale of colours.
+    values = [[None if i == j else found.shared[i][j] for j in places] for i in places]
+    with plots.style():
+        grid = shapes.Grid("", rows, columns, values)
+        plots.grids([grid], "that are also in", "components of", "shared", percent=True, low=0).savefig(path)
 
 
 @app.command("pack", epilog="Example: peft-dst pack my-adapter")

@@ -158,7 +158,7 @@ class Choice:
         competes = silo.budget < silo.size
         occupied = any(subset.indices.numel() for subset in before)
         # All processes ask for these, whatever is here.
-        divisors = self._divisors(silo) if competes else None
+        divisors = divisors_of(silo, constraint) if competes else None
         if competes and (constraint.chooses(False) or not occupied):
             seeds, flat = [weight.flat() for weight in silo.weights], [updated.reshape(-1) for updated in updates]
             candidates = find_candidates(seeds, flat, silo.budget, constraint.distance, divisors)
@@ -179,7 +179,7 @@ class Choice:
         if silo.budget < silo.size and not constraint.chooses(empty):
             return self._keep(silo, updates, before)
         seeds, flat = [weight.flat() for weight in silo.weights], [updated.reshape(-1) for updated in updates]
-        divisors = self._divisors(silo)
+        divisors = divisors_of(silo, constraint)
         if constraint.tracking:
             m, r = constraint.tracking
             return select_iteratively(seeds, flat, silo.budget, constraint.distance, silo.tracked, m, r, divisors)
@@ -194,27 +194,30 @@ class Choice:
             self._moved = self._moved or not torch.equal(values.to(subset.values.dtype), subset.values)
         return Selection([subset.indices for subset in before], silo.threshold)
 
-    def _divisors(self, silo: Silo) -> list[float] | None:
-        """What the distances of each weight are divided by. The live weights are the seed now."""
-        normalization, modules = self.constraint.normalization, self.constraint.modules
-        if normalization is None:
-            return None
-        seeds = [weight.generation for weight in silo.weights]
-        if silo.divisors is None or silo.divided != seeds:
-            silo.divided = seeds
-            members: dict[tuple[str, str], list[SparseWeight]] = {}
-            for weight in silo.weights:
-                members.setdefault(modules[weight.name], []).append(weight)
-            found = {}
-            for module, weights in members.items():
-                size = sum(weight.shape.numel() for weight in weights)
-                if normalization == "size":
-                    found[module] = float(size)
-                else:
-                    mean = _total(weights) / size
-                    found[module] = mean if mean > RELATIVE_FLOOR else 1.0
-            silo.divisors = [found[modules[weight.name]] for weight in silo.weights]
-        return silo.divisors
+
+def divisors_of(silo: Silo, constraint: Constraint) -> list[float] | None:
+    """What the distances of each weight of a silo are divided by; None where they are not normalised.
+
+    The live weights are the seed now.
+    """
+    if constraint.normalization is None:
+        return None
+    seeds = [weight.generation for weight in silo.weights]
+    if silo.divisors is None or silo.divided != seeds:
+        silo.divided = seeds
+        members: dict[tuple[str, str], list[SparseWeight]] = {}
+        for weight in silo.weights:
+            members.setdefault(constraint.modules[weight.name], []).append(weight)
+        found = {}
+        for module, weights in members.items():
+            size = sum(weight.shape.numel() for weight in weights)
+            if constraint.normalization == "size":
+                found[module] = float(size)
+            else:
+                mean = _total(weights) / size
+                found[module] = mean if mean > RELATIVE_FLOOR else 1.0
+        silo.divisors = [found[constraint.modules[weight.name]] for weight in silo.weights]
+    return silo.divisors
 
 
 def _total(weights: Sequence[SparseWeight]) -> float:

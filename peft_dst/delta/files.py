@@ -30,6 +30,8 @@ PARTS = ("dst_indices", "dst_values")
 PEFT_PREFIX = "base_model.model."
 # A record's key without PEFT's prefix and without the adapter's name, which a file does not hold either.
 RECORD_KEY = re.compile(rf"(?P<host>(?:.*\.)?){MARKER}\.(?P<part>{'|'.join(PARTS)})\.(?P<parameter>[^.]+)")
+# Lists and maps within one another that a config may have. What goes through them is recursive, as Python's copies are.
+_DEEPEST = 50
 # What wrappers of torch's put into the names of what they wrap: compiled modules, activation checkpointing, FSDP1.
 _WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 
@@ -160,7 +162,9 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
         found = {k.removeprefix("dst_"): json.loads(v) for k, v in metadata.items() if k.startswith("dst_")}
         if found:
             _check_version(path, found)
-        return {**found, "records": describe(packed)} if packed else found
+        found |= {"records": describe(packed)} if packed else {}
+        check_depth(path, found)
+        return found
     except (SafetensorError, OSError) as error:
         raise DeltaError(f"{path} cannot be read ({error}). It is damaged; save or download it again.") from error
     except DeltaError:
@@ -192,7 +196,27 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
         config = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise DeltaError(f"{path} cannot be read ({error}). Give the folder of a saved adapter.") from error
+    check_depth(path, config)
     return _checked(path, config)
+
+
+def check_depth(path: object, found: object) -> None:
+    """Check, without recursion, that what was read from JSON is not nested without reason.
+
+    Args:
+        path: where it was read from.
+        found: what was read.
+
+    Raises:
+        DeltaError: if it is.
+    """
+    level = [found]
+    for _ in range(_DEEPEST + 1):
+        maps = [inner for one in level if isinstance(one, dict) for inner in one.values()]
+        level = maps + [inner for one in level if isinstance(one, list) for inner in one]
+        if not level:
+            return
+    raise DeltaError(f"{path} is nested more than {_DEEPEST} levels deep. It is damaged; save or download it again.")
 
 
 def parse_summaries(records: object, path: object = CONFIG_NAME) -> dict[str, Summary]:

@@ -25,6 +25,7 @@ from ..core.distances import distance
 from ..core.tiles import bits
 from ..core.weights import gather, scatter
 from .files import (
+    PEFT_PREFIX,
     WEIGHTS_NAME,
     check_dense_values,
     name_records,
@@ -46,6 +47,8 @@ from .tensors import Aligned, SparseTensor, align, changed, last, shared, summed
 
 
 Weights = Mapping[str, Tensor] | nn.Module
+# For these PEFT expects a dense head in the file, whatever modules_to_save says.
+_TASKS_WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,9 +60,11 @@ class SparseDelta(Mapping[str, SparseTensor]):
 
     Attributes:
         tensors: the entries, by names of the base's parameters.
-        dense: dense tensors that belong to the adapter (its modules_to_save), by their keys in its file. Calculating
-            with deltas leaves them out, but for what only selects entries or changes their form.
-        config: what adapter_config.json says, without `records`; empty for a delta that was never one of PEFT's.
+        dense: dense tensors that belong to the adapter (its modules_to_save), by their keys in its file. They have no
+            differences to calculate with: a sum keeps them where all deltas that have any have the same, a composition
+            the last ones, a difference those that it leads to. Where a delta has entries in them they are left out.
+        config: what adapter_config.json says, without `records`; empty for a delta that was never one of PEFT's. What is
+            calculated of several has one of its own, which tunes what has entries.
     """
 
     tensors: Mapping[str, SparseTensor]
@@ -306,7 +311,8 @@ class SparseDelta(Mapping[str, SparseTensor]):
         composed = self
         for other in others:
             composed._check_fit(other, "composition", chained=True)
-            composed = composed._combine([other], lambda aligned, seeds: last(aligned))
+            dense = other if other.dense else composed
+            composed = composed._combine([other], lambda aligned, seeds: last(aligned), dense)
         return composed.reduced()
 
     def add(self, *others: SparseDelta) -> SparseDelta:
@@ -316,7 +322,9 @@ class SparseDelta(Mapping[str, SparseTensor]):
         """
         for other in others:
             self._check_fit(other, "sum")
-        return self._combine(others, summed)
+        dense = [delta for delta in (self, *others) if delta.dense]
+        alike = all(_same_dense(dense[0], delta) for delta in dense)
+        return self._combine(others, summed, dense[0] if dense and alike else None)
 
     def difference(self, other: SparseDelta) -> SparseDelta:
         """What leads from this delta's weights to another's: `a.compose(a.difference(b)) == b.reduced()`.
@@ -329,7 +337,7 @@ class SparseDelta(Mapping[str, SparseTensor]):
             indices, seeds, (mine, theirs) = align([self.get(name), other.get(name)])
             shape = (self.get(name) or other[name]).shape
             found[name] = changed(SparseTensor(shape, indices, theirs.where_absent(seeds), mine.where_absent(seeds)))
-        return self._calculated(found)
+        return self._calculated(found, [other], other)
 
     def scale(self, factor: float) -> SparseDelta:
         """Seed + factor · (value − seed); calculated in float64. Needs the seeds; what equals its seed is left out."""
@@ -424,15 +432,34 @@ class SparseDelta(Mapping[str, SparseTensor]):
     def _with(self, tensors: Mapping[str, SparseTensor], dense: Mapping[str, Tensor] | None = None) -> SparseDelta:
         return SparseDelta(tensors, self.dense if dense is None else dense, self.config)
 
-    def _calculated(self, tensors: Mapping[str, SparseTensor]) -> SparseDelta:
-        """Entries that no training has chosen: their number is the budget, and dense tensors have no meaning with them."""
+    def _calculated(
+        self, tensors: Mapping[str, SparseTensor], others: Sequence[SparseDelta], dense: SparseDelta | None
+    ) -> SparseDelta:
+        """Entries that no training has chosen: their number is the budget, and of the sources' options none holds for them.
+
+        Args:
+            tensors: the entries.
+            others: what they were made of, besides this delta.
+            dense: whose dense tensors go with them.
+        """
         made = SparseDelta(tensors)
-        if not self.config:
+        configs = [delta.config for delta in (self, *others) if delta.config]
+        if not configs:
             return made
-        return replace(made, config={**self.config, **made._default_config(), "epsilon": None, "modules_to_save": None})
+        config = made._default_config()
+        config |= {key: configs[0].get(key) for key in ("base_model_name_or_path", "revision")}
+        tasks = {said.get("task_type") for said in configs}
+        config["task_type"] = tasks.pop() if len(tasks) == 1 and not tasks & {*_TASKS_WITH_HEADS} else None
+        if dense is None or not dense.dense or tensors.keys() & {key.removeprefix(PEFT_PREFIX) for key in dense.dense}:
+            return replace(made, config=config)
+        config |= {key: dense.config.get(key) for key in ("task_type", "modules_to_save")}
+        return replace(made, dense=dense.dense, config=config)
 
     def _combine(
-        self, others: Sequence[SparseDelta], join: Callable[[Sequence[Aligned], Tensor], Tensor]
+        self,
+        others: Sequence[SparseDelta],
+        join: Callable[[Sequence[Aligned], Tensor], Tensor],
+        dense: SparseDelta | None,
     ) -> SparseDelta:
         for delta in (self, *others):
             delta._need_seeds("to calculate with it")
@@ -442,7 +469,7 @@ class SparseDelta(Mapping[str, SparseTensor]):
             there = [delta[name] for delta in deltas if name in delta]
             indices, seeds, aligned = align(there)
             found[name] = changed(SparseTensor(there[0].shape, indices, join(aligned, seeds), seeds))
-        return self._calculated(found)
+        return self._calculated(found, others, dense)
 
     def _need_seeds(self, what: str) -> None:
         if not self.has_seeds:
@@ -471,6 +498,13 @@ class SparseDelta(Mapping[str, SparseTensor]):
                 fits |= found == bits(mine.values[where].to(mine.seeds))
             if not fits.all():
                 raise DeltaError(f"the two deltas have different seeds in {name!r}: they belong to different bases.")
+
+
+def _same_dense(one: SparseDelta, other: SparseDelta) -> bool:
+    return one.dense.keys() == other.dense.keys() and all(
+        tensor.dtype == other.dense[key].dtype and torch.equal(tensor, other.dense[key])
+        for key, tensor in one.dense.items()
+    )
 
 
 def _bytes(tensor: Tensor) -> Tensor:

@@ -24,7 +24,8 @@ from tqdm.auto import tqdm
 
 from ..config import DSTConfig
 from ..core import NonFiniteDistanceError, Selection, Silo, select
-from ..delta import Record, index_dtype, new_folder
+from ..core.choice import divisors_of
+from ..delta import Record, index_dtype, new_folder, plain_name
 from ..tuner.layer import SparseLayer, markers
 from . import skeleton
 from .figures import Extraction, SiloFigures, joined, measure
@@ -49,11 +50,12 @@ def extract(
     In every silo the budget's largest distances between seed and tuned weights keep the tuned value, all else goes back
     to the seed ("pruning without re-training" of the second paper; diff pruning, Guo et al. 2021, is this with
     distance="absolute"). Which parameters, silos and budgets is the config's to say, as for training. Modules in
-    modules_to_save are kept whole. Tuned values are rounded to the base's dtype before anything is compared.
+    modules_to_save are kept whole. Tuned values are rounded to the base's dtype before anything is compared. The
+    selection is "dynamic": the others choose before training, or by its first step.
 
     Args:
-        base: the seed: a folder with `model.safetensors` or its shards, which is mapped and never loaded; or a model; or
-            a state dict. None of them is changed.
+        base: the seed: a folder with `model.safetensors` or its shards, which is mapped and never loaded; or a model,
+            compiled or not; or a state dict. None of them is changed.
         tuned: the fine-tuned model, likewise.
         output: folder for the adapter. A folder that holds one already is overwritten, as `save_pretrained` does.
         config: the options; its threshold is taken to be "exact".
@@ -65,17 +67,19 @@ def extract(
         What was kept and what was cut off.
 
     Raises:
-        ValueError: if the two models do not belong together, the config does not suit them, or output is a folder with
-            something else in it. Nothing has been written by then.
+        ValueError: if the two models do not belong together, the config does not suit them or has another selection, or
+            output is a folder with something else in it. Nothing has been written by then.
     """
     output = Path(output)
+    _check_selection(config)
     _check_output(output)
+    base, tuned = skeleton.unwrapped(base), skeleton.unwrapped(tuned)
     structure = skeleton.structure_of(base, tuned, model_class)
     seeds = skeleton.read(structure, skeleton.tensors_of(base, "base"), "base")
     updates = skeleton.read(structure, skeleton.tensors_of(tuned, "tuned"), "tuned")
     skeleton.check_complete(structure, updates, own=not isinstance(tuned, Mapping))
     model, dense = _wrap(structure, seeds, updates, config, _name_of(base))
-    silos, parameters = _choose(model, updates.found, config.distance, progress)
+    silos, parameters = _choose(model, updates.found, progress)
     tuned_names = {weight.name for silo in model.base_model.constraint(ADAPTER).silos for weight in silo.weights}
     untuned, not_carried = _account_for_the_rest(seeds, updates, tuned_names, set(dense), config.distance)
     extraction = Extraction(
@@ -87,6 +91,15 @@ def extract(
         )
     _save(model, output)
     return extraction
+
+
+def _check_selection(config: DSTConfig) -> None:
+    if config.selection != "dynamic":
+        raise ValueError(
+            "what is extracted are the largest distances of a finished training, as selection='dynamic' has them; got "
+            f"{config.selection!r}. Leave selection out, and with 'bitfit' give epsilon or num_free_parameters; to train "
+            "such a subset wrap the base with get_peft_model."
+        )
 
 
 def _check_output(output: Path) -> None:
@@ -146,13 +159,13 @@ def _fill_dense(model: PeftModel, structure: nn.Module, updates: Mapping[str, Te
     for host, wrapper in model.get_base_model().named_modules():
         if isinstance(wrapper, AuxiliaryTrainingWrapper):
             for name, parameter in wrapper.modules_to_save[ADAPTER].named_parameters():
-                filled.append(first[f"{host}.{name}"])
+                filled.append(first[plain_name(f"{host}.{name}")])
                 parameter.data.copy_(updates[filled[-1]])
     return filled
 
 
 def _choose(
-    model: PeftModel, updates: Mapping[str, Tensor], kind: str, progress: bool
+    model: PeftModel, updates: Mapping[str, Tensor], progress: bool
 ) -> tuple[list[SiloFigures], list[SiloFigures]]:
     """Choose every silo's subset and write it into the records, not into the weights, which are the base's own.
 
@@ -163,26 +176,31 @@ def _choose(
     for _, marker in markers(model):
         marker.enable_adapters(False)
         owners |= {id(weight): (marker, parameter) for parameter, weight in marker.weights.items()}
+    constraint = model.base_model.constraint(ADAPTER)
     figures, by_parameter = [], []
-    for silo in tqdm(model.base_model.constraint(ADAPTER).silos, desc="extract", unit="silo", disable=not progress):
+    for silo in tqdm(constraint.silos, desc="extract", unit="silo", disable=not progress):
         seeds = [weight.flat() for weight in silo.weights]
         # In the base's dtype from the start: a change that rounds to nothing must not take a place of the budget.
         tuned = [updates[w.name].to(seed).reshape(-1) for w, seed in zip(silo.weights, seeds, strict=True)]
-        selection = _select(silo, seeds, tuned, kind)
+        divisors = divisors_of(silo, constraint)
+        selection = _select(silo, seeds, tuned, constraint.distance, divisors)
         parts = []
-        for weight, seed, new, indices in zip(silo.weights, seeds, tuned, selection.indices, strict=True):
+        each = divisors or [1.0] * len(seeds)
+        for weight, seed, new, indices, divisor in zip(
+            silo.weights, seeds, tuned, selection.indices, each, strict=True
+        ):
             marker, parameter = owners[id(weight)]
             record = Record(indices.to(index_dtype(new.numel())), new.index_select(0, indices))
             marker.write_record(ADAPTER, parameter, record)
-            parts.append(measure(weight.name, seed, new, indices, kind))
+            parts.append(measure(weight.name, seed, new, indices, constraint.distance, divisor))
         figures.append(joined(silo.name, parts, silo.budget, float(selection.threshold)))
         by_parameter += parts
     return figures, by_parameter
 
 
-def _select(silo: Silo, seeds: list[Tensor], tuned: list[Tensor], kind: str) -> Selection:
+def _select(silo: Silo, seeds: list[Tensor], tuned: list[Tensor], kind: str, divisors: list[float] | None) -> Selection:
     try:
-        return select(seeds, tuned, silo.budget, kind)
+        return select(seeds, tuned, silo.budget, kind, divisors)
     except NonFiniteDistanceError as error:
         name = silo.weights[error.position].name
         which = "tuned" if torch.isfinite(seeds[error.position]).all() else "base"

@@ -26,7 +26,8 @@ class SiloFigures:
         free: how many do, in the adapter.
         threshold: smallest distance kept; 0 where nothing competed or nothing was kept, NaN over several silos.
         changed: components whose bits differ between seed and tuned weights.
-        largest_reset: largest distance of those that went back to the seed, 0 if none did.
+        largest_reset: largest distance of those that went back to the seed, 0 if none did; normalised as the silo's are,
+            and not for parameters outside any.
         squares: Σ (θ̂ − θ0)² over all components.
         squares_kept: the part of it in the adapter.
         absolute: Σ |θ̂ − θ0| over all components.
@@ -83,7 +84,7 @@ def joined(name: str, parts: Sequence[SiloFigures], budget: int, threshold: floa
     )
 
 
-def measure(name: str, seed: Tensor, tuned: Tensor, indices: Tensor, kind: str) -> SiloFigures:
+def measure(name: str, seed: Tensor, tuned: Tensor, indices: Tensor, kind: str, divisor: float = 1.0) -> SiloFigures:
     """Figures of one tensor, computed a tile at a time.
 
     Args:
@@ -92,6 +93,7 @@ def measure(name: str, seed: Tensor, tuned: Tensor, indices: Tensor, kind: str) 
         tuned: θ̂, flat (n,), of the same dtype and device.
         indices: flat positions kept, sorted, int64 (k,).
         kind: name of the distance.
+        divisor: what distances are divided by.
     """
     tiles = []
     starts = torch.arange(0, seed.numel(), TILE, device=seed.device)
@@ -99,7 +101,7 @@ def measure(name: str, seed: Tensor, tuned: Tensor, indices: Tensor, kind: str) 
     for start, first, end in zip(starts.tolist(), ends, ends[1:], strict=False):
         part, kept = (seed[start : start + TILE], tuned[start : start + TILE]), indices[first:end] - start
         change = part[1].double().sub_(part[0]).abs_()
-        far = distance(kind, *part).index_fill_(0, kept, 0.0)
+        far = distance(kind, *part).div_(divisor).index_fill_(0, kept, 0.0)
         squares = change.square()
         tiles.append(
             SiloFigures(

@@ -3,7 +3,7 @@
 A checkpoint holds tensors; which of them are parameters, in what order, which are tied, and which modules they belong to
 is known to the model class only. It is built on the meta device, or taken from a model that is already loaded, and copied
 with its parameters replaced by the base's tensors. So `get_peft_model` finds targets, silos, budgets and dense copies as
-it does for any model, and `save_pretrained` writes the adapter.
+it does for any model, and `save_pretrained` writes the adapter. Names are without those of torch's wrappers (`plain_name`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from ..delta import Checkpoint, Layout
+from ..delta import Checkpoint, Layout, plain_name
 
 
 Source: TypeAlias = "str | PathLike[str] | nn.Module | Mapping[str, Tensor]"
@@ -47,6 +47,13 @@ class Parameters:
     buffers: dict[str, Tensor]
 
 
+def unwrapped(source: Source) -> Source:
+    """The model inside a compiled one; anything else as it is."""
+    while isinstance(source, nn.Module) and isinstance(inner := getattr(source, "_orig_mod", None), nn.Module):
+        source = inner
+    return source
+
+
 def tensors_of(source: Source, which: str) -> Mapping[str, Tensor]:
     """The tensors of a folder, a model or a state dict.
 
@@ -63,9 +70,9 @@ def tensors_of(source: Source, which: str) -> Mapping[str, Tensor]:
                 f"the {which} model has PEFT adapters. Pass the model without them: merge_and_unload() if they belong to "
                 "the weights, else unload()."
             )
-        tensors: Mapping[str, Tensor] = source.state_dict()
+        tensors: Mapping[str, Tensor] = {plain_name(name): tensor for name, tensor in source.state_dict().items()}
     elif isinstance(source, Mapping):
-        tensors = {name: tensor.detach() for name, tensor in source.items() if isinstance(tensor, Tensor)}
+        tensors = {plain_name(name): t.detach() for name, t in source.items() if isinstance(t, Tensor)}
     else:
         if not Path(source).is_dir():
             raise ValueError(
@@ -159,7 +166,7 @@ def names_of(structure: nn.Module) -> dict[str, list[str]]:
     """First name of every parameter, in model order → all its names; a tied one has several."""
     names: dict[int, list[str]] = {}
     for name, parameter in structure.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
+        names.setdefault(id(parameter), []).append(plain_name(name))
     return {aliases[0]: aliases for aliases in names.values()}
 
 
@@ -184,13 +191,13 @@ def read(structure: nn.Module, tensors: Mapping[str, Tensor], which: str) -> Par
             used.update(keys)
             for key in keys[1:]:
                 _check_tied(found[first], tensors[key], keys[0], key, which)
-    persistent = structure.state_dict().keys() - {alias for aliases in names.values() for alias in aliases}
+    persistent = {plain_name(name) for name in structure.state_dict()}
     buffers = {}
-    for name in sorted(persistent):
+    for name in sorted(persistent - {alias for aliases in names.values() for alias in aliases}):
         for key in [key for key in (name, *_other_spellings(name, prefix)) if key in tensors][:1]:
             buffers[name] = tensors[key]
             used.add(key)
-    known = used | {name for name, _ in structure.named_buffers()}
+    known = used | {plain_name(name) for name, _ in structure.named_buffers()}
     return Parameters(found, tuple(key for key in tensors if key not in known), buffers)
 
 
@@ -281,9 +288,9 @@ def build(
     """
     memo: dict[int, Any] = {}
     for key, parameter in structure.named_parameters():
-        memo[id(parameter)] = nn.Parameter(seeds[key], requires_grad=False)
+        memo[id(parameter)] = nn.Parameter(seeds[plain_name(key)], requires_grad=False)
     for key, buffer in structure.named_buffers():
-        memo[id(buffer)] = buffers.get(key, buffer)
+        memo[id(buffer)] = buffers.get(plain_name(key), buffer)
     skeleton = copy.deepcopy(structure, memo)
     # Where the adapter's config and its model card read it.
     skeleton.__dict__["name_or_path"] = name

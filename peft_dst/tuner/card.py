@@ -6,6 +6,7 @@ import html
 import json
 import os
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -151,11 +152,10 @@ def _load(base: nn.Module, task: str, name: str, revision: str | None) -> str:
 def _row(name: str, config: DSTConfig, model: PeftModel) -> str:
     constraint = model.base_model.constraint(name)
     entries, size = _records(name, model)
-    dense = {
-        where.rpartition(".")[2]: sum(_bytes(p) for p in module.modules_to_save[name].parameters())
-        for where, module in model.named_modules()
-        if isinstance(module, ModulesToSaveWrapper) and name in module.modules_to_save
-    }
+    dense: Counter[str] = Counter()
+    for where, module in model.named_modules():
+        if isinstance(module, ModulesToSaveWrapper) and name in module.modules_to_save:
+            dense[where.rpartition(".")[2]] += sum(_bytes(p) for p in module.modules_to_save[name].parameters())
     cells = (
         name,
         _budget(config),

@@ -128,8 +128,8 @@ class DSTModel(BaseTuner):
                 ("frequency").
 
         Raises:
-            ValueError: for bad arguments, if the adapters have different dense copies of a module (modules_to_save), or if
-                no entry is left; nothing has been changed by then.
+            ValueError: for bad arguments, if the adapters have different dense copies of a module (modules_to_save), if a
+                value would not be finite, or if no entry is left; nothing has been changed by then.
             NotImplementedError: if several processes hold the model together; likewise.
         """
         check_held_alone(

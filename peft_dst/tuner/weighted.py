@@ -5,6 +5,7 @@ The arithmetic is PEFT's, on vectors of the entries instead of dense tensors: wh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, get_args
@@ -74,6 +75,9 @@ def combined_records(
     """The entries of the combined adapter, by the parameters' names; those that come out at the seed are left out.
 
     All tensors of an adapter are combined as one vector, so a density is a share of all its entries.
+
+    Raises:
+        ValueError: if a value is not finite in its weight's dtype.
     """
     found: dict[str, tuple[SparseWeight, dict[str, Record]]] = {}
     for _, marker in markers(model):
@@ -107,7 +111,18 @@ def combined_records(
         moved = values != seeds
         if moved.any():
             combined[name] = Record(at[moved], values[moved])
+            _check_finite(name, combined[name])
     return combined
+
+
+def _check_finite(name: str, record: Record) -> None:
+    strange = ~torch.isfinite(record.values)
+    if strange.any():
+        value, position = float(record.values[strange][0]), int(record.indices[strange][0])
+        raise ValueError(
+            f"the combination gives {name!r} the value {value} at position {position}, which is not finite in "
+            f"{record.values.dtype}. Give smaller weights, or load the base in a wider dtype."
+        )
 
 
 def combined_config(configs: Sequence[DSTConfig], records: Mapping[str, Record]) -> DSTConfig:
@@ -162,6 +177,8 @@ def check(
         raise ValueError(f"Adapter {adapter_name} already exists. Choose another name, or delete_adapter it first.")
     if len(weights) != len(adapters):
         raise ValueError(f"{len(adapters)} adapters need as many weights, got {len(weights)}.")
+    if not all(math.isfinite(weight) for weight in weights):
+        raise ValueError(f"weights must be finite, got {weights}.")
     if combination_type not in get_args(Combination):
         allowed = ", ".join(get_args(Combination))
         raise ValueError(f"Invalid combination_type: {combination_type}. Give one of {allowed}.")

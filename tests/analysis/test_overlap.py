@@ -9,8 +9,9 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from peft_dst import DSTConfig
-from peft_dst.analysis import Count, overlap
-from tests.models import bert, llama, train
+from peft_dst.analysis import Count, overlap, overlaps
+from tests.models import bert, checkpoint_layers, compile_layers, llama, train
+from tests.quantised.bases import StandIn
 
 
 Q = "model.layers.0.self_attn.q_proj.weight"
@@ -189,3 +190,66 @@ def test_adapters_that_are_not_there(build, tmp_path):
     fresh = get_peft_model(build("bert"), DSTConfig.from_pretrained(tmp_path))
     with pytest.raises(ValueError, match="its tensors were not loaded"):
         overlap((fresh, "default"), tmp_path)
+
+
+def test_several_each_with_each():
+    c = {Q: [0, 9], UP: []}
+    found = overlaps([A, B, c, {}], ["one", "other", "third", "none"], sizes=SIZES)
+    nan = pytest.approx(math.nan, nan_ok=True)
+    assert found.names == ("one", "other", "third", "none")
+    assert found.entries == (7, 8, 2, 0)
+    assert found.shared == ((1, 4 / 7, 2 / 7, 0), (4 / 8, 1, 1 / 8, 0), (1, 1 / 2, 1, 0), (nan,) * 4)
+    assert found.chance[0][1:] == (1.6 / 7, (4 * 2 / 10) / 7, 0)
+    assert found.chance[2][0] == 4 * 2 / 10 / 2
+    lines = str(found).splitlines()
+    assert lines[1].split() == ["one", "other", "third", "none"]
+    assert lines[3].split() == ["one", "100.0%", "57.1%", "28.6%", "0.0%"]
+    assert lines[6].split() == ["none", "-", "-", "-", "-"]
+    assert lines[7] == "by chance: 0.0% to 40.0%"
+    assert "chance" not in str(overlaps([A, B], ["one", "other"]))
+
+
+def test_long_names_are_numbered():
+    lines = str(overlaps([A, B], ["one", "b" * 25], sizes=SIZES)).splitlines()
+    assert lines[1].split() == ["(1)", "(2)"]
+    assert lines[4].split() == ["(2)", "50.0%", "100.0%"]
+    assert lines[-2:] == ["(1) one", f"(2) {'b' * 25}"]
+
+
+def test_which_two_of_several_do_not_go_together(saved, tmp_path):
+    folder, _, _ = saved()
+    other = get_peft_model(llama(), DSTConfig(epsilon=0.02, init_weights=False))
+    with pytest.raises(ValueError, match=r"^first and third: .* belong to different bases"):
+        overlaps([folder, folder, (other, "default")], ["first", "second", "third"], sizes=bert())
+    with pytest.raises(ValueError, match="2 subsets need as many names, got 1"):
+        overlaps([A, B], ["one"])
+
+
+@pytest.mark.parametrize("wrap", [compile_layers, checkpoint_layers, "whole"])
+def test_wrapped_models(wrap, build, tmp_path):
+    """Torch's wrappers put their own names into those of parameters; adapters have none of them."""
+    model = get_peft_model(build("llama"), DSTConfig(epsilon=0.02), "a")
+    model.add_adapter("b", DSTConfig(epsilon=0.05, init_weights=False))
+    train(model, "llama")
+    model.save_pretrained(tmp_path)
+    plain = overlap((model, "a"), (model, "b"))
+    base = build("llama")
+    for one in (model.get_base_model(), base):
+        if wrap != "whole":
+            wrap(one)
+    if wrap == "whole":
+        model, base = (torch.compile(one, backend="eager") for one in (model, base))
+    assert overlap((model, "a"), (model, "b")) == plain
+    assert overlap(tmp_path / "a", tmp_path / "b", sizes=base) == plain
+    assert overlap(tmp_path / "a", (model, "b"), sizes=base) == plain
+
+
+def test_weights_that_are_stored_in_less(build):
+    """Of four bits each: two components share a byte."""
+    base = build("llama")
+    for layer in base.model.layers:
+        packed = torch.zeros(layer.mlp.up_proj.weight.numel() // 2, 1).as_subclass(StandIn)
+        layer.mlp.up_proj.weight = torch.nn.Parameter(packed, requires_grad=False)
+    name, numel = "model.layers.0.mlp.up_proj.weight", 32 * 16
+    found = overlap({name: [0, 1, numel - 1]}, {name: [1, 2]}, sizes=base)
+    assert found.total == Count(3, 2, 1, 6 / numel)

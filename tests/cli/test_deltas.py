@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from peft_dst import DSTConfig
+from peft_dst import DSTConfig, overlap
 from peft_dst.delta import Checkpoint, SparseDelta
 from tests.cli.conftest import WEIGHTS, bert_again
 from tests.models import BUILDERS, assert_same, bert, logits, train
@@ -175,6 +176,53 @@ def test_overlap(desk, run):
     # What chance gives is known from the shapes in the files.
     chance = sum(len(a[n]) * len(b[n]) / torch.Size(a[n].shape).numel() for n in a.keys() & b.keys())
     assert row[5] == f"{chance / a.num_entries:.2%}"
+
+
+def test_overlap_as_json(desk, run):
+    found = json.loads(run("overlap", "my-adapter", "another-adapter", "--json")[1])
+    expected = overlap("my-adapter", "another-adapter")
+    assert found["total"] == vars(expected.total)
+    assert found["parameters"].keys() == expected.parameters.keys()
+
+
+def test_overlap_of_several(desk, run):
+    """Of what runs leave, whose folders all end alike."""
+    for i, name in enumerate(("my-adapter", "another-adapter", "my-adapter")):
+        shutil.copytree(name, f"runs/task-{i}/adapter")
+    folders = [f"runs/task-{i}/adapter" for i in range(3)]
+    code, out, _ = run("overlap", *folders)
+    assert code == 0
+    share = overlap("my-adapter", "another-adapter").total.of_a
+    lines = out.splitlines()
+    assert lines[1].split() == ["task-0", "task-1", "task-2"]
+    assert lines[3].split() == ["task-0", "100.0%", f"{share:.1%}", "100.0%"]
+    assert lines[-1].startswith("by chance: ")
+    found = json.loads(run("overlap", *folders, "--json")[1])
+    assert found["names"] == ["task-0", "task-1", "task-2"]
+    assert found["shared"][0] == [1.0, share, 1.0]
+    # What has nothing in common has no shorter name.
+    out = run("overlap", "my-adapter", f"another-adapter/{WEIGHTS}", "runs/task-0/adapter")[1]
+    assert all(name in out for name in ("(1) my-adapter", f"(2) another-adapter/{WEIGHTS}", "(3) runs/task-0/adapter"))
+    out = run("overlap", "my-adapter", "my-adapter", "my-adapter")[1]
+    assert out.splitlines()[3].split() == ["my-adapter", "100.0%", "100.0%", "100.0%"]
+    assert run("overlap", "my-adapter")[0] == 2
+    code, _, err = run("overlap", "my-adapter", "another-adapter", "my-lora")
+    assert (code, err) == (1, "error: " + message(lambda: SparseDelta.load("my-lora")))
+
+
+@pytest.mark.parametrize("names", [("my-adapter", "another-adapter"), ("my-adapter", "another-adapter", "a" * 30)])
+def test_overlap_as_a_picture(names, desk, run, monkeypatch):
+    shutil.copytree("my-adapter", "a" * 30)
+    plain = run("overlap", *names)
+    assert run("overlap", *names, "--plot", "overlap.png") == plain
+    assert Path("overlap.png").read_bytes().startswith(b"\x89PNG")
+    code, _, err = run("overlap", *names, "--plot", "overlap.nothing")
+    assert (code, "Format 'nothing'" in err) == (1, True)
+    monkeypatch.setitem(sys.modules, "peft_dst.recipes.report", None)
+    code, _, err = run("overlap", *names, "--plot", "other.png")
+    assert code == 1
+    assert "which is not installed: pip install 'peft-dst[recipes,plots]'" in err
+    assert not Path("other.png").exists()
 
 
 def test_pack_and_unpack(desk, run):

@@ -114,6 +114,41 @@ def test_a_pattern_of_a_stranger_is_not_run(desk, run):
     assert run("inspect", "my-adapter")[0] == 0
 
 
+def nested(depth):
+    value = []
+    for level in range(depth - 1):
+        value = [value] if level % 2 else {"a": value}
+    return value
+
+
+@pytest.mark.parametrize("where", ["config", "records", "metadata", "metadata's records"])
+@pytest.mark.parametrize("depth", [100, 500, 900])
+def test_what_is_nested_deeply(depth, where, desk, run):
+    """So deep that it can be read, and not be taken apart."""
+    folder = desk / "my-adapter"
+    said = read_metadata(folder / WEIGHTS)
+    if where == "config":
+        edit_config(folder, auto_mapping=nested(depth))
+    elif where == "records":
+        edit_config(folder, records={**said["records"], "a": nested(depth)})
+    elif where == "metadata":
+        rewrite(folder, config={**said["config"], "auto_mapping": nested(depth)})
+    else:
+        rewrite(folder, records={**said["records"], "a": nested(depth)})
+    for path in ("my-adapter", f"my-adapter/{WEIGHTS}"):
+        if path == "my-adapter" or "metadata" in where:
+            for command in (("inspect", path, "--json"), ("inspect", path), ("verify", path)):
+                # How deep the parser itself goes differs.
+                refused(run(*command), "nested more than 50 levels deep" if depth < 900 else "adapter_")
+    assert run("inspect", "another-adapter", "--json")[0] == 0
+
+
+def test_what_is_nested_a_little(desk, run):
+    edit_config(desk / "my-adapter", auto_mapping=nested(48))
+    code, out, _ = run("inspect", "my-adapter", "--json")
+    assert (code, json.loads(out)["config"]["auto_mapping"]) == (0, nested(48))
+
+
 def test_dense_tensors_of_other_kinds(desk, run):
     more = "base_model.model.classifier.more"
     for tensor, key, expected in (

@@ -33,6 +33,20 @@ def test_damaged_adapters(arguments, outcomes, tmp_path, apart):
     assert len(found) >= outcomes
 
 
+@pytest.mark.parametrize("depth", [60, 600])
+def test_nested_configs_are_not_loaded(depth, build, saved):
+    """PEFT would copy and write them, which is recursive."""
+    folder, _, _ = saved()
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+    nested: list = []
+    for _ in range(depth):
+        nested = [nested]
+    path.write_text(json.dumps({**config, "auto_mapping": nested}))
+    with pytest.raises(DeltaError, match=r"adapter_config\.json is nested more than 50 levels deep"):
+        PeftModel.from_pretrained(build("bert"), folder)
+
+
 class Evil:
     def __init__(self, path):
         self.path = path

@@ -16,7 +16,7 @@ from torch import nn
 
 from peft_dst.delta import SparseDelta
 from tests.extraction.runs import renamed, run
-from tests.models import assert_same, bert, logits, train, weights
+from tests.models import assert_same, bert, checkpoint_layers, compile_layers, logits, train, weights
 
 
 def other_head(labels):
@@ -150,3 +150,41 @@ def test_names_that_transformers_changed(pair, tmp_path):
     shutil.rmtree(tmp_path / "out")
     run(tmp_path)
     assert SparseDelta.load(tmp_path / "out") == expected
+
+
+class TestWrappers:
+    """What torch puts around a model or its layers puts its own names into those of parameters."""
+
+    @pytest.mark.parametrize("which", ["base", "tuned", "both"])
+    @pytest.mark.parametrize("wrap", [compile_layers, checkpoint_layers, "whole"])
+    def test_wrapped_models(self, wrap, which, pair, tmp_path):
+        _, base, tuned = pair("llama")
+        options = {"modules_to_save": ["lm_head"], "distance_normalization": "size", "siloing": "none"}
+        expected_report = run(tmp_path, base, tuned, **options)
+        expected = load_file(tmp_path / "out" / "adapter_model.safetensors")
+        models = {"base": base, "tuned": tuned}
+        for name in models if which == "both" else [which]:
+            if wrap == "whole":
+                models[name] = torch.compile(models[name], backend="eager")
+            else:
+                wrap(models[name])
+        before = [list(model.state_dict()) for model in models.values()]
+        report = run(tmp_path, *models.values(), **options)
+        assert report == expected_report
+        assert_same(load_file(tmp_path / "out" / "adapter_model.safetensors"), expected)
+        assert [list(model.state_dict()) for model in models.values()] == before
+
+    def test_a_state_dict_of_a_wrapped_model(self, pair, tmp_path):
+        _, base, tuned = pair()
+        run(tmp_path, base, tuned)
+        expected = load_file(tmp_path / "out" / "adapter_model.safetensors")
+        compiled = torch.compile(tuned, backend="eager").state_dict()
+        assert all(name.startswith("_orig_mod.") for name in compiled)
+        run(tmp_path, base, compiled)
+        assert_same(load_file(tmp_path / "out" / "adapter_model.safetensors"), expected)
+
+    def test_the_base_s_name(self, pair, tmp_path):
+        load, _, tuned = pair()
+        run(tmp_path, torch.compile(load(), backend="eager"), tuned)
+        config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == str(tmp_path / "base")

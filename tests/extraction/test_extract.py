@@ -32,7 +32,19 @@ def reference(base, tuned, **options):
     constraint = get_peft_model(copy.deepcopy(base), DSTConfig(**options)).constraint()
     silos = {silo.name: [w.name for w in silo.weights] for silo in constraint.silos}
     budgets = {silo.name: silo.budget for silo in constraint.silos}
-    return reference_step(weights(base), weights(tuned), silos, budgets, constraint.distance)
+    divisors = divisors_of(weights(base), constraint) if constraint.normalization else None
+    return reference_step(weights(base), weights(tuned), silos, budgets, constraint.distance, divisors)
+
+
+def divisors_of(seed, constraint):
+    """For each tuned parameter the size or mean of its module."""
+    modules = {w.name: constraint.modules[w.name] for w in constraint.weights}
+
+    def divisor(module):
+        values = torch.cat([seed[name].flatten().double() for name in modules if modules[name] == module])
+        return float(values.numel() if constraint.normalization == "size" else values.abs().mean())
+
+    return {name: divisor(module) for name, module in modules.items()}
 
 
 # T5 and GPT-2 tie their embeddings.
@@ -58,6 +70,26 @@ def test_equals_the_dense_reference_and_comes_back(name, turn, pair, tmp_path):
         assert_same(weights(loaded.get_base_model()), weights(base) | expected)
         with loaded.disable_adapter():
             assert_same(weights(loaded.get_base_model()), weights(base))
+
+
+@pytest.mark.parametrize("kind", ["size", "mean"])
+@pytest.mark.parametrize("siloing", ["module", "none"])
+@pytest.mark.parametrize("name", ["bert", "t5"])
+def test_normalised_distances_equal_the_dense_reference(name, siloing, kind, pair, tmp_path):
+    load, base, tuned = pair(name)
+    options = {"epsilon": 0.02, "siloing": siloing}
+    expected, subset = reference(base, tuned, distance_normalization=kind, **options)
+    plain, _ = reference(base, tuned, **options)
+    # Layers of one kind are alike here, so within that normalisation may change nothing.
+    assert siloing == "module" or any(not torch.equal(plain[n], expected[n]) for n in expected)
+    report = run(tmp_path, distance_normalization=kind, **options)
+    assert {n: r.indices.tolist() for n, r in SparseDelta.load(tmp_path / "out").items()} == {
+        n: indices.tolist() for n, indices in subset.items() if len(indices)
+    }
+    loaded = PeftModel.from_pretrained(load(), tmp_path / "out")
+    assert_same(weights(loaded.get_base_model()), weights(base) | expected)
+    # Both are what the silo compared.
+    assert all(0 < silo.largest_reset <= silo.threshold for silo in report.silos)
 
 
 @pytest.mark.parametrize("siloing", SILOINGS)

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from peft_dst import DSTConfig
+from peft_dst.config import SELECTIONS
 from peft_dst.delta import Checkpoint, SparseDelta
 from peft_dst.extraction import extract
 from tests.extraction.runs import renamed, run
@@ -71,6 +72,13 @@ class TestRefusals:
     def _nothing_is_written(self, tmp_path):
         yield
         assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize("selection", [selection for selection in SELECTIONS if selection != "dynamic"])
+    def test_other_selections(self, selection, tmp_path):
+        """Before anything is looked for: neither model is there."""
+        options = {"num_free_parameters": None} if selection == "bitfit" else {}
+        with pytest.raises(ValueError, match=rf"selection='dynamic'.*got '{selection}'. Leave selection out"):
+            run(tmp_path, selection=selection, **options)
 
     def test_the_same_model_twice(self, pair, tmp_path):
         pair()

@@ -11,6 +11,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from peft_dst import DSTConfig, hotswap_adapter
+from peft_dst.analysis import overlap
 from peft_dst.tuner import overlay
 from tests.models import assert_same, logits, train
 from tests.quantised.bases import HEAD, add, serve, with_stand_ins
@@ -117,6 +118,13 @@ def test_counts_are_those_of_the_seed(kind, base, adapter):
     size = sum(p.numel() for p in base().parameters())
     assert model.constraint().budget == round(0.05 * size)
     assert model.get_nb_trainable_parameters() == (0, size)
+
+
+def test_overlap_with_what_was_trained(kind, base, adapter):
+    """The sizes of quantised weights are those that they had before."""
+    folders = [adapter(label=label, first=10 * i)[0] for i, label in enumerate("ab")]
+    found = overlap(folders[0], (serve(base(kind), folders[1]), "default"), sizes=base(kind))
+    assert found == overlap(*folders)
 
 
 def test_what_is_remembered_of_the_matrix_does_not_grow(base, adapter, monkeypatch):
