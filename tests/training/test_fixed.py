@@ -292,6 +292,26 @@ def test_a_frozen_adapter_loaded_beside_leaves_training_alone(build, tmp_path):
     assert sum(int((before[key] != after[key]).sum()) for key in before) > 0.5 * model.constraint().budget
 
 
+def test_a_frozen_adapter_added_beside_leaves_training_alone(build):
+    """One that is not loaded: nothing follows that would look at the subsets again."""
+    model = fixed(build)
+    optimizer = torch.optim.SGD(trained(model), lr=0.1)
+    loss(model, "bert").backward()
+    gradients = [parameter.grad.clone() for parameter in trained(model) if parameter.grad is not None]
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    model.add_adapter("reference", DSTConfig(epsilon=0.02, inference_mode=True))
+    after = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    assert {name: after[name] for name in before} == before
+    kept = [parameter.grad for parameter in trained(model) if parameter.grad is not None]
+    assert all(torch.equal(one, other) for one, other in zip(gradients, kept, strict=True))
+    optimizer.step()
+    with model.disable_adapter():
+        model.add_adapter("another", DSTConfig(epsilon=0.02, inference_mode=True))
+    loss(model, "bert", 1).backward()
+    optimizer.step()
+    assert sum(int((w.values() != w.seeds).sum()) for w in model.constraint().weights) > 0.5 * model.constraint().budget
+
+
 def test_a_copy_is_clipped_as_the_original(build):
     model = fixed(build, modules_to_save=["classifier"])
     loss(model, "bert").backward()
