@@ -271,9 +271,11 @@ class DSTModel(BaseTuner):
         return plan_of(self.model, config, targets).constraint(adapter_name, found), config
 
     def put_constraint(self, constraint: Constraint, config: DSTConfig) -> None:
-        """Replace an adapter's constraint and config, before the records that belong to them are loaded."""
+        """Replace an adapter's constraint and config, before the records that belong to them are loaded. What was there may
+        be put back; retire it when it will not be.
+        """
         found, name = constraints(self.model), constraint.adapter
-        found[name].retire()
+        Constraint.live.discard(found[name])
         found[name], self.peft_config[name] = constraint, config
         Constraint.live.add(constraint)
         for _, marker in markers(self.model):
