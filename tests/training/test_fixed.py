@@ -16,9 +16,10 @@ from peft_dst import (
     create_dst_optimizer,
     fix_subset,
     parameter_groups,
+    score_parameters,
 )
 from peft_dst.training.callback import training_advice
-from tests.models import Outer, assert_same, logits, loss, weights
+from tests.models import Outer, assert_same, batch, logits, loss, weights
 from tests.training.test_trainer import Rows, arguments
 
 
@@ -212,6 +213,30 @@ def test_switching_disabling_and_deleting(build):
     assert torch.equal(logits(model, "bert"), results["other"])
     model.unload()
     assert_same(weights(model.get_base_model()), seed)
+
+
+@pytest.mark.filterwarnings("ignore:Adapter default was active which is now deleted")
+def test_what_gathers_gradients_goes_with_the_subset(build):
+    """Scoring the model, which wants all of them, is possible again where no fixed subset is trained."""
+    model = fixed(build)
+    model.add_adapter("dynamic", DSTConfig(epsilon=0.02))
+    seed = build("bert")
+    wanted = score_parameters(seed, [batch("bert")], progress=False)
+    names = {f"base_model.model.{name}": score for name, score in wanted.items()}
+
+    def scores():
+        return score_parameters(model, [batch("bert")], names=names, progress=False)
+
+    for switch in (
+        lambda: model.set_adapter("dynamic"),
+        lambda: model.set_adapter("default", inference_mode=True),
+        lambda: (model.set_adapter("default"), model.delete_adapter("default")),
+    ):
+        model.set_adapter("default")
+        with pytest.raises(ValueError, match="has a hook that waits for its gradient"):
+            scores()
+        switch()
+        assert_same(scores(), names)
 
 
 def test_a_deep_copy_trains_as_the_original(build):
