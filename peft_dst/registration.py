@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 from peft import PeftModel, helpers
 from peft import __version__ as peft_version
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.utils import PeftType, hotswap, register_peft_method
+from peft.utils import CONFIG_NAME, PeftType, hotswap, register_peft_method
 from torch import nn
 
 from .core.hook import install
@@ -136,18 +136,28 @@ def _load(
     """Tensors that no saved config has announced (loaded again, or with a config of the caller's) announce themselves, so
     that the base is compared with theirs.
     """
-    from .delta import WEIGHTS_NAME, read_metadata
-
     config = model.peft_config.get(adapter_name)
-    path = Path(model_id, options.get("subfolder") or "", WEIGHTS_NAME)
-    if config is None or config.records is not None or not path.is_file():
+    if config is None or config.records is not None:
         return original(model, model_id, adapter_name, *args, **options)
-    config.records = read_metadata(path).get("records")
+    config.records = _announced(model_id, options)
     try:
         return original(model, model_id, adapter_name, *args, **options)
     except BaseException:
         config.records = None
         raise
+
+
+def _announced(model_id: str | os.PathLike[str], options: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a saved adapter says of its tensors: as where it is loaded anew, in a folder or from the hub."""
+    from .config import DSTConfig
+    from .delta import WEIGHTS_NAME, read_metadata
+
+    folder = Path(model_id, options.get("subfolder") or "")
+    if folder.is_dir() and not (folder / CONFIG_NAME).is_file():
+        # PEFT needs none to load over an adapter.
+        tensors = folder / WEIGHTS_NAME
+        return read_metadata(tensors).get("records") if tensors.is_file() else None
+    return getattr(DSTConfig.from_pretrained(model_id, **options), "records", None)
 
 
 def _write_model_card(original: Any, model: PeftModel, output_dir: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import peft.utils.hotswap
@@ -12,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import peft_dst
-from peft_dst import DSTConfig, hotswap_adapter
-from tests.models import assert_same, batch, bert, logits, train, weights
+from peft_dst import DSTConfig, DSTOptimizer, hotswap_adapter, set_training_steps
+from tests.models import assert_same, batch, bert, logits, loss, train, weights
 
 
 @pytest.fixture
@@ -121,6 +122,71 @@ def test_from_a_fixed_subset_to_a_dynamic_one(build, saved):
     for one in (model, reference):
         train(one, "bert", first=30)
     assert_same(weights(model), weights(reference))
+
+
+def trainable(model):
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def step(model, optimizer, number):
+    loss(model, "bert", number).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("replace", ["swapped", "deleted and added"])
+@pytest.mark.parametrize(
+    "make",
+    [lambda p: torch.optim.SGD(p, lr=0.1), lambda p: DSTOptimizer(p, torch.optim.SGD, lr=0.1)],
+    ids=["hook", "own"],
+)
+def test_an_optimizer_knows_nothing_of_the_old_one(make, replace, build, saved):
+    """Neither its thresholds nor its steps, which are the adapter's; how long the training is stays known."""
+    options = {"epsilon": 0.05, "threshold": "iterative", "threshold_iterations": 1, "churn_stop": 0.5}
+    model = get_peft_model(build("bert"), DSTConfig(**options))
+    two, _ = saved("two", epsilon=0.05, threshold="iterative", threshold_iterations=1, churn_interval=2)
+    optimizer = make(trainable(model))
+    set_training_steps(model, 10)
+    for number in range(3):
+        step(model, optimizer, number)
+    if replace == "swapped":
+        hotswap_adapter(model, two)
+    else:
+        model.add_adapter("other", DSTConfig(**options))
+        model.set_adapter("other")
+        model.delete_adapter("default")
+        model.load_adapter(two, "default", is_trainable=True)
+        model.set_adapter("default")
+        model.delete_adapter("other")
+    constraint = model.constraint()
+    step(model, optimizer, 20)
+    # Tracking would have come near it only.
+    assert [silo.free() for silo in constraint.silos] == [silo.budget for silo in constraint.silos]
+    assert constraint.steps == 1
+
+
+def test_how_long_the_training_is_stays_known(build, tmp_path):
+    model = get_peft_model(build("bert"), DSTConfig(epsilon=0.05, churn_stop=0.5))
+    model.save_pretrained(tmp_path)
+    optimizer = torch.optim.SGD(trainable(model), lr=0.1)
+    set_training_steps(model, 4)
+    for number in range(3):
+        step(model, optimizer, number)
+        hotswap_adapter(model, tmp_path)
+    assert model.constraint().total_steps == 4
+
+
+def test_a_failed_swap_leaves_an_optimizer_alone(build, saved):
+    options = {"epsilon": 0.05, "threshold": "iterative"}
+    two, _ = saved("two", **options)
+    model = get_peft_model(build("bert"), DSTConfig(**options))
+    optimizer = torch.optim.SGD(trainable(model), lr=0.1)
+    step(model, optimizer, 0)
+    before = copy.deepcopy(optimizer.state_dict()["param_groups"])
+    damage(two, unsorted)
+    with pytest.raises(ValueError, match="not strictly ascending"):
+        hotswap_adapter(model, two)
+    assert optimizer.state_dict()["param_groups"] == before
 
 
 def damage(folder, change):

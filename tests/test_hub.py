@@ -163,6 +163,29 @@ def test_a_file_that_was_changed_on_the_hub_is_refused():
         PeftModel.from_pretrained(base(), REPO, revision=good)
 
 
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_an_adapter_of_another_base_is_not_loaded_over_one(kind, tmp_path):
+    model = tuned()
+    where = {"token": TOKEN, "revision": "v2"}
+    model.push_to_hub(REPO, private=True, **where)
+    if kind == "bin":
+        model.save_pretrained(tmp_path, safe_serialization=False)
+        repository = HUB.repositories[REPO]
+        repository.commit("v2", {"adapter_model.bin": (tmp_path / "adapter_model.bin").read_bytes()})
+        del repository.files("v2")["adapter_model.safetensors"]
+    torch.manual_seed(5)
+    bert().push_to_hub(BASE, token=TOKEN)
+    other = tuned(first=20)
+    before = weights(other)
+    with pytest.raises(DeltaError, match="the base model's values differ"):
+        other.load_adapter(REPO, "default", **where)
+    assert_same(weights(other), before)
+    output = logits(model, "bert")
+    train(model, "bert", first=20)
+    model.load_adapter(REPO, "default", **where)
+    assert torch.equal(logits(model, "bert"), output)
+
+
 @pytest.mark.parametrize("request_", ["POST /api/models/user/adapter/commit", "PUT /objects", "POST .*batch"])
 def test_a_push_that_fails_leaves_the_model_as_it_was(request_):
     model = tuned()

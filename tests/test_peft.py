@@ -340,16 +340,19 @@ def test_adapters_with_different_targets(build):
     assert {n for n, p in base.named_parameters() if p.requires_grad} == {n for n in seed if "attention" in n}
 
 
+class Scaled(nn.Module):
+    """With a parameter of the model itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(20))
+        self.linear = nn.Linear(20, 20)
+
+    def forward(self, x):
+        return self.linear(x * self.scale)
+
+
 def test_parameters_of_the_model_itself():
-    class Scaled(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.scale = nn.Parameter(torch.ones(20))
-            self.linear = nn.Linear(20, 20)
-
-        def forward(self, x):
-            return self.linear(x * self.scale)
-
     base = Scaled()
     seed = weights(base)
     model = get_peft_model(base, DSTConfig(num_free_parameters=5, siloing="none", distance="absolute"))
@@ -359,6 +362,48 @@ def test_parameters_of_the_model_itself():
     optimizer.step()
     assert sum(int((base.get_parameter(n) != v).sum()) for n, v in seed.items()) == 5
     assert_same(weights(model.unload()), seed)
+
+
+def trainable(model):
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad and "_sparse" not in name}
+
+
+@pytest.mark.parametrize("trained", [True, False], ids=["frozen beside trained", "trainable beside frozen"])
+@pytest.mark.parametrize(
+    ("name", "targets", "adapter"),
+    [
+        ("root", None, "b"),
+        # Whose weight is the embedding's too.
+        ("gpt2", ["lm_head"], "b"),
+        # The name of a module, by which PEFT takes its parameters for the adapter's.
+        ("bert", None, "encoder"),
+    ],
+)
+def test_adding_an_adapter_leaves_alone_what_is_trained(name, targets, adapter, trained, build):
+    base = Scaled() if name == "root" else build(name)
+    options = {"epsilon": 0.05, "target_modules": targets}
+    model = get_peft_model(base, DSTConfig(**options, inference_mode=not trained))
+    before = trainable(base)
+    assert bool(before) == trained
+    model.add_adapter(adapter, DSTConfig(**options, inference_mode=trained))
+    assert trainable(base) == before
+    model.set_adapter(adapter)
+    assert trainable(base) == (before or {n for n in weights(base) if targets is None or "wte" in n})
+
+
+def test_combining_and_loading_adapters_leaves_alone_what_is_trained(build, tmp_path):
+    base = build("gpt2")
+    model = get_peft_model(base, DSTConfig(epsilon=0.05, target_modules=["lm_head"]))
+    before = trainable(base)
+    train(model, "gpt2")
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    model.load_adapter(tmp_path, "loaded")
+    assert trainable(base) == before
+    model.add_weighted_adapter(["default", "loaded"], [0.5, 0.5], "mean")
+    assert trainable(base) == before
+    tuned = weights(base)
+    train(model, "gpt2", first=10)
+    assert not torch.equal(base.lm_head.weight, tuned["transformer.wte.weight"])
 
 
 def test_tied_weights_stay_tied(build):

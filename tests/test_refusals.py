@@ -36,6 +36,37 @@ def test_another_base_is_refused(saved):
     )
 
 
+@pytest.mark.parametrize("kind", ["safetensors", "stripped", "bin"])
+def test_another_base_is_refused_also_where_an_adapter_is_loaded_over(kind, build, saved):
+    """Whatever the file is: what does not stand in its metadata stands in the config beside it."""
+    folder, output, model = saved()
+    if kind == "stripped":
+        path = folder / "adapter_model.safetensors"
+        save_file(load_file(path), path)
+    elif kind == "bin":
+        model.save_pretrained(folder, safe_serialization=False)
+    torch.manual_seed(99)
+    other = get_peft_model(bert(), DSTConfig(epsilon=0.02))
+    train(other, "bert")
+    before = weights(other)
+    with pytest.raises(DeltaError, match="the base model's values differ"):
+        other.load_adapter(folder, "default")
+    assert_same(weights(other), before)
+    same = get_peft_model(build("bert"), DSTConfig(epsilon=0.02))
+    same.load_adapter(folder, "default")
+    assert torch.equal(logits(same, "bert"), output)
+    assert same.peft_config["default"].records is None
+
+
+def test_tensors_without_a_config_are_loaded_over_an_adapter(build, saved):
+    folder, output, model = saved()
+    model.save_pretrained(folder, safe_serialization=False)
+    (folder / "adapter_config.json").unlink()
+    same = get_peft_model(build("bert"), DSTConfig(epsilon=0.02))
+    same.load_adapter(folder, "default")
+    assert torch.equal(logits(same, "bert"), output)
+
+
 def test_a_base_that_was_tuned_or_merged_is_refused(build, saved):
     folder, _, _ = saved()
     base = build("bert")

@@ -81,6 +81,8 @@ class Constraint:
         self._moved = False
         self.total_steps: int | None = None
         self.agreed: int | None = None
+        # What optimizers' groups hold by adapters' names, wherever there is something of this one.
+        self._notes: list[dict[str, Any]] = []
         self._enlist()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -110,8 +112,13 @@ class Constraint:
         return [silo for silo in self.silos if any(moves(weight.parameter) for weight in silo.weights)]
 
     def retire(self) -> None:
-        """No longer enforce the constraint, whoever still holds it: its adapter has left the model."""
+        """No longer enforce the constraint, whoever still holds it: its adapter has left the model. What stands of it in
+        optimizers' groups goes too, lest another adapter of its name take that up.
+        """
         self.live.discard(self)
+        for notes in self._notes:
+            notes.pop(self.adapter, None)
+        self._notes.clear()
 
     def recall(self, param_groups: Iterable[Mapping[str, Any]]) -> None:
         """Take up what an optimizer's groups hold of this constraint, which comes with its saved state."""
@@ -147,9 +154,16 @@ class Constraint:
         if self.tracking:
             for silo in self.silos:
                 silo.tracked = float(silo.threshold)
-            group.setdefault(THRESHOLDS, {})[self.adapter] = {silo.name: silo.tracked for silo in self.silos}
+            self._note(group, THRESHOLDS, {silo.name: silo.tracked for silo in self.silos})
         if not self.schedule.every_step:
-            group.setdefault(STEPS, {})[self.adapter] = self.steps
+            self._note(group, STEPS, self.steps)
+
+    def _note(self, group: dict[str, Any], what: str, value: object) -> None:
+        """Leave something in an optimizer's group, to be recalled and saved."""
+        notes = group.setdefault(what, {})
+        notes[self.adapter] = value
+        if all(notes is not known for known in self._notes):
+            self._notes.append(notes)
 
     def before_step(self, silos: list[Silo]) -> StepInProgress:
         """Lend the optimizer working copies of the given silos' weights, for it to write Θ̂ into."""

@@ -44,6 +44,13 @@ def watch(weight: SparseWeight) -> None:
         weight.watched = parameter, parameter.register_post_accumulate_grad_hook(hook)
 
 
+def unwatch(weight: SparseWeight) -> None:
+    """Leave the weight's gradients where they are from now on."""
+    if weight.watched is not None:
+        weight.watched[1].remove()
+        weight.watched = None
+
+
 def _after_accumulation(found: weakref.ref[SparseWeight], parameter: Tensor) -> None:
     weight = found()
     if weight is None or weight.parameter is not parameter:

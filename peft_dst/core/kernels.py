@@ -170,15 +170,17 @@ def supports_group(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -
     return group["weight_decay"] == 0 or bool(group.get("decoupled_weight_decay", type(optimizer) is torch.optim.AdamW))
 
 
-def supports_tensors(weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> bool:
-    """Whether one parameter's tensors suit the kernels: layout, dtypes, shapes, one device where they run."""
-    tensors = (weight, grad, exp_avg, exp_avg_sq)
+def supports_tensors(weight: Tensor, grad: Tensor, *moments: Tensor) -> bool:
+    """Whether one parameter's tensors suit the kernels: layout, dtypes, shapes, one device where they run. Its moments are
+    given if there are any yet.
+    """
+    tensors = (weight, grad, *moments)
     return (
         all(t.layout == torch.strided and t.is_contiguous() and t.device == weight.device for t in tensors)
         and all(t.shape == weight.shape for t in tensors)
         and weight.dtype in _DTYPES
         and grad.dtype in _DTYPES
-        and exp_avg.dtype == exp_avg_sq.dtype == torch.float32
+        and all(moment.dtype == torch.float32 for moment in moments)
         and available(weight)
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -72,9 +73,43 @@ def _eager() -> contextlib.AbstractContextManager[Any]:
     if torch.compiler.is_compiling():
         raise refusal
     try:
-        return torch.compiler.set_stance("force_eager")
+        _STANCE.enter()
     except RuntimeError as error:
         raise refusal from error
+    left = contextlib.ExitStack()
+    left.callback(_STANCE.leave)
+    return left
+
+
+class _EagerStance:
+    """Has everything run uncompiled from when the first thread enters until the last one has left.
+
+    The compiler's stance is the process's. If each thread put back what it found, one that is left before another would
+    switch that one's off, and the last would leave it on for good.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._entered: list[Any] = []
+
+    def enter(self) -> None:
+        """Enter.
+
+        Raises:
+            RuntimeError: within what is compiled.
+        """
+        with self._lock:
+            self._entered.append(torch.compiler.set_stance("force_eager"))
+
+    def leave(self) -> None:
+        """Leave; the last one puts back what the first one found."""
+        with self._lock:
+            last = self._entered.pop()
+            if not self._entered:
+                last.__exit__(None, None, None)
+
+
+_STANCE = _EagerStance()
 
 
 def _attach(stack: contextlib.ExitStack, host: Host, batch: Batch) -> None:

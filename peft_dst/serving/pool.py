@@ -101,7 +101,8 @@ class DeltaPool:
         workers: threads that prefetch.
 
     Raises:
-        ValueError: for a model that has adapters of PEFT's in it, or no floating parameters.
+        ValueError: for a model that has adapters of PEFT's in it, no floating parameters, or two that share memory without
+            being one.
     """
 
     def __init__(

@@ -6,7 +6,9 @@ entries. In one buffer it is a single one.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+import itertools
+import operator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -41,7 +43,8 @@ class FlatStorage:
         model: any module; changed in place.
 
     Raises:
-        ValueError: for a model that was made under torch.inference_mode, whose parameters cannot be written elsewhere.
+        ValueError: for a model that was made under torch.inference_mode, whose parameters cannot be written elsewhere; for
+            one of which two parameters share memory. Nothing has been changed by then.
 
     Attributes:
         parameters: all of the model's, by each of their names; also those that stay where they are.
@@ -67,6 +70,7 @@ class FlatStorage:
             if type(parameter) is nn.Parameter and parameter.is_floating_point() and not parameter.is_meta:
                 names.setdefault(id(parameter), []).append(name)
                 owners[id(parameter)] = parameter
+        _check_apart({names[key][0]: parameter for key, parameter in owners.items()})
         kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
         for key, parameter in owners.items():
             kinds.setdefault((parameter.dtype, parameter.device), []).append(key)
@@ -162,3 +166,26 @@ class FlatStorage:
                     f"{name} was moved, cast or replaced since the pool was made, so that deltas would be written into "
                     "weights nobody uses. Move and cast the model first, then make the pool."
                 )
+
+
+def _check_apart(parameters: Mapping[str, nn.Parameter]) -> None:
+    """Check that no two parameters share memory: in the buffers they would be two, and what is written into one would not
+    reach the other.
+
+    Raises:
+        ValueError: if two do.
+    """
+    spans = []
+    for name, parameter in parameters.items():
+        last = sum((size - 1) * stride for size, stride in zip(parameter.shape, parameter.stride(), strict=True))
+        begin = parameter.data_ptr()
+        if parameter.numel():
+            spans.append((str(parameter.device), begin, begin + (last + 1) * parameter.element_size(), name))
+    spans.sort(key=operator.itemgetter(0, 1))
+    for (device, _, end, one), (there, begin, _, other) in itertools.pairwise(spans):
+        if device == there and begin < end:
+            raise ValueError(
+                f"{one!r} and {other!r} share memory without being one parameter, so a delta on one would not reach the "
+                "other. Tie them by giving both modules one parameter (transformers' models: model.tie_weights()), or part "
+                "them: parameter.data = parameter.data.clone()."
+            )

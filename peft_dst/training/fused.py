@@ -28,12 +28,12 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def supports(engine: Optimizer, groups: Groups, state: State, constraint: Constraint, silo: Silo) -> bool:
-    """Whether the kernels can make an optimizer's step of one silo and the exact selection after it.
+    """Whether the kernels can make an optimizer's step of one silo and the exact selection after it. If so, it is prepared.
 
     Args:
         engine: the optimizer.
         groups: the parameter group of each of its parameters.
-        state: the state of those that have been stepped before.
+        state: the state of those that have been stepped before; that of the others in the silo is begun if they can.
         constraint: the constraint.
         silo: one of its silos.
     """
@@ -47,9 +47,13 @@ def supports(engine: Optimizer, groups: Groups, state: State, constraint: Constr
         parameter = weight.parameter
         if parameter not in groups or parameter.grad is None or not supports_group(engine, groups[parameter]):
             return False
-        start_state(parameter, groups[parameter], state)
-        if not supports_tensors(weight.data, parameter.grad, *(state[parameter][name] for name in MOMENTS)):
+        own = state.get(parameter, {})
+        moments = [own[name] for name in MOMENTS] if "step" in own else []
+        if not supports_tensors(weight.data, parameter.grad, *moments):
             return False
+    # Not before all of them suit: working copies of the silo may be float64, and so would be their moments.
+    for weight in silo.weights:
+        start_state(weight.parameter, groups[weight.parameter], state)
     return True
 
 

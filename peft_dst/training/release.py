@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..core import Constraint, Silo
 from .released import ReleasedGradient
@@ -34,18 +35,23 @@ class Release:
         self._round: SiloBySilo | None = None
         self._arrived: set[int] = set()
         self._homes: dict[int, tuple[Constraint, Silo]] = {}
+        self._hooks: list[RemovableHandle] = []
+        # The parameters may live longer, and be scored or given to another optimizer.
+        weakref.finalize(self, _remove, self._hooks).atexit = False
 
     def watch(self, parameters: Iterable[nn.Parameter]) -> None:
         """Take note of the gradients of some more parameters."""
-        # The hooks live as long as the parameters, which must not keep an optimizer alive that nobody else holds.
+        # The parameters, which hold the hooks, must not keep an optimizer alive that nobody else holds.
         me = weakref.ref(self)
         for parameter in parameters:
             if not parameter.requires_grad:
                 # Should it be unfrozen later, `step()` finds its gradient as it finds all others that did not come here.
                 continue
             self._parameters.append(parameter)
-            parameter.register_hook(functools.partial(_before_accumulation, me, parameter))
-            parameter.register_post_accumulate_grad_hook(functools.partial(_after_accumulation, me))
+            self._hooks += (
+                parameter.register_hook(functools.partial(_before_accumulation, me, parameter)),
+                parameter.register_post_accumulate_grad_hook(functools.partial(_after_accumulation, me)),
+            )
 
     def check(self, parameter: nn.Parameter) -> None:
         """Check that a gradient on its way is the parameter's first of this round.
@@ -101,6 +107,11 @@ class Release:
         for parameter in self._parameters:
             if type(parameter.grad) is ReleasedGradient:
                 parameter.grad = None
+
+
+def _remove(hooks: list[RemovableHandle]) -> None:
+    for hook in hooks:
+        hook.remove()
 
 
 def _before_accumulation(release: weakref.ref[Release], parameter: nn.Parameter, unused: Tensor) -> None:

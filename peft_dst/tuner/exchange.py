@@ -62,7 +62,8 @@ def collect(
 
     Raises:
         RuntimeError: if weights were changed that the constraint never saw.
-        ValueError: if the state dict holds the model, but not the adapter's records.
+        ValueError: if the state dict holds the model, but not the adapter's records; or has entries of a quantised weight
+            whose seed nobody has named.
     """
     kept: dict[str, Tensor] = {}
     records: dict[str, Record] = {}
@@ -136,7 +137,7 @@ def check_and_name(
             record = _pair(weight, loaded.pop(weight.name, None))
             # An embedding that PEFT saved whole brings its seed along.
             comparable = announced and weight.name not in dense
-            _check(weight, adapter_name, record, summaries.get(weight.name) if comparable else None)
+            _check(weight, record, summaries.get(weight.name) if comparable else None)
             if announced and record.indices.numel() and weight.name not in summaries:
                 raise DeltaError(
                     f"{weight.name!r} has entries in adapter_model.safetensors but none according to "
@@ -158,6 +159,8 @@ def check_and_name(
             "parameters. It was saved with another epsilon, or for a base of another size (a resized vocabulary); load it "
             "under a name of its own, with its own config, onto its own base."
         )
+    for _, marker in markers(model):
+        _remember_seeds(marker, adapter_name, summaries)
     if all(marker.has_memory(adapter_name) for _, marker in markers(model) if adapter_name in marker.tuned):
         # Otherwise the base is still to be loaded, and is compared when it is there.
         config.records = None
@@ -298,8 +301,9 @@ def settle(model: nn.Module) -> bool:
     for marker, adapter in arrived:
         for parameter, record in marker.records(adapter).items():
             weight = marker.weights[parameter]
-            _check(weight, adapter, record, summaries[adapter].get(weight.name))
+            _check(weight, record, summaries[adapter].get(weight.name))
     for marker, adapter in arrived:
+        _remember_seeds(marker, adapter, summaries[adapter])
         marker.accept(adapter)
         configs[adapter].records = None
     if not missing:
@@ -353,14 +357,13 @@ def _pair(weight: SparseWeight, parts: dict[str, Tensor] | None) -> Record:
     return pair(weight.name, parts)
 
 
-def _check(weight: SparseWeight, adapter: str, record: Record, summary: Summary | None) -> None:
+def _check(weight: SparseWeight, record: Record, summary: Summary | None) -> None:
     check_record(weight.name, weight.shape.numel(), weight.data.dtype, record)
     if summary is None or (weight.data.is_meta and not isinstance(weight, OverlayWeight)):
         return
     check_entries(weight.name, summary, record)
     if isinstance(weight, OverlayWeight):
         # The seed is there only as far as its quantisation has kept it.
-        weight.summaries[adapter] = summary
         return
     seeds = weight.whole_seeds_at(record.indices.to(weight.data.device, torch.int64))
     try:
@@ -374,3 +377,11 @@ def _check(weight: SparseWeight, adapter: str, record: Record, summary: Summary 
                 "PeftModel.from_pretrained."
             ) from error
         raise
+
+
+def _remember_seeds(marker: SparseLayer, adapter: str, summaries: Mapping[str, Summary]) -> None:
+    """Have quantised weights know what a config says of the seed below an adapter's entries, all of which were checked."""
+    for parameter in marker.tuned.get(adapter, ()):
+        weight = marker.weights[parameter]
+        if isinstance(weight, OverlayWeight) and weight.name in summaries:
+            weight.summaries[adapter] = summaries[weight.name]

@@ -68,12 +68,14 @@ def hotswap_adapter(
     if config.records is None:
         config.records = {}
     new = model.base_model.new_constraint(adapter_name, config)
+    new[0].total_steps = old[0].total_steps
     try:
         model.base_model.put_constraint(*new)
         set_peft_model_state_dict(model, tensors, adapter_name)
     except Exception:
         model.base_model.put_constraint(*old)
         raise
+    old[0].retire()
     for _, marker in markers(model):
         marker.release(adapter_name)
 

@@ -17,6 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
 from ..delta import MARKER
+from .overlay import OverlayWeight
 from .states import StatefulRecords
 
 
@@ -168,6 +169,9 @@ class SparseLayer(StatefulRecords, BaseTunerLayer):
         self.static.discard(adapter_name)
         self.served.discard(adapter_name)
         self._forget_free(adapter_name)
+        for weight in self.weights.values():
+            if isinstance(weight, OverlayWeight):
+                weight.summaries.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
         self.sync()
 

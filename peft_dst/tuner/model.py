@@ -180,14 +180,13 @@ class DSTModel(BaseTuner):
             # PEFT finds the hosts in a state dict by cutting its keys at the prefix; the marker is not a host.
             state_dict = {key.replace(f".{MARKER}.", "."): value for key, value in state_dict.items()}
         required = {target.name: model.get_parameter(target.path).requires_grad for target in plan.targets}
-        # PEFT freezes what is active while it adds a frozen adapter, and thaws the parameters afterwards.
         trainable = {marker: marker.is_trainable for _, marker in markers(model)}
+        flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         self._placing = plan
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
-        for marker, before in trainable.items():
-            if adapter_name not in marker.active_adapters:
-                marker.is_trainable = before
         self._mark_the_rest(model, adapter_name, required)
+        if adapter_name not in self.active_adapters:
+            _train_as_before(trainable, flags)
         constraint = self._constrain(model, adapter_name, plan)
         self._start(model, constraint, plan, low_cpu_mem_usage)
 
@@ -272,9 +271,11 @@ class DSTModel(BaseTuner):
         return plan_of(self.model, config, targets).constraint(adapter_name, found), config
 
     def put_constraint(self, constraint: Constraint, config: DSTConfig) -> None:
-        """Replace an adapter's constraint and config, before the records that belong to them are loaded."""
+        """Replace an adapter's constraint and config, before the records that belong to them are loaded. What was there may
+        be put back; retire it when it will not be.
+        """
         found, name = constraints(self.model), constraint.adapter
-        found[name].retire()
+        Constraint.live.discard(found[name])
         found[name], self.peft_config[name] = constraint, config
         Constraint.live.add(constraint)
         for _, marker in markers(self.model):
@@ -458,6 +459,23 @@ class DSTModel(BaseTuner):
                 else:
                     model.base_model.unload()
             raise
+
+
+def _train_as_before(trainable: dict[SparseLayer, bool], flags: list[tuple[nn.Parameter, bool]]) -> None:
+    """Have the active adapters trained, or not, as they were before another one was added.
+
+    PEFT activates them again, trainable if the new one is. What it puts back afterwards leaves out the parameters with the
+    new adapter's name in theirs (an adapter "encoder"), and what it does not visit.
+
+    Args:
+        trainable: what each marker said of it.
+        flags: requires_grad of each parameter.
+    """
+    for marker, before in trainable.items():
+        marker.is_trainable = before
+        marker.sync()
+    for parameter, required in flags:
+        parameter.requires_grad_(required)
 
 
 def _copies(kwargs: dict[str, Any]) -> int:

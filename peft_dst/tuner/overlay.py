@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..core import SparseWeight, gather
 from ..core.correction import LinearDifference, correct_linear, linear_difference
-from ..delta import DTYPES, Record, Summary
+from ..delta import DTYPES, Record, Summary, digest
 
 
 _EDITABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -135,9 +135,21 @@ class OverlayWeight(SparseWeight):
         return output
 
     def original(self, adapter: str, record: Record) -> tuple[Record, Summary]:
-        """A record as it was loaded, in the dtype it was saved in, and its summary."""
-        summary = self.summaries[adapter]
-        return Record(record.indices, record.values.to(DTYPES[summary.dtype])), summary
+        """A record as it was loaded, in the dtype it was saved in, and its summary.
+
+        Raises:
+            ValueError: if it is another one by now, which nobody has summarised.
+        """
+        summary = self.summaries.get(adapter)
+        if summary is not None:
+            record = Record(record.indices, record.values.to(DTYPES[summary.dtype]))
+        if summary is None or digest(record) != summary.digest:
+            raise ValueError(
+                f"{self.name!r} is quantised, and the adapter {adapter!r} has other entries for it than its config "
+                "described when it was loaded, if it did. Of which seed they are nobody has said, so they cannot be saved. "
+                "Load the adapter from its folder, with PeftModel.from_pretrained or load_adapter."
+            )
+        return record, summary
 
 
 def _dequantised(host: nn.Linear) -> Tensor:

@@ -23,7 +23,7 @@ from torch.distributed._composable.contract import REGISTRY_KEY, RegistryItem
 
 from ..core import SparseWeight
 from ..core.distances import wide_dtype
-from ..core.free import free_values, watch
+from ..core.free import free_values, unwatch, watch
 from ..delta import MARKER, Record, index_dtype, plain_name
 from .entries import Entries, FreeValues
 from .overlay import sparse_weight
@@ -259,6 +259,7 @@ class HostRecords(nn.Module):
         for parameter, weight in self.weights.items():
             before, weight.free = weight.free, None
             if len(weight.adapters) != 1 or weight.adapters[0] not in self.fixed:
+                unwatch(weight)
                 continue
             # Only what holds free values needs a gradient.
             trainable = self.is_trainable and weight.indices.numel() > 0
@@ -266,6 +267,8 @@ class HostRecords(nn.Module):
             if trainable:
                 weight.free, weight.free_at = self._free(weight.adapters[0], parameter, weight.indices), weight.indices
                 watch(weight)
+            else:
+                unwatch(weight)
             if weight.free is not before:
                 # A gradient from before belongs to something else.
                 weight.parameter.grad = None
@@ -332,8 +335,7 @@ class HostRecords(nn.Module):
         for weight in self.weights.values():
             weight.parameter.requires_grad_(weight.requires_grad_before)
             weight.adapters, weight.disabled, weight.free = (), False, None
-            if weight.watched is not None:
-                weight.watched[1].remove()
+            unwatch(weight)
         delattr(self.host, MARKER)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HostRecords:

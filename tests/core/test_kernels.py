@@ -374,6 +374,8 @@ def test_which_tensors_are_supported(device):
     w = torch.zeros(4, 6, device=device)
     assert K.supports_tensors(w, w, w, w)
     assert K.supports_tensors(w.bfloat16(), w.half(), w, w)
+    assert K.supports_tensors(w, w)
+    assert not K.supports_tensors(w, w.double())
     assert not K.supports_tensors(w.t(), w.t(), w.t(), w.t())
     assert not K.supports_tensors(w.double(), w, w, w)
     assert not K.supports_tensors(w.bfloat16(), w.bfloat16(), w.bfloat16(), w.bfloat16())

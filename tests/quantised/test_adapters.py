@@ -7,11 +7,12 @@ import gc
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 
 from peft_dst import DSTConfig, hotswap_adapter
 from peft_dst.analysis import overlap
+from peft_dst.delta import DeltaError
 from peft_dst.tuner import overlay
 from tests.models import assert_same, logits, train
 from tests.quantised.bases import HEAD, add, serve, with_stand_ins
@@ -153,3 +154,56 @@ def test_hot_swapping(base, adapter, tmp_path):
     model.save_pretrained(tmp_path / "again")
     assert_same(*(load_file(f / "adapter_model.safetensors") for f in (folders["b"], tmp_path / "again")))
     assert len({(f / "adapter_config.json").read_text() for f in (folders["b"], tmp_path / "again")}) == 1
+
+
+def summaries(model):
+    """What is known of each quantised weight's seed, by its name."""
+    return {w.name: dict(w.summaries) for w in model.constraint().weights if isinstance(w, overlay.OverlayWeight)}
+
+
+def test_entries_of_a_seed_that_nobody_named_are_served_but_not_saved(base, adapter, tmp_path):
+    """State dicts hold entries, and not what the config says of them."""
+    folders = {label: adapter(label=label, first=10 * i)[0] for i, label in enumerate("ab")}
+    model = serve(base("stand-in"), folders["a"])
+    own = {key: tensor.clone() for key, tensor in get_peft_model_state_dict(model).items()}
+    set_peft_model_state_dict(model, load_file(folders["b"] / "adapter_model.safetensors"))
+    assert torch.equal(logits(model, "bert"), logits(serve(base("stand-in"), folders["b"]), "bert"))
+    with pytest.raises(ValueError, match=r"'bert.*weight' is quantised.* other entries .* PeftModel.from_pretrained"):
+        model.save_pretrained(tmp_path / "again")
+    assert not any((tmp_path / "again").iterdir())
+    # Its own entries again, and others that are loaded with their config.
+    set_peft_model_state_dict(model, own)
+    model.save_pretrained(tmp_path / "again")
+    model.load_adapter(folders["b"], "default")
+    model.save_pretrained(tmp_path / "other")
+    for label, again in (("a", "again"), ("b", "other")):
+        assert_same(*(load_file(f / "adapter_model.safetensors") for f in (folders[label], tmp_path / again)))
+        serve(base("stand-in"), tmp_path / again)
+
+
+def test_a_failed_load_leaves_what_is_known_of_the_seed(base, adapter, tmp_path):
+    folders = {label: adapter(label=label, first=10 * i)[0] for i, label in enumerate("ab")}
+    path = folders["b"] / "adapter_model.safetensors"
+    tensors = load_file(path)
+    key = next(k for k in reversed(tensors) if "classifier" in k and "dst_values" in k and tensors[k].numel())
+    tensors[key] += 1
+    save_file(tensors, path, {"format": "pt"})
+    model = serve(base("stand-in"), folders["a"])
+    known = summaries(model)
+    assert any(known.values())
+    for load in (lambda: hotswap_adapter(model, folders["b"]), lambda: model.load_adapter(folders["b"], "default")):
+        with pytest.raises(DeltaError, match="are not those that"):
+            load()
+        assert summaries(model) == known
+    model.save_pretrained(tmp_path / "again")
+    assert_same(*(load_file(f / "adapter_model.safetensors") for f in (folders["a"], tmp_path / "again")))
+
+
+def test_what_is_known_of_a_deleted_adapter_s_seed_is_forgotten(base, adapter):
+    folders = {label: adapter(label=label, first=10 * i)[0] for i, label in enumerate("ab")}
+    model = serve(base("stand-in"), folders["a"])
+    add(model, folders["b"], "b")
+    known = summaries(model)
+    model.delete_adapter("b")
+    assert summaries(model) == {name: {k: v for k, v in own.items() if k != "b"} for name, own in known.items()}
+    assert any("b" in own for own in known.values())

@@ -188,6 +188,46 @@ def test_others_wait_meanwhile(served):
     assert torch.allclose(seen[0], one_by_one(plain, ["task2"], given), rtol=1e-9)
 
 
+def test_pools_in_several_threads_leave_the_compiler_as_it_was(served, tmp_path):
+    """Whoever leaves first, what is compiled runs uncompiled until the last one has left, and compiled from then on."""
+    one, _ = served
+    compiled: list[object] = []
+
+    def backend(graph, example):
+        compiled.append(graph)
+        return graph.forward
+
+    def compiles() -> bool:
+        torch.compiler.reset()
+        compiled.clear()
+        torch.compile(nn.Linear(2, 2), backend=backend)(torch.ones(1, 2))
+        return bool(compiled)
+
+    entered, leave = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with pool.mix(NAMES):
+            entered.set()
+            leave.wait(60)
+
+    with DeltaPool(copy.deepcopy(one.model)) as pool:
+        pool.add_folder(tmp_path)
+        assert compiles()
+        thread = threading.Thread(target=other)
+        with one.mix(NAMES):
+            thread.start()
+            assert entered.wait(60)
+            assert not compiles()
+        assert not compiles()
+        leave.set()
+        thread.join(60)
+        assert compiles()
+        with one.mix(NAMES):
+            assert not compiles()
+        assert compiles()
+    torch.compiler.reset()
+
+
 def test_what_is_held_is_counted_and_let_go(served):
     pool, _ = served
     with pool.mix(NAMES):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from peft_dst.serving import FlatStorage, storage
+from peft_dst.serving import DeltaPool, FlatStorage, storage
 from tests.models import BUILDERS, logits
 from tests.serving.helpers import bits_of, same
 
@@ -46,3 +46,30 @@ def test_storage_of_several_dtypes_and_layouts():
     with pytest.raises(RuntimeError, match=r"1\.weight was moved, cast or replaced since the pool was made"):
         flat.check()
     flat.check(["1.weight", "1.bias"])
+
+
+def sharing(kind: str) -> nn.Module:
+    model = nn.ModuleDict({"embed": nn.Embedding(6, 4), "head": nn.Linear(4, 6, bias=False)})
+    whole = model["embed"].weight.data
+    model["head"].weight.data = {"same": whole, "rows": whole[:3], "transposed": whole.t(), "apart": whole[3:]}[kind]
+    if kind == "apart":
+        model["embed"].weight.data = whole[:3]
+    return model
+
+
+@pytest.mark.parametrize("kind", ["same", "rows", "transposed"])
+def test_parameters_that_share_memory_without_being_one_are_refused(kind):
+    """A delta on one would no longer reach the other."""
+    model = sharing(kind)
+    before = [p.data_ptr() for p in model.parameters()]
+    with pytest.raises(ValueError, match=r"'embed.weight' and 'head.weight' share memory .* Tie them"):
+        DeltaPool(model)
+    assert [p.data_ptr() for p in model.parameters()] == before
+
+
+def test_parameters_in_one_piece_already_are_moved():
+    model = sharing("apart")
+    before = bits_of(model)
+    for _ in range(2):
+        FlatStorage(model)
+        assert same(bits_of(model), before)

@@ -16,9 +16,10 @@ from peft_dst import (
     create_dst_optimizer,
     fix_subset,
     parameter_groups,
+    score_parameters,
 )
 from peft_dst.training.callback import training_advice
-from tests.models import Outer, assert_same, logits, loss, weights
+from tests.models import Outer, assert_same, batch, logits, loss, weights
 from tests.training.test_trainer import Rows, arguments
 
 
@@ -214,6 +215,30 @@ def test_switching_disabling_and_deleting(build):
     assert_same(weights(model.get_base_model()), seed)
 
 
+@pytest.mark.filterwarnings("ignore:Adapter default was active which is now deleted")
+def test_what_gathers_gradients_goes_with_the_subset(build):
+    """Scoring the model, which wants all of them, is possible again where no fixed subset is trained."""
+    model = fixed(build)
+    model.add_adapter("dynamic", DSTConfig(epsilon=0.02))
+    seed = build("bert")
+    wanted = score_parameters(seed, [batch("bert")], progress=False)
+    names = {f"base_model.model.{name}": score for name, score in wanted.items()}
+
+    def scores():
+        return score_parameters(model, [batch("bert")], names=names, progress=False)
+
+    for switch in (
+        lambda: model.set_adapter("dynamic"),
+        lambda: model.set_adapter("default", inference_mode=True),
+        lambda: (model.set_adapter("default"), model.delete_adapter("default")),
+    ):
+        model.set_adapter("default")
+        with pytest.raises(ValueError, match="has a hook that waits for its gradient"):
+            scores()
+        switch()
+        assert_same(scores(), names)
+
+
 def test_a_deep_copy_trains_as_the_original(build):
     model = fixed(build)
     twin = copy.deepcopy(model)
@@ -290,6 +315,26 @@ def test_a_frozen_adapter_loaded_beside_leaves_training_alone(build, tmp_path):
     optimizer.step()
     after = weights(model.get_base_model())
     assert sum(int((before[key] != after[key]).sum()) for key in before) > 0.5 * model.constraint().budget
+
+
+def test_a_frozen_adapter_added_beside_leaves_training_alone(build):
+    """One that is not loaded: nothing follows that would look at the subsets again."""
+    model = fixed(build)
+    optimizer = torch.optim.SGD(trained(model), lr=0.1)
+    loss(model, "bert").backward()
+    gradients = [parameter.grad.clone() for parameter in trained(model) if parameter.grad is not None]
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    model.add_adapter("reference", DSTConfig(epsilon=0.02, inference_mode=True))
+    after = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    assert {name: after[name] for name in before} == before
+    kept = [parameter.grad for parameter in trained(model) if parameter.grad is not None]
+    assert all(torch.equal(one, other) for one, other in zip(gradients, kept, strict=True))
+    optimizer.step()
+    with model.disable_adapter():
+        model.add_adapter("another", DSTConfig(epsilon=0.02, inference_mode=True))
+    loss(model, "bert", 1).backward()
+    optimizer.step()
+    assert sum(int((w.values() != w.seeds).sum()) for w in model.constraint().weights) > 0.5 * model.constraint().budget
 
 
 def test_a_copy_is_clipped_as_the_original(build):

@@ -393,6 +393,34 @@ def test_the_kernels_leave_what_is_not_theirs(build):
         assert_same_training(one, other, "bert", (plain, DSTOptimizer(others, optimizer_cls, kernels=True, **options)))
 
 
+@pytest.mark.parametrize("all_of_it", [True, False], ids=["the model", "a weight"])
+def test_the_kernels_leave_float64_to_working_copies(all_of_it, build):
+    """Also a silo of which one tensor alone is, whose others would suit them."""
+    if not kernels.available(torch.empty(1)):
+        pytest.skip("Triton is not installed, or not to be interpreted")
+    models, optimizers, rest = [], [], torch.float64 if all_of_it else torch.float32
+    for kernel in (False, True):
+        base = build("bert")
+        norm = base.bert.embeddings.LayerNorm
+        (base if all_of_it else norm).double()
+        norm.register_forward_hook(lambda module, args, output: output.to(rest))
+        norm.register_forward_pre_hook(lambda module, args: (args[0].to(module.weight.dtype),))
+        models.append(get_peft_model(base, DSTConfig(epsilon=0.05, siloing="module")))
+        parameters = [p for p in models[-1].parameters() if p.requires_grad]
+        optimizers.append(DSTOptimizer(parameters, lr=1e-2, kernels=kernel))
+    assert any(
+        len({w.data.dtype for w in silo.weights}) == 1 + (not all_of_it) for silo in models[0].constraint().silos
+    )
+    for step in range(2):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            loss(model, "bert", step).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        close = {"rtol": 0, "atol": 0} if all_of_it else {"rtol": 1e-4, "atol": 1e-2}
+        for w, v in zip(*(model.constraint().weights for model in models), strict=True):
+            torch.testing.assert_close(v.data, w.data, **close)
+
+
 def test_non_finite_updates_in_the_kernels(build):
     if not kernels.available(torch.empty(1)):
         pytest.skip("Triton is not installed, or not to be interpreted")

@@ -10,8 +10,8 @@ import torch
 from accelerate import Accelerator
 from peft import get_peft_model
 
-from peft_dst import DSTConfig, DSTOptimizer
-from tests.models import assert_same, loss, weights
+from peft_dst import DSTConfig, DSTOptimizer, score_parameters
+from tests.models import assert_same, batch, loss, weights
 
 
 @pytest.fixture
@@ -155,6 +155,21 @@ def test_an_optimizer_that_is_gone_steps_no_more(build):
     loss(model, "bert", 1).backward()
     assert_same(weights(model.base_model.model), before)
     assert all(type(p.grad) is torch.Tensor for p in parameters if p.grad is not None)
+
+
+def test_an_optimizer_that_is_gone_leaves_no_hooks(build):
+    model = get_peft_model(build("bert"), DSTConfig(epsilon=0.02))
+    for _ in range(3):
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = DSTOptimizer(parameters[1:], lr=1e-2, release_gradients=True)
+        optimizer.add_param_group({"params": parameters[:1]})
+        loss(model, "bert").backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        del optimizer
+        gc.collect()
+        assert not any(p._backward_hooks or p._post_accumulate_grad_hooks for p in parameters)
+    assert all(score.isfinite().all() for score in score_parameters(model, [batch("bert")], progress=False).values())
 
 
 def test_added_parameters_are_watched_too(build):
