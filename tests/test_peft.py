@@ -8,11 +8,13 @@ import warnings
 
 import pytest
 import torch
+import transformers as hf
 from peft import AutoPeftModelForSequenceClassification, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch import nn
 
 from peft_dst import DSTConfig, DSTModel
-from tests.models import assert_same, batch, logits, loss, train, tuned_model, weights
+from tests.models import assert_same, batch, bert, logits, loss, train, tuned_model, weights
 
 
 def test_counts_tell_the_budget(build, capsys):
@@ -27,6 +29,37 @@ def test_counts_tell_the_budget(build, capsys):
     train_head = get_peft_model(build("bert"), DSTConfig(epsilon=0.01, modules_to_save=["classifier"]))
     head = 16 * 3 + 3
     assert train_head.get_nb_trainable_parameters() == (round(0.01 * (size - head)) + head, size + head)
+
+
+@pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"])
+def test_heads_that_peft_adds_for_a_task_are_dense(task, tmp_path):
+    """Of some tasks PEFT names the head after it has placed the adapter: it is no part of the subset all the same."""
+    kinds = {
+        "SEQ_CLS": hf.BertForSequenceClassification,
+        "TOKEN_CLS": hf.BertForTokenClassification,
+        "QUESTION_ANS": hf.BertForQuestionAnswering,
+    }
+    config = bert().config
+    config.num_labels = 2
+    base = kinds[task](config).eval()
+    seed = copy.deepcopy(base)
+    model = get_peft_model(base, DSTConfig(epsilon=0.01, task_type=task))
+    model.add_adapter("other", DSTConfig(epsilon=0.02, task_type=task))
+    body = sum(p.numel() for n, p in seed.named_parameters() if not n.startswith(("classifier", "qa_outputs")))
+    assert model.constraint().budget == round(0.01 * body)
+    ids = torch.arange(16).reshape(2, 8)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        sum(output.square().sum() for output in model(input_ids=ids).to_tuple()).backward()
+        optimizer.step()
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(seed, tmp_path)
+    for one, other in zip(model(input_ids=ids).to_tuple(), again(input_ids=ids).to_tuple(), strict=True):
+        assert torch.equal(one, other)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert [name for name in saved if "dst_" not in name]
+    assert sum(t.numel() for name, t in saved.items() if "dst_indices" in name) == round(0.01 * body)
 
 
 def test_silos_and_their_table(build, capsys):

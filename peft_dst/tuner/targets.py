@@ -23,6 +23,8 @@ _REMEDY = (
     "Load the base model in float32, bfloat16 or float16 (without a quantization_config), or leave the module out with "
     "target_modules or exclude_modules."
 )
+# Heads that PEFT adds to modules_to_save for a task, after it has placed the adapter; for SEQ_CLS it does so before.
+_HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,12 @@ def is_excluded(config: DSTConfig, module_name: str) -> bool:
 
 
 def is_saved_densely(config: DSTConfig, module_name: str) -> bool:
-    """Whether modules_to_save names a module or one around it, by PEFT's rule: any module whose name ends so."""
-    return any(a.endswith(name) for name in config.modules_to_save or [] for a in _ancestors(module_name))
+    """Whether modules_to_save names a module or one around it, by PEFT's rule: any module whose name ends so.
+
+    So do the heads of a task, whether or not PEFT has added them to the config yet.
+    """
+    heads = _HEADS.get(str(getattr(config.task_type, "value", config.task_type)), ())
+    return any(a.endswith(name) for name in (*(config.modules_to_save or ()), *heads) for a in _ancestors(module_name))
 
 
 def _in_layers(config: DSTConfig, module_name: str) -> bool:
