@@ -97,7 +97,7 @@ def test_overlaps_have_seeds_on_their_diagonal():
     points = [point([0.5], 10, method_epsilon=0.1, training_learning_rate=rate) for rate in (0.1, 0.2)]
     made = section(*points, overlap=[{"titles": [p["title"] for p in points], "shared": [[1.0, 0.5], [0.5, 1.0]]}])
     (grid,) = shapes.overlap_grids(made)
-    assert grid.rows == ["dynamic, ε = 0.1, learning rate 0.1 (1)", "dynamic, ε = 0.1, learning rate 0.2 (2)"]
+    assert grid.rows == ["(1) dynamic, ε = 0.1, learning rate 0.1", "(2) dynamic, ε = 0.1, learning rate 0.2"]
     assert grid.columns == ["(1)", "(2)"]
 
 

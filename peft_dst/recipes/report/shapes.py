@@ -264,7 +264,7 @@ def overlap_grids(section: Section) -> list[Grid]:
         budgets = {point.budget for point in points}
         title, columns = budgets.pop() if len(budgets) == 1 else "", names
         if max(map(len, names)) > LONGEST:
-            names = [f"{name} ({i + 1})" for i, name in enumerate(names)]
+            names = [f"({i + 1}) {name}" for i, name in enumerate(names)]
             columns = [f"({i + 1})" for i in range(len(names))]
         grids.append(Grid(title, names, columns, values))
     return grids
