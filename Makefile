@@ -11,7 +11,7 @@ export OMP_NUM_THREADS ?= 1
 INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
 
 # What the lowest versions are tried with: all that touches PEFT, transformers, accelerate and the hub.
-LOWEST_TESTS := tests/test_registration.py tests/test_peft.py tests/test_saving.py tests/test_transformers.py \
+LOWEST_TESTS := tests/test_registration.py tests/test_peft.py tests/test_placing.py tests/test_saving.py tests/test_transformers.py \
 	tests/test_hub.py tests/test_refusals.py tests/training/test_trainer.py tests/distributed/test_ddp.py tests/distributed/test_meshes.py \
 	tests/test_constraint.py::test_exactly_the_budget_differs -k "not callback_reports"
 

@@ -5,9 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
+# Columns of longer names are numbered.
+LONGEST = 24
+
+
 def printable(text: object) -> str:
     """Text from a file, without what would command a terminal: control characters are written out."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in str(text))
+
+
+def square_labels(names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Names for the rows and the columns of a square table: columns of long names are numbers, which rows begin with."""
+    if max(map(len, names), default=0) <= LONGEST:
+        return [*names], [*names]
+    columns = [f"({i})" for i in range(1, len(names) + 1)]
+    return [f"{column} {name}" for column, name in zip(columns, names, strict=True)], columns
 
 
 def text_table(header: Sequence[str], *groups: Sequence[Sequence[str]]) -> list[str]:

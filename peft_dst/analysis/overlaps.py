@@ -12,12 +12,8 @@ from typing import Any
 from torch import nn
 
 from ..delta import SparseDelta
-from ..tables import printable, text_table
+from ..tables import printable, square_labels, text_table
 from .overlap import Count, Subset, overlap
-
-
-# Longer names are numbered, and said below the table.
-LONGEST = 24
 
 
 @dataclass(frozen=True)
@@ -37,21 +33,16 @@ class Overlaps:
     shared: tuple[tuple[float, ...], ...]
     chance: tuple[tuple[float, ...], ...]
 
-    @property
-    def numbered(self) -> bool:
-        """Whether names are too long for columns, so that these have numbers."""
-        return max(map(len, self.names), default=0) > LONGEST
-
     def __str__(self) -> str:
-        names = [f"({i})" for i in range(1, len(self.names) + 1)] if self.numbered else self.names
-        rows = [(name, *map(_percentage, row)) for name, row in zip(names, self.shared, strict=True)]
+        rows, columns = square_labels(self.names)
+        table = [(column, *map(_percentage, shares)) for column, shares in zip(columns, self.shared, strict=True)]
         lines = ["percentage of each subset (row) that is also in each other (column)"]
-        lines += text_table(("", *names), rows)
+        lines += text_table(("", *columns), table)
         others = [chance for i, row in enumerate(self.chance) for j, chance in enumerate(row) if i != j]
         if known := [chance for chance in others if not math.isnan(chance)]:
             lines.append(f"by chance: {_percentage(min(known))} to {_percentage(max(known))}")
-        if self.numbered:
-            lines += [printable(f"{number} {name}") for number, name in zip(names, self.names, strict=True)]
+        if rows != columns:
+            lines += map(printable, rows)
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:

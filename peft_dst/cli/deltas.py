@@ -34,7 +34,7 @@ from ..delta import (
     place,
 )
 from ..extraction import Extraction, extract, layout_of
-from ..tables import printable
+from ..tables import printable, square_labels
 from .program import Output, Quiet, app, shows
 
 
@@ -165,12 +165,10 @@ def _draw(found: Overlaps, path: Path) -> None:
             f"this plot needs {error.name}, which is not installed: pip install 'peft-dst[recipes,plots]'."
         ) from None
     places = range(len(found.names))
-    columns = [f"({i + 1})" if found.numbered else found.names[i] for i in places]
-    rows = [f"{column} {name}" if found.numbered else name for column, name in zip(columns, found.names, strict=True)]
     # That each has all of itself would take up the scale of colours.
     values = [[None if i == j else found.shared[i][j] for j in places] for i in places]
     with plots.style():
-        grid = shapes.Grid("", rows, columns, values)
+        grid = shapes.Grid("", *square_labels(found.names), values)
         plots.grids([grid], "that are also in", "components of", "shared", percent=True, low=0).savefig(path)
 
 

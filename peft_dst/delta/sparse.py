@@ -1,4 +1,4 @@
-"""SparseDelta: the finished artefact as a value, and its algebra.
+"""SparseDelta: the finished artefact as a value.
 
 A delta says which components of which tensors of a base have which new values. It can be read, written, put into weights
 and taken out again, and calculated with, without a model class and without PEFT.
@@ -21,11 +21,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.distances import distance
 from ..core.tiles import bits
 from ..core.weights import gather, scatter
+from .algebra import (
+    calculated_config,
+    check_fit,
+    combined,
+    differences,
+    furthest,
+    has_entries_in,
+    need_seeds,
+    of_one_kind,
+    scaled,
+)
 from .files import (
-    PEFT_PREFIX,
     WEIGHTS_NAME,
     check_dense_values,
     name_records,
@@ -43,12 +52,10 @@ from .records import (
     check_seed,
     check_shape,
 )
-from .tensors import Aligned, SparseTensor, align, changed, last, shared, summed
+from .tensors import SparseTensor, changed, last, summed
 
 
 Weights = Mapping[str, Tensor] | nn.Module
-# For these PEFT expects a dense head in the file, whatever modules_to_save says.
-_TASKS_WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,7 +154,7 @@ class SparseDelta(Mapping[str, SparseTensor]):
         """
         summaries = {name: summary for name in sorted(self) if (summary := self[name].summary()) is not None}
         if len(summaries) < len(self):
-            self._need_seeds("to let a reader recognise its base")
+            need_seeds(self, "to let a reader recognise its base")
         entries = {name: tensor.record() for name, tensor in self.items()}
         for name, tensor in self.items():
             numel = math.prod(tensor.shape)
@@ -290,7 +297,7 @@ class SparseDelta(Mapping[str, SparseTensor]):
 
     def _swapped(self) -> SparseDelta:
         """Values and seeds exchanged."""
-        self._need_seeds("to undo it")
+        need_seeds(self, "to undo it")
         return SparseDelta(
             {
                 name: replace(t, values=t.seeds, seeds=t.values, digests=None)
@@ -310,9 +317,9 @@ class SparseDelta(Mapping[str, SparseTensor]):
         """
         composed = self
         for other in others:
-            composed._check_fit(other, "composition", chained=True)
-            dense = other if other.dense else composed
-            composed = composed._combine([other], lambda aligned, seeds: last(aligned), dense)
+            check_fit(composed, other, "composition", chained=True)
+            found = combined([composed, other], lambda aligned, seeds: last(aligned))
+            composed = composed._calculated(found, [other], other if other.dense else composed)
         return composed.reduced()
 
     def add(self, *others: SparseDelta) -> SparseDelta:
@@ -321,42 +328,32 @@ class SparseDelta(Mapping[str, SparseTensor]):
         All belong to one base. Needs all seeds; summed in float64; what comes out equal to its seed is left out.
         """
         for other in others:
-            self._check_fit(other, "sum")
-        dense = [delta for delta in (self, *others) if delta.dense]
-        alike = all(_same_dense(dense[0], delta) for delta in dense)
-        return self._combine(others, summed, dense[0] if dense and alike else None)
+            check_fit(self, other, "sum")
+        deltas = (self, *others)
+        kept = of_one_kind([delta.dense for delta in deltas])
+        dense = next((delta for delta in deltas if delta.dense), None) if kept else None
+        return self._calculated(combined(deltas, summed), others, dense)
 
     def difference(self, other: SparseDelta) -> SparseDelta:
         """What leads from this delta's weights to another's: `a.compose(a.difference(b)) == b.reduced()`.
 
         Its seeds are this delta's values, so it is applied to weights that this one was applied to. Needs both seeds.
         """
-        self._check_fit(other, "difference")
-        found = {}
-        for name in dict.fromkeys([*self, *other]):
-            indices, seeds, (mine, theirs) = align([self.get(name), other.get(name)])
-            shape = (self.get(name) or other[name]).shape
-            found[name] = changed(SparseTensor(shape, indices, theirs.where_absent(seeds), mine.where_absent(seeds)))
-        return self._calculated(found, [other], other)
+        check_fit(self, other, "difference")
+        return self._calculated(differences(self, other), [other], other)
 
     def scale(self, factor: float) -> SparseDelta:
         """Seed + factor · (value − seed); calculated in float64. Needs the seeds; what equals its seed is left out."""
-        self._need_seeds("to scale it")
+        need_seeds(self, "to scale it")
         if not math.isfinite(factor):
             raise ValueError(f"factor must be finite, got {factor}.")
         if factor == 1:
             return self.reduced()
-        return self._with(
-            {
-                name: changed(replace(t, values=torch.lerp(t.seeds.double(), t.values.double(), factor).to(t.values)))
-                for name, t in self.items()
-                if t.seeds is not None
-            }
-        )
+        return self._with(scaled(self, factor))
 
     def reduced(self) -> SparseDelta:
         """Without the entries whose value is their seed's, bit for bit. Needs the seeds."""
-        self._need_seeds("to tell what equals it")
+        need_seeds(self, "to tell what equals it")
         return self._with({name: changed(tensor) for name, tensor in self.items()})
 
     def restrict(self, keep: Callable[[str], bool] | Sequence[str]) -> SparseDelta:
@@ -390,21 +387,14 @@ class SparseDelta(Mapping[str, SparseTensor]):
         Raises:
             ValueError: if there are fewer entries, or not one of the two numbers is given.
         """
-        self._need_seeds("to measure distances")
+        need_seeds(self, "to measure distances")
         if (num_entries is None) == (epsilon is None):
             raise ValueError("give one of num_entries and epsilon: how much is to be kept.")
         if num_entries is None:
             num_entries = round((epsilon or 0.0) * sum(math.prod(tensor.shape) for tensor in self.values()))
         if not 0 <= num_entries <= self.num_entries:
             raise ValueError(f"the delta has {self.num_entries:,} entries, of which {num_entries:,} cannot be kept.")
-        distances = [distance(kind, t.seeds, t.values).double() for t in self.values() if t.seeds is not None]
-        every = torch.cat([d.cpu() for d in distances]) if distances else torch.empty(0)
-        kept = torch.zeros(every.numel(), dtype=torch.bool)
-        kept[every.argsort(descending=True, stable=True)[:num_entries]] = True
-        parts = kept.split([len(tensor) for tensor in self.values()])
-        return self._with(
-            {name: t.take(part.to(t.indices.device)) for (name, t), part in zip(self.items(), parts, strict=True)}
-        )
+        return self._with(furthest(self, num_entries, kind))
 
     def to(self, dtype: torch.dtype) -> SparseDelta:
         """Values in another dtype, rounded to nearest; seeds and dense tensors as well if it is narrower.
@@ -443,68 +433,13 @@ class SparseDelta(Mapping[str, SparseTensor]):
             dense: whose dense tensors go with them.
         """
         made = SparseDelta(tensors)
-        configs = [delta.config for delta in (self, *others) if delta.config]
-        if not configs:
+        sources = [delta.config for delta in (self, *others) if delta.config]
+        if not sources:
             return made
-        config = made._default_config()
-        config |= {key: configs[0].get(key) for key in ("base_model_name_or_path", "revision")}
-        tasks = {said.get("task_type") for said in configs}
-        config["task_type"] = tasks.pop() if len(tasks) == 1 and not tasks & {*_TASKS_WITH_HEADS} else None
-        if dense is None or not dense.dense or tensors.keys() & {key.removeprefix(PEFT_PREFIX) for key in dense.dense}:
-            return replace(made, config=config)
-        config |= {key: dense.config.get(key) for key in ("task_type", "modules_to_save")}
+        if dense is None or not dense.dense or has_entries_in(dense.dense, tensors):
+            return replace(made, config=calculated_config(made._default_config(), sources, None))
+        config = calculated_config(made._default_config(), sources, dense.config)
         return replace(made, dense=dense.dense, config=config)
-
-    def _combine(
-        self,
-        others: Sequence[SparseDelta],
-        join: Callable[[Sequence[Aligned], Tensor], Tensor],
-        dense: SparseDelta | None,
-    ) -> SparseDelta:
-        for delta in (self, *others):
-            delta._need_seeds("to calculate with it")
-        deltas = (self, *others)
-        found = {}
-        for name in dict.fromkeys(name for delta in deltas for name in delta):
-            there = [delta[name] for delta in deltas if name in delta]
-            indices, seeds, aligned = align(there)
-            found[name] = changed(SparseTensor(there[0].shape, indices, join(aligned, seeds), seeds))
-        return self._calculated(found, others, dense)
-
-    def _need_seeds(self, what: str) -> None:
-        if not self.has_seeds:
-            raise ValueError(
-                f"the base's values at the delta's positions are needed {what}; a file does not hold them. Take them from "
-                "the base with delta.with_seeds(base)."
-            )
-
-    def _check_fit(self, other: SparseDelta, what: str, chained: bool = False) -> None:
-        """Check that another delta has this one's base, or (`chained`) what this one makes of it."""
-        for delta in (self, other):
-            delta._need_seeds(f"for a {what}")
-        for name in self.keys() & other.keys():
-            mine, theirs = self[name], other[name]
-            if mine.shape != theirs.shape or mine.values.dtype != theirs.values.dtype:
-                raise DeltaError(
-                    f"{name!r} is {mine.values.dtype} {mine.shape} in one delta and {theirs.values.dtype} {theirs.shape} "
-                    "in the other. They belong to different bases, or need one dtype (delta.to)."
-                )
-            _, where, at = shared(mine.indices, theirs.indices)
-            assert mine.seeds is not None
-            assert theirs.seeds is not None
-            found = bits(theirs.seeds[at].to(mine.seeds))
-            fits = found == bits(mine.seeds[where])
-            if chained:
-                fits |= found == bits(mine.values[where].to(mine.seeds))
-            if not fits.all():
-                raise DeltaError(f"the two deltas have different seeds in {name!r}: they belong to different bases.")
-
-
-def _same_dense(one: SparseDelta, other: SparseDelta) -> bool:
-    return one.dense.keys() == other.dense.keys() and all(
-        tensor.dtype == other.dense[key].dtype and torch.equal(tensor, other.dense[key])
-        for key, tensor in one.dense.items()
-    )
 
 
 def _bytes(tensor: Tensor) -> Tensor:

@@ -70,10 +70,10 @@ def check_splits(task: TaskOptions) -> None:
     for one, other in PAIRS:
         splits = getattr(task, one), getattr(task, other)
         if None not in splits and not (elsewhere and one == "train") and _in_common(*splits):
-            raise ValueError(in_common(task, one, other))
+            raise ValueError(overlap_error(task, one, other))
 
 
-def in_common(task: TaskOptions, one: str, other: str) -> str:
+def overlap_error(task: TaskOptions, one: str, other: str) -> str:
     """What is said of two splits (of `PAIRS`) that overlap."""
     first, second = getattr(task, one), getattr(task, other)
     rule = "tested on is never trained on, nor chosen by" if other == "test" else "chosen by is never trained on"

@@ -411,7 +411,7 @@ class Engine:
         requests = [self._owners[member] for cohort in self._cohorts for member in cohort.members]
         place = {
             request.continuation: number
-            for number, together in enumerate(self._plan("step", requests))
+            for number, together in enumerate(self._plan("step", requests, lambda request: 1))
             for request in together
         }
         found: dict[int, Cohort] = {}
@@ -424,13 +424,14 @@ class Engine:
                     found[key] = part
         self._cohorts = list(found.values())
 
-    def _plan(self, kind: str, requests: Sequence[R]) -> list[list[R]]:
+    def _plan(
+        self, kind: str, requests: Sequence[R], size: Callable[[R], int] = lambda request: request.size
+    ) -> list[list[R]]:
         """What goes together: everything of a company, or those of one delta."""
         plan: list[list[R]] = []
         for company in _grouped(requests, self._company):
             parts = _by_delta(company)
-            sizes = [len(part) if kind == "step" else sum(request.size for request in part) for part in parts]
-            together = self.planners[kind].mixes(sizes)
+            together = self.planners[kind].mixes([sum(map(size, part)) for part in parts])
             plan += [company] if together else parts
         return plan
 

@@ -13,8 +13,12 @@ from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dic
 from torch import Tensor, nn
 
 from ..config import DSTConfig
-from .layer import markers
+from ..core import Constraint
+from .constraints import constraints
+from .layer import SparseLayer, markers
 from .model import DSTModel
+from .plan import plan_of
+from .targets import find_targets
 
 
 def prepare_model_for_compiled_hotswap(model: nn.Module, **options: Any) -> None:
@@ -67,17 +71,51 @@ def hotswap_adapter(
     config.inference_mode = old[1].inference_mode
     if config.records is None:
         config.records = {}
-    new = model.base_model.new_constraint(adapter_name, config)
-    new[0].total_steps = old[0].total_steps
+    new = _new_constraint(model.base_model, adapter_name, config)
+    new.total_steps = old[0].total_steps
     try:
-        model.base_model.put_constraint(*new)
+        _put(model.base_model, new, config)
         set_peft_model_state_dict(model, tensors, adapter_name)
     except Exception:
-        model.base_model.put_constraint(*old)
+        _put(model.base_model, *old)
         raise
     old[0].retire()
     for _, marker in markers(model):
         marker.release(adapter_name)
+
+
+def _new_constraint(tuner: DSTModel, adapter_name: str, config: DSTConfig) -> Constraint:
+    """The constraint that an adapter of this name would have under another config, of the same parameters.
+
+    Raises:
+        ValueError: if the config tunes other parameters, is malformed, or the adapter is merged.
+    """
+    model = tuner.model
+    found = {w.name: w for m in model.modules() if isinstance(m, SparseLayer) for w in m.weights.values()}
+    if any(adapter_name in marker.merged_adapters for _, marker in markers(model)):
+        raise ValueError(f"adapter {adapter_name!r} is merged into the base weights. Call unmerge_adapter() first.")
+    targets = find_targets(model, config)
+    own = [weight.name for weight in tuner.constraint(adapter_name).weights]
+    if different := sorted({target.name for target in targets} ^ set(own)):
+        raise ValueError(
+            f"the new adapter and {adapter_name!r} do not tune the same parameters; only one of them tunes "
+            f"{different[0]!r} ({len(different)} such tensors). Load it under a name of its own: "
+            "model.load_adapter(path, name)."
+        )
+    return plan_of(model, config, targets).constraint(adapter_name, found)
+
+
+def _put(tuner: DSTModel, constraint: Constraint, config: DSTConfig) -> None:
+    """Replace an adapter's constraint and config, before the records that belong to them are loaded. What was there may
+    be put back; retire it when it will not be.
+    """
+    found, name = constraints(tuner.model), constraint.adapter
+    Constraint.live.discard(found[name])
+    found[name], tuner.peft_config[name] = constraint, config
+    Constraint.live.add(constraint)
+    for _, marker in markers(tuner.model):
+        marker.static.discard(name)
+        marker.static |= {name} & (marker.tuned.keys() if config.fixed else set())
 
 
 def _check_copies(

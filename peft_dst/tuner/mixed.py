@@ -57,6 +57,12 @@ def mixed_batch(model: nn.Module, names: Sequence[str], copies: int = 1) -> Iter
             yield
 
 
+def copies_of(kwargs: dict[str, Any]) -> int:
+    """How many times `generate` repeats each sample: for beams, or for samples drawn from it."""
+    asked = (kwargs, getattr(kwargs.get("generation_config"), "__dict__", {}))
+    return max([1, *(a.get(n) or 1 for a in asked for n in ("num_beams", "num_return_sequences"))])
+
+
 def _changes(readers: Readers, markers: Sequence[SparseLayer], adapters: set[str]) -> dict[str, dict[Reader, Changes]]:
     """What each adapter changes. The live weights are the seed now."""
     entries: dict[str, list[Entries]] = {adapter: [] for adapter in adapters}

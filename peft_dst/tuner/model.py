@@ -15,7 +15,6 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ..config import DSTConfig
 from ..core import Constraint, SparseWeight
 from ..core.shards import check_held_alone
 from ..delta import MARKER, DeltaError
@@ -24,11 +23,11 @@ from ..tables import text_table
 from . import exchange, static, weighted
 from .constraints import CONSTRAINTS, constraints, in_all_processes
 from .layer import SparseLayer, markers
-from .mixed import mixed_batch
+from .mixed import copies_of, mixed_batch
 from .overlay import OverlayWeight
 from .parallel import forget_forward, watch_forward
-from .plan import Plan, make_plan, plan_of, warn_of_unchecked
-from .targets import find_targets, is_excluded, is_targeted
+from .plan import Plan, make_plan, warn_of_unchecked
+from .targets import is_excluded, is_targeted
 
 
 # What TRL calls the frozen copy of an adapter that it trains further, and that adapter.
@@ -247,40 +246,9 @@ class DSTModel(BaseTuner):
             pass
         elif not config.init_weights:
             start = static.choose_by_seed(config, constraint) or static.choose_at_random(config, constraint)
-            static.place(model, constraint, start, _moved_at_random(constraint, start), config.fixed)
+            static.place(model, constraint, start, static.moved_at_random(constraint, start), config.fixed)
         elif (positions := static.choose_by_seed(config, constraint)) is not None:
             static.place(model, constraint, positions)
-
-    def new_constraint(self, adapter_name: str, config: DSTConfig) -> tuple[Constraint, DSTConfig]:
-        """The constraint that an adapter of this name would have under another config, of the same parameters.
-
-        Raises:
-            ValueError: if the config tunes other parameters, is malformed, or the adapter is merged.
-        """
-        found = {w.name: w for m in self.model.modules() if isinstance(m, SparseLayer) for w in m.weights.values()}
-        if any(adapter_name in marker.merged_adapters for _, marker in markers(self.model)):
-            raise ValueError(f"adapter {adapter_name!r} is merged into the base weights. Call unmerge_adapter() first.")
-        targets = find_targets(self.model, config)
-        own = [weight.name for weight in self.constraint(adapter_name).weights]
-        if different := sorted({target.name for target in targets} ^ set(own)):
-            raise ValueError(
-                f"the new adapter and {adapter_name!r} do not tune the same parameters; only one of them tunes "
-                f"{different[0]!r} ({len(different)} such tensors). Load it under a name of its own: "
-                "model.load_adapter(path, name)."
-            )
-        return plan_of(self.model, config, targets).constraint(adapter_name, found), config
-
-    def put_constraint(self, constraint: Constraint, config: DSTConfig) -> None:
-        """Replace an adapter's constraint and config, before the records that belong to them are loaded. What was there may
-        be put back; retire it when it will not be.
-        """
-        found, name = constraints(self.model), constraint.adapter
-        Constraint.live.discard(found[name])
-        found[name], self.peft_config[name] = constraint, config
-        Constraint.live.add(constraint)
-        for _, marker in markers(self.model):
-            marker.static.discard(name)
-            marker.static |= {name} & (marker.tuned.keys() if config.fixed else set())
 
     def _create_and_replace(
         self,
@@ -351,7 +319,7 @@ class DSTModel(BaseTuner):
         )
         check_length(names, (args, kwargs))
         check_placeholders(self.model, names, args, kwargs)
-        return mixed_batch(self.model, names, _copies(kwargs))
+        return mixed_batch(self.model, names, copies_of(kwargs))
 
     # Removal and switching
 
@@ -478,12 +446,6 @@ def _train_as_before(trainable: dict[SparseLayer, bool], flags: list[tuple[nn.Pa
         parameter.requires_grad_(required)
 
 
-def _copies(kwargs: dict[str, Any]) -> int:
-    """How many times `generate` repeats each sample: for beams, or for samples drawn from it."""
-    asked = (kwargs, getattr(kwargs.get("generation_config"), "__dict__", {}))
-    return max([1, *(a.get(n) or 1 for a in asked for n in ("num_beams", "num_return_sequences"))])
-
-
 def _remove_adapter(model: nn.Module, adapter_name: str) -> None:
     constraints(model).pop(adapter_name).retire()
     for _, marker in list(markers(model)):
@@ -494,11 +456,3 @@ def _remove_adapter(model: nn.Module, adapter_name: str) -> None:
             marker.delete_adapter(adapter_name)
             if not marker.tuned:
                 marker.detach()
-
-
-def _moved_at_random(constraint: Constraint, positions: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The seed's values at these positions plus a standard normal (PEFT's tests need a non-trivial adapter)."""
-    seeds = {
-        weight.name: weight.seeds_at(positions[weight.name].to(weight.data.device)) for weight in constraint.weights
-    }
-    return {name: values + torch.randn_like(values) for name, values in seeds.items()}

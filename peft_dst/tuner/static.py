@@ -97,6 +97,14 @@ def choose_at_random(config: DSTConfig, constraint: Constraint) -> dict[str, Ten
     return _choose({n: random_scores(n, shape, config.selection_seed) for n, shape in shapes.items()}, constraint)
 
 
+def moved_at_random(constraint: Constraint, positions: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The seed's values at these positions plus a standard normal (PEFT's tests need a non-trivial adapter)."""
+    seeds = {
+        weight.name: weight.seeds_at(positions[weight.name].to(weight.data.device)) for weight in constraint.weights
+    }
+    return {name: values + torch.randn_like(values) for name, values in seeds.items()}
+
+
 class _SeedScores(Mapping[str, Tensor]):
     """Scores made when they are asked for, a tensor at a time."""
 

@@ -176,7 +176,7 @@ FAILURES = (
     Failure(
         _CUSTOM + "test_set_adapter_non_overlapping_modules*",
         "reads `active_adapters` of a wrapper in the module's place: nothing is wrapped, the marker has it",
-        "tests/test_peft.py::test_adapters_with_different_targets",
+        "tests/test_placing.py::test_adapters_with_different_targets",
     ),
     Failure(
         _CUSTOM + "test_set_requires_grad",
@@ -186,18 +186,18 @@ FAILURES = (
     Failure(
         _GRAD + "test_loading_model_requires_grad_set_correctly",
         "asserts that parameters are trainable by their adapter's name: DST trains the base's own",
-        "tests/test_peft.py::test_everything_is_tuned_by_default",
+        "tests/test_placing.py::test_everything_is_tuned_by_default",
     ),
     Failure(
         _GRAD + "test_loading_model_with_modules_to_save_requires_grad_set_correctly",
         "asserts that parameters are trainable by their adapter's name: DST trains the base's own",
-        "tests/test_peft.py::test_everything_is_tuned_by_default",
+        "tests/test_placing.py::test_everything_is_tuned_by_default",
         r"True",
     ),
     Failure(
         "test_custom_models.py::TestDefaultTargetModules::*",
         "expects default target modules, or an error without any: without them DST tunes everything",
-        "tests/test_peft.py::test_everything_is_tuned_by_default",
+        "tests/test_placing.py::test_everything_is_tuned_by_default",
     ),
     Failure(
         _CUSTOM + "test_add_adapter_rejects_duplicate_name_without_mutation",

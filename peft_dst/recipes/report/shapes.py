@@ -9,11 +9,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ...tables import square_labels
 from .data import Point, Section, Spread, number_text
 
 
-# Columns of a grid with longer names are numbered.
-LONGEST = 24
 # The column of a table for what no budget sizes.
 OWN = "size of its own"
 
@@ -262,11 +261,7 @@ def overlap_grids(section: Section) -> list[Grid]:
         for i, point in enumerate(points):
             values[i][i] = point.between_seeds
         budgets = {point.budget for point in points}
-        title, columns = budgets.pop() if len(budgets) == 1 else "", names
-        if max(map(len, names)) > LONGEST:
-            names = [f"({i + 1}) {name}" for i, name in enumerate(names)]
-            columns = [f"({i + 1})" for i in range(len(names))]
-        grids.append(Grid(title, names, columns, values))
+        grids.append(Grid(budgets.pop() if len(budgets) == 1 else "", *square_labels(names), values))
     return grids
 
 

@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from ..checks import PAIRS, in_common
+from ..checks import PAIRS, overlap_error
 from ..options import TaskOptions
 from .data import load_rows, rows_in_common, source_of
 
@@ -105,7 +105,7 @@ class Task(ABC):
             if not {one, other} <= given.keys() or (elsewhere and one == "train"):
                 continue
             if rows_in_common(given[one], getattr(options, one), given[other], getattr(options, other)):
-                raise ValueError(in_common(options, one, other))
+                raise ValueError(overlap_error(options, one, other))
 
     def divided(self, train: Dataset, validation: Dataset, test: Dataset) -> Splits:
         """The rows of each split, converted and cut to size."""
