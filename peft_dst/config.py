@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME, PeftType
 
-from .core.distances import DISTANCES, Distance
+from .core.distances import DISTANCES, NORMALIZATIONS, Distance, Normalization, by_kind
 from .core.iterative import FLUCTUATION, ITERATIONS
 from .core.schedule import Schedule
 from .core.silos import SILOINGS, Siloing, compile_silo_patterns
@@ -82,11 +82,12 @@ class DSTConfig(PeftConfig):
             "('relative') or |change| ('absolute')."
         },
     )
-    distance_normalization: Literal["size", "mean"] | None = field(
+    distance_normalization: Normalization | None = field(
         default=None,
         metadata={
-            "help": "Divide distances by the number of parameters of their module ('size') or by the mean of its absolute "
-            "seed values ('mean'); an alternative to silos by module and layer, for siloing 'module' or 'none'."
+            "help": "Divide distances by the number of parameters of their module in its layer ('size') or by the mean of "
+            "its absolute seed values ('mean'), or by those of all modules of its kind ('module_size', 'module_mean'); an "
+            "alternative to silos: the former two for siloing 'module' or 'none', the latter for 'none'."
         },
     )
     selection: Selection = field(
@@ -238,18 +239,21 @@ class DSTConfig(PeftConfig):
     def _check_selection(self) -> None:
         _check_choice("selection", self.selection, SELECTIONS)
         if self.distance_normalization is not None:
-            _check_choice("distance_normalization", self.distance_normalization, ("size", "mean"))
+            _check_choice("distance_normalization", self.distance_normalization, NORMALIZATIONS)
         for option in ("epsilon", "num_free_parameters"):
             if self.selection == "bitfit" and (value := getattr(self, option)) is not None:
                 raise ValueError(
                     f"selection='bitfit' tunes all biases; {option}={value} cannot be kept. Leave {option} out, or choose "
                     "another selection."
                 )
-        if self.distance_normalization and self.siloing not in ("module", "none"):
-            raise ValueError(
-                f"distance_normalization={self.distance_normalization!r} changes nothing within silos of one module, as "
-                f"with siloing={self.siloing!r}. Set siloing to 'module' or 'none', or leave the normalization out."
-            )
+        if self.distance_normalization:
+            wider = ("none",) if by_kind(self.distance_normalization) else ("module", "none")
+            if self.siloing not in wider:
+                raise ValueError(
+                    f"distance_normalization={self.distance_normalization!r} changes nothing with "
+                    f"siloing={self.siloing!r}: it would divide all distances within a silo by the same. Set siloing to "
+                    f"{' or '.join(map(repr, wider))}, or leave the normalization out."
+                )
         if type(self.selection_seed) is not int or not -(2**63) <= self.selection_seed < 2**63:
             raise ValueError(f"selection_seed must be an integer of at most 64 bits, got {self.selection_seed!r}.")
         if type(self.churn_interval) is not int or self.churn_interval < 1:

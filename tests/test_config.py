@@ -29,6 +29,18 @@ from tests.models import assert_same, bert, loss, train, weights
         ({"selection": "bitfit", "num_free_parameters": 5}, "num_free_parameters=5 cannot be kept"),
         ({"selection": "bitfit", "epsilon": 0.1}, "epsilon=0.1 cannot be kept"),
         ({"siloing": "layer"}, "siloing must be one of 'module_and_layer', 'module', 'none', 'parameter'; got 'layer'"),
+        (
+            {"distance_normalization": "median"},
+            "must be one of 'size', 'mean', 'module_size', 'module_mean'; got 'median'",
+        ),
+        (
+            {"distance_normalization": "mean"},
+            "siloing='module_and_layer': .* Set siloing to 'module' or 'none', or leave",
+        ),
+        (
+            {"distance_normalization": "module_mean", "siloing": "module"},
+            "siloing='module': .* Set siloing to 'none', or",
+        ),
         ({"distance": "l2"}, "distance must be one of .*'absolute'; got 'l2'"),
         ({"bias": "all"}, "bias must be one of 'none'; got 'all'.*modules_to_save"),
         ({"silo_pattern": "("}, "not a valid regular expression"),

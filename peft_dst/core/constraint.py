@@ -41,7 +41,8 @@ class Constraint:
         tracking: the (m, r) of Alg. 2, to track thresholds and keep the budgets approximately; None keeps them exactly.
         schedule: at which steps the subset is chosen.
         normalization: what distances are divided by (Appendix B of the paper): the number of components of the weight's
-            module ("size"), the mean of its absolute seed values ("mean"; 1 where that is zero), or nothing (None).
+            module ("size"), the mean of its absolute seed values ("mean"; 1 where that is zero), those of all modules of
+            its kind ("module_size", "module_mean"), or nothing (None).
         fixed: whether the subset is given and never changes. Its values are then trained as parameters of their own
             (`free`), and the weights themselves are not.
 

@@ -10,11 +10,20 @@ from torch import Tensor
 
 Distance = Literal["inverse_relative", "relative", "absolute"]
 DISTANCES: tuple[str, ...] = get_args(Distance)
+# What distances may be divided by instead of having silos (Appendix B): size or mean of a kind of module in one layer, or
+# of all modules of the kind (`by_kind`).
+Normalization = Literal["size", "mean", "module_size", "module_mean"]
+NORMALIZATIONS: tuple[str, ...] = get_args(Normalization)
 
 # A seed of (almost) zero counts as this in the relative distance. Far below any weight that matters, and large enough
 # for the quotient to stay finite in float32 up to |θ̂ − θ0| = 2^27. So a component that leaves zero ranks above all
 # others, as the limit of the formula has it, zeros rank among themselves by how far they moved, and 0 / 0 is 0.
 RELATIVE_FLOOR = 2.0**-100
+
+
+def by_kind(normalization: str) -> bool:
+    """Whether all modules of a kind have one divisor, whatever their layers."""
+    return normalization.startswith("module_")
 
 
 def wide_dtype(*tensors: Tensor) -> torch.dtype:

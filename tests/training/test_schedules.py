@@ -93,20 +93,29 @@ def test_non_finite_updates_of_a_kept_subset(value, build):
     assert_same(weights(model.get_base_model()), before)
 
 
-@pytest.mark.parametrize("kind", ["size", "mean"])
-@pytest.mark.parametrize("siloing", ["module", "none"])
+@pytest.mark.parametrize(
+    ("siloing", "kind"),
+    [
+        ("module", "size"),
+        ("module", "mean"),
+        ("none", "size"),
+        ("none", "mean"),
+        ("none", "module_size"),
+        ("none", "module_mean"),
+    ],
+)
 @pytest.mark.parametrize("epsilon", [0.003, 0.2])
 def test_normalised_distances_equal_the_dense_reference(epsilon, siloing, kind, build):
     for name in ("bert", "t5"):
         config = DSTConfig(epsilon=epsilon, siloing=siloing, distance_normalization=kind)
         model = get_peft_model(build(name), config)
         seed = weights(build(name))
-        modules = read_names(list(seed))
+        modules = {n: read[kind.startswith("module_") :] for n, read in read_names(list(seed)).items()}
         members = {module: [n for n in seed if modules[n] == module] for module in modules.values()}
 
         def divisor(key, seed=seed, modules=modules, members=members):
             values = torch.cat([seed[n].flatten().double() for n in members[modules[key]]])
-            return float(values.numel() if kind == "size" else values.abs().mean())
+            return float(values.numel() if kind.endswith("size") else values.abs().mean())
 
         divisors = {key: divisor(key) for key in seed}
         optimizer = adamw([p for p in model.parameters() if p.requires_grad])
@@ -152,6 +161,47 @@ def test_normalisation_by_hand():
     # 1 / 2 against 1.5 / 4, and 1 / 1 against 1.5 / 4.
     assert moved(distance_normalization="size") == [[0, 1], []]
     assert moved(distance_normalization="mean") == [[0, 1], []]
+
+
+def test_normalisation_by_kind_of_module_by_hand():
+    """Attention has 2 components in each of two layers, the feed-forward 3 in one: it is smaller than attention in both
+    layers together, and larger than that of one.
+    """
+
+    class Layer(torch.nn.Module):
+        def __init__(self, i):
+            super().__init__()
+            self.attention = torch.nn.Linear(2, 1, bias=False)
+            if not i:
+                self.mlp = torch.nn.Linear(3, 1, bias=False)
+
+    def moved(kind):
+        base = torch.nn.Module()
+        base.layers = torch.nn.ModuleList([Layer(0), Layer(1)])
+        first, mlp, second = base.layers[0].attention.weight, base.layers[0].mlp.weight, base.layers[1].attention.weight
+        for parameter, value in ((first, 1.0), (mlp, 2.0), (second, 9.0)):
+            torch.nn.init.constant_(parameter, value)
+        options = {"num_free_parameters": 2, "siloing": "none", "distance": "absolute", "distance_normalization": kind}
+        model = get_peft_model(base, DSTConfig(**options))
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+        for parameter, gradient in ((first, 1.0), (mlp, 1.2), (second, 0.5)):
+            parameter.grad = torch.full_like(parameter, gradient)
+        optimizer.step()
+        return {
+            w.name.removesuffix(".weight"): w.indices.tolist()
+            for silo in model.constraint().silos
+            for w in silo.weights
+        }
+
+    def only(name):
+        return {n: [0, 1] if n == name else [] for n in ("layers.0.attention", "layers.0.mlp", "layers.1.attention")}
+
+    # 1 / 2 against 1.2 / 3 and 0.5 / 2; 1 / 4 against 1.2 / 3.
+    assert moved("size") == only("layers.0.attention")
+    assert moved("module_size") == only("layers.0.mlp")
+    # 1 / 1 against 1.2 / 2 and 0.5 / 9; 1 / 5 against 1.2 / 2.
+    assert moved("mean") == only("layers.0.attention")
+    assert moved("module_mean") == only("layers.0.mlp")
 
 
 def test_interrupted_and_resumed_equals_uninterrupted(build, tmp_path):
