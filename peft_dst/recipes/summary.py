@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from ..analysis import overlap
+from ..analysis import overlap, overlaps
 from ..delta import SparseDelta
 from .config import option_names, to_dict
 from .options import Recipe, SearchOptions
@@ -165,7 +166,7 @@ def _point(group: Group, reference: Group | None, split: str | None) -> dict[str
             for name in records[0]["seconds"]
         },
         "peak_memory": max((record["peak_memory"]["bytes"] or 0) for record in records),
-        **({"subset": records[0]["subset"]} if "subset" in records[0] else {}),
+        **({"subset": _subset(records)} if all("subset" in record for record in records) else {}),
         **({"seeds_share": shared} if (shared := _seeds_share(group)) is not None else {}),
         "history": [
             [entry["step"], round(entry["loss"], 4)]
@@ -173,6 +174,19 @@ def _point(group: Group, reference: Group | None, split: str | None) -> dict[str
             if entry.get("loss") is not None
         ],
     }
+
+
+def _subset(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Where the entries are, in the mean over seeds; how they moved, of the first."""
+    total: dict[str, Counter[str]] = {}
+    for record in records:
+        for kind, layers in record["subset"]["entries"].items():
+            total.setdefault(kind, Counter()).update(layers)
+    entries = {
+        kind: {layer: round(count / len(records), 3) for layer, count in layers.items()}
+        for kind, layers in total.items()
+    }
+    return {**records[0]["subset"], "entries": entries, "seeds": len(records)}
 
 
 def _spreads(records: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, Any]:
@@ -213,21 +227,28 @@ def _seeds_share(group: Group) -> float | None:
 
 
 def _overlap(groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """For each budget, fractions of each point's subset (a row) that another's (a column) has; of each one's first seed."""
+    """For each budget, fractions of each point's subset (a row) that another's (a column) has: means over the seeds that
+    all of them have, each seed's adapters compared with one another.
+    """
     budgets: dict[tuple[Any, Any], list[Group]] = {}
     for group in groups:
         method = next(iter(group.recipes.values())).method
-        budgets.setdefault((method.epsilon, method.num_free_parameters), []).append(group)
+        if any("subset" in record for record in group.records.values()):
+            budgets.setdefault((method.epsilon, method.num_free_parameters), []).append(group)
     found = []
     for members in budgets.values():
-        taken = [(title(group.point), delta) for group in members for delta in _deltas([*group.folders.values()][:1])]
-        if 1 < len(taken) <= COMPARED:
-            found.append(
-                {
-                    "titles": [name for name, _ in taken],
-                    "shared": [[round(overlap(one, other).total.of_a, 6) for _, other in taken] for _, one in taken],
-                }
-            )
+        titles = [title(group.point) for group in members]
+        if not 1 < len(members) <= COMPARED:
+            continue
+        shared = []
+        for seed in sorted(set.intersection(*(set(group.folders) for group in members))):
+            # A seed at a time: subsets may be large.
+            deltas = _deltas(group.folders[seed] for group in members)
+            if len(deltas) == len(members):
+                shared.append(overlaps(deltas, titles).shared)
+        if shared:
+            means = np.mean(shared, axis=0).round(6).tolist()
+            found.append({"titles": titles, "shared": means, "seeds": len(shared)})
     return found
 
 

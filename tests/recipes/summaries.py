@@ -37,7 +37,7 @@ def point(
 ) -> dict[str, Any]:
     """A point with test accuracies by seed; options as `method_epsilon=0.1`."""
     options = {name.replace("_", ".", 1): value for name, value in options.items()}
-    subset = None if entries is None else {"entries": entries}
+    subset = None if entries is None else {"entries": entries, "seeds": len(values)}
     if subset is not None and churn is not None:
         subset["snapshots"] = {"steps": [10 * (i + 1) for i in range(len(churn))], "shared": churn}
     made = {
@@ -134,7 +134,9 @@ def everything(name: str = "Methods by size", seed: int = 0, few: bool = False) 
             )  # fmt: skip
         same = rng.uniform(0.05, 0.5, (len(methods), len(methods)))
         shared = np.where(np.eye(len(methods)) == 1, 1.0, (same + same.T) / 2)
-        overlaps.append({"titles": [p["title"] for p in points[-len(methods) :]], "shared": shared.round(4).tolist()})
+        overlaps.append(
+            {"titles": [p["title"] for p in points[-len(methods) :]], "shared": shared.round(4).tolist(), "seeds": 3}
+        )
         points.append(
             point([quality - 0.02 + float(rng.normal(0, 0.004)) for _ in range(3)], free * 2, seconds=8.0,
                   method_name="lora", method_epsilon=epsilon)

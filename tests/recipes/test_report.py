@@ -95,6 +95,28 @@ def test_every_picture_is_there(page):
     assert "models-1-relative" in ids
 
 
+def test_pictures_say_whose_subsets_they_show(tmp_path):
+    """The mean over seeds; the first one's in summaries that were written when it was the only one looked at."""
+    made = summaries.everything(few=True)
+    file = write(tmp_path / "summary.json", made)
+
+    def captions():
+        text = "".join(Parsed(report([file], tmp_path / "out")[0].read_text()).text)
+        shutil.rmtree(tmp_path / "out")
+        found = [line for line in text.splitlines() if "finished subset" in line]
+        return (
+            len(found),
+            ["in the mean over seeds" in line for line in found],
+            ["first seed" in line for line in found],
+        )
+
+    assert captions() == (3, [True] * 3, [False] * 3)
+    for subset in (*made["overlap"], *(entry["subset"] for entry in made["points"] if "subset" in entry)):
+        del subset["seeds"]
+    write(file, made)
+    assert captions() == (3, [False] * 3, [True] * 3)
+
+
 def test_the_same_results_make_the_same_pictures(tmp_path):
     made = summary([point([0.5, 0.6], 10 * i, method_epsilon=i / 100) for i in (1, 2)])
     file = write(tmp_path / "summary.json", made)

@@ -356,7 +356,7 @@ def test_points_are_tested_against_one_of_them(options, tmp_path, monkeypatch):
 
 def test_runs_side_by_side(options, forkserver, tmp_path):
     """The same figures as one by one, scores made once for all; subsets compared; files that can be read again."""
-    options["method"] |= {"score_examples": 6}
+    options["method"] |= {"score_examples": 6, "siloing": "none"}
     options["sweep"] = {"method.name": ["dynamic", "fisher"], "seed": [0, 1]}
     recipe = make_recipe(options)
     summary = sweep(recipe, tmp_path / "two", workers=2)
@@ -371,12 +371,18 @@ def test_runs_side_by_side(options, forkserver, tmp_path):
         folder.name for folder in sorted((tmp_path / "one" / "runs").iterdir())
     ]
     by_name = {name: [f for f in folders if f.name.startswith(name)] for name in ("dynamic", "fisher")}
-    pair = by_name["dynamic"][0], by_name["fisher"][0]
-    assert [results(folder)["recipe"]["seed"] for folder in pair] == [0, 0]
-    share = overlap(*(folder / "adapter" for folder in pair)).total.of_a
+    pairs = [*zip(by_name["dynamic"], by_name["fisher"], strict=True)]
+    assert [[results(folder)["recipe"]["seed"] for folder in pair] for pair in pairs] == [[0, 0], [1, 1]]
+    shares = [overlap(*(folder / "adapter" for folder in pair)).total.of_a for pair in pairs]
+    assert shares[0] != shares[1]
     (found,) = summary["overlap"]
-    assert found["titles"] == ["dynamic", "fisher"]
-    assert found["shared"][0] == pytest.approx([1, share], abs=1e-6)
+    assert (found["titles"], found["seeds"]) == (["dynamic", "fisher"], 2)
+    assert found["shared"][0] == pytest.approx([1, sum(shares) / 2], abs=1e-6)
+    one, other = (results(folder)["subset"]["entries"]["attention"] for folder in by_name["dynamic"])
+    assert one != other
+    means = {layer: (one.get(layer, 0) + other.get(layer, 0)) / 2 for layer in one.keys() | other.keys()}
+    assert summary["points"][0]["subset"]["entries"]["attention"] == means
+    assert summary["points"][0]["subset"]["seeds"] == 2
     seeds = overlap(*(folder / "adapter" for folder in by_name["dynamic"])).total.of_a
     assert summary["points"][0]["seeds_share"] == seeds
     assert not (tmp_path / "two" / "cache").exists()

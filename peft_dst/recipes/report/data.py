@@ -55,7 +55,7 @@ class Point:
         body: parameters of the model, the head aside.
         speed: steps per second of training.
         switching: seconds to put the subset into the weights.
-        entries: kind of module → layer → how many of the subset are there.
+        entries: kind of module → layer → how many of the subset are there, in the mean over seeds.
         steps: after which the subset was recorded.
         churn: for each of them the fraction of the subset that each other has.
         between_seeds: mean fraction of a seed's subset that another seed's has.
@@ -78,7 +78,7 @@ class Point:
     body: int = 0
     speed: float | None = None
     switching: float | None = None
-    entries: Mapping[str, Mapping[str, int]] | None = None
+    entries: Mapping[str, Mapping[str, float]] | None = None
     steps: Sequence[int] = ()
     churn: Sequence[Sequence[float]] = ()
     between_seeds: float | None = None
@@ -102,6 +102,7 @@ class Section:
         split: of the data on which it was measured.
         points: in the sweep's order.
         overlaps: titles of points of one budget, and for each a row with the fraction of its subset that each one has.
+        one_seed: whether entries and overlaps are those of first seeds alone, as in summaries of old, and not means.
         summary: the file's contents.
     """
 
@@ -112,6 +113,7 @@ class Section:
     split: str | None
     points: Sequence[Point]
     overlaps: Sequence[tuple[Sequence[str], Sequence[Sequence[float]]]]
+    one_seed: bool
     summary: Mapping[str, Any]
 
     @property
@@ -245,6 +247,10 @@ def section(summary: Any, where: str, name: str) -> Section:
         if unknown := set(titles) - known:
             raise ValueError(f"{where}overlap[{i}] names {min(unknown)!r}, which is none of the points.")
         overlaps.append((titles, found["shared"]))
+    subsets = [
+        *(entry["subset"] for entry in summary["points"] if entry.get("subset")),
+        *(summary.get("overlap") or []),
+    ]
     return Section(
         title=recipe.get("title") or name,
         model=recipe["model"]["name"],
@@ -253,6 +259,7 @@ def section(summary: Any, where: str, name: str) -> Section:
         split=summary["split"],
         points=points,
         overlaps=overlaps,
+        one_seed=any(subset.get("seeds") is None for subset in subsets),
         summary=summary,
     )
 

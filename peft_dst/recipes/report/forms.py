@@ -24,7 +24,10 @@ class Maybe:
 
 _SPREAD = {"values": [NUMBER], "mean": NUMBER, "deviation": Maybe(NUMBER)}
 _MATRIX = [[NUMBER]]
-_SUBSET = Maybe({"entries": {ANY: {ANY: int}}, "snapshots": Maybe({"steps": [int], "shared": _MATRIX})})
+# Where entries are, of the first of several seeds or, where their number is told, in the mean.
+_SUBSET = Maybe(
+    {"entries": {ANY: {ANY: NUMBER}}, "seeds": Maybe(int), "snapshots": Maybe({"steps": [int], "shared": _MATRIX})}
+)
 POINT = {
     "title": str,
     "options": dict,
@@ -58,7 +61,7 @@ SUMMARY = {
     "split": Maybe(str),
     "against": Maybe(str),
     "points": [POINT],
-    "overlap": Maybe([{"titles": [str], "shared": _MATRIX}]),
+    "overlap": Maybe([{"titles": [str], "shared": _MATRIX, "seeds": Maybe(int)}]),
     "failures": {ANY: str},
 }
 # What is read of a run's results.json to make a summary.

@@ -118,11 +118,15 @@ def _overlap(section: Section) -> Picture | None:
     return Picture(
         "overlap",
         "What subsets have in common",
-        "Percentage of the finished subset of one point (row) that is also in another's (column), of the first seed of "
-        "each; on the diagonal between seeds of one point, in the mean over their pairs (blank for one seed). Two subsets "
-        "chosen at random would share about the fraction ε. As Figure 8 of the first paper.",
+        f"Percentage of the finished subset of one point (row) that is also in another's (column), {_whose(section)}; on "
+        "the diagonal between seeds of one point, in the mean over their pairs (blank for one seed). Two subsets chosen "
+        "at random would share about the fraction ε. As Figure 8 of the first paper.",
         lambda: plots.grids(grids, "", "", "shared", percent=True, low=0),
     )
+
+
+def _whose(section: Section) -> str:
+    return "of the first seed" if section.one_seed else "in the mean over seeds"
 
 
 def _kinds(section: Section) -> Picture | None:
@@ -132,7 +136,7 @@ def _kinds(section: Section) -> Picture | None:
     return Picture(
         "modules",
         "Where the free parameters are, by kind of module",
-        "Percentage of each finished subset that lies in each kind of module, of the first seed. Where each module and "
+        f"Percentage of each finished subset that lies in each kind of module, {_whose(section)}. Where each module and "
         "layer is a silo, the share is that of its size. As Figure 4 of the first paper.",
         lambda: plots.bars(found),
     )
@@ -146,7 +150,7 @@ def _layers(section: Section) -> Picture | None:
     return Picture(
         "layers",
         "Where the free parameters are, by layer",
-        "Percentage of each finished subset that lies in each kind of module of each layer, of the first seed.",
+        f"Percentage of each finished subset that lies in each kind of module of each layer, {_whose(section)}.",
         lambda: plots.grids(grids, "", "", "share of the subset", percent=True, low=0),
     )
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -281,12 +280,12 @@ def layer_shares(points: Iterable[Point]) -> list[Shares]:
     names = {"": ""} | dict(zip(stacks, _where_they_differ(stacks), strict=True))
     order = {stack: place for place, stack in enumerate(names)}
 
-    def named(entries: dict[str, dict[str, int]]) -> dict[str, int]:
-        found: dict[str, int] = {}
+    def named(entries: dict[str, dict[str, float]]) -> dict[str, float]:
+        found: dict[str, float] = {}
         for kind, counts in entries.items():
-            by_layer: Counter[tuple[str, int]] = Counter()
+            by_layer: dict[tuple[str, int], float] = {}
             for name, count in counts.items():
-                by_layer[_layer(name)] += count
+                by_layer[_layer(name)] = by_layer.get(_layer(name), 0) + count
             for stack, number in sorted(by_layer, key=lambda layer: (order[layer[0]], layer[1])):
                 words = [names[stack], kind, str(number) if number >= 0 else ""]
                 found[" ".join(filter(None, words))] = by_layer[stack, number]
@@ -310,8 +309,8 @@ def _where_they_differ(names: Sequence[str]) -> list[str]:
     return list(next((column for column in columns if len(set(column)) == len(names)), names))
 
 
-def _shares(points: Iterable[Point], parts_of: Callable[..., dict[str, int]]) -> list[Shares]:
-    budgets: dict[str, list[tuple[Point, dict[str, int]]]] = {}
+def _shares(points: Iterable[Point], parts_of: Callable[..., dict[str, float]]) -> list[Shares]:
+    budgets: dict[str, list[tuple[Point, dict[str, float]]]] = {}
     for point in points:
         counts = parts_of(point.entries) if point.entries else {}
         if sum(counts.values()):
