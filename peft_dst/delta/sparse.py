@@ -171,12 +171,13 @@ class SparseDelta(Mapping[str, SparseTensor]):
         write_config(path, config, summaries)
 
     def _default_config(self) -> dict[str, Any]:
+        # Of nothing, as a difference may be, an adapter that fits any base: no budget is zero, and no list of targets empty.
         return {
             "peft_type": "DST",
             "format_version": FORMAT_VERSION,
-            "num_free_parameters": self.num_entries,
+            "num_free_parameters": self.num_entries or 1,
             "siloing": "none",
-            "target_parameters": sorted(self),
+            "target_parameters": sorted(self) or None,
             "inference_mode": True,
         }
 

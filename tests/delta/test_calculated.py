@@ -135,3 +135,14 @@ def test_the_base_s_name_stays(trained):
     for made in (a.add(b), a.compose(b), a.difference(b), replace(b, config={}).add(a)):
         assert (made.config["base_model_name_or_path"], made.config["revision"]) == ("somewhere", "main")
     assert not replace(a, config={}).add(replace(b, config={})).config
+
+
+def test_nothing_is_an_adapter_as_well(trained, build, tmp_path):
+    """As the difference of a task to itself: it fits the base, and changes nothing."""
+    a = trained()
+    nothing = a.difference(a)
+    assert len(nothing) == 0
+    nothing.save(tmp_path / "made")
+    loaded = PeftModel.from_pretrained(build("bert"), tmp_path / "made")
+    assert torch.equal(logits(loaded, "bert"), logits(build("bert"), "bert"))
+    assert sum(weight.indices.numel() for weight in loaded.constraint().weights) == 0
