@@ -9,11 +9,14 @@ import peft.utils.hotswap
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.save_and_load import set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import peft_dst
 from peft_dst import DSTConfig, DSTOptimizer, hotswap_adapter, set_training_steps
+from peft_dst.tuner import hotswap
+from peft_dst.tuner.records import HostRecords
 from tests.models import assert_same, batch, bert, logits, loss, train, weights
 
 
@@ -254,7 +257,44 @@ def test_a_bad_file_changes_nothing(build, saved, case):
     assert model.peft_config["default"] is config
     assert model.constraint() is constraint
     assert constraint in constraint.live
-    train(PeftModel.from_pretrained(build("bert"), one, is_trainable=True), "bert")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [({}, {}), ({"selection": "random"}, {}), ({}, {"selection": "random"})],
+    ids=["dynamic", "from fixed", "to fixed"],
+)
+@pytest.mark.parametrize("after", [0, 2, 40])
+def test_a_swap_that_is_interrupted_changes_nothing(build, saved, monkeypatch, old, new, after):
+    """Wherever in loading it is: in the first record, the third, or after the last. Training goes on as if never tried."""
+    one, _ = saved("one", **HEAD, **old)
+    two, _ = saved("two", first=9, epsilon=0.05, **HEAD, **new)
+    model, reference = (PeftModel.from_pretrained(build("bert"), one, is_trainable=True) for _ in range(2))
+    constraint = model.constraint()
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    load, calls = HostRecords._replace, []
+
+    def interrupted(self, *args):
+        calls.append(args)
+        if len(calls) > after:
+            raise KeyboardInterrupt
+        load(self, *args)
+
+    def loaded(*args, **kwargs):
+        with monkeypatch.context() as patch:
+            patch.setattr(HostRecords, "_replace", interrupted)
+            set_peft_model_state_dict(*args, **kwargs)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(hotswap, "set_peft_model_state_dict", loaded)
+    with pytest.raises(KeyboardInterrupt):
+        hotswap_adapter(model, two)
+    assert len(calls) > after or after == 40
+    assert model.constraint() is constraint
+    assert_same(before, dict(model.state_dict()))
+    for one in (model, reference):
+        train(one, "bert", first=20)
+    assert_same(dict(reference.state_dict()), dict(model.state_dict()))
 
 
 def test_what_cannot_be_replaced_is_refused(build, saved):

@@ -171,7 +171,7 @@ class SparseDelta(Mapping[str, SparseTensor]):
         write_config(path, config, summaries)
 
     def _default_config(self) -> dict[str, Any]:
-        # Of nothing, as a difference may be, an adapter that fits any base: no budget is zero, and no list of targets empty.
+        # Of nothing, as a difference may be, an adapter that fits any base: no budget is zero, no list of targets empty.
         return {
             "peft_type": "DST",
             "format_version": FORMAT_VERSION,

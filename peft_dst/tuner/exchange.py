@@ -35,7 +35,6 @@ from ..delta import (
     check_record,
     check_seed,
     find_records,
-    index_dtype,
     is_wrapper_s_copy,
     pack,
     pair,
@@ -47,6 +46,7 @@ from ..delta import (
 from .constraints import constraints, processes_of
 from .layer import SparseLayer, markers
 from .overlay import OverlayWeight
+from .records import no_entries
 from .states import EXTRA_STATE, expanded
 
 
@@ -134,7 +134,8 @@ def check_and_name(
     for name, marker in markers(model):
         for parameter in marker.tuned.get(adapter_name, ()):
             weight = marker.weights[parameter]
-            record = _pair(weight, loaded.pop(weight.name, None))
+            parts = loaded.pop(weight.name, None)
+            record = no_entries(weight) if parts is None else pair(weight.name, parts)
             # An embedding that PEFT saved whole brings its seed along.
             comparable = announced and weight.name not in dense
             _check(weight, record, summaries.get(weight.name) if comparable else None)
@@ -348,13 +349,6 @@ def check_loaded(model: nn.Module, adapters: Set[str]) -> None:
                 "with load_adapter; or, to start a new adapter from that config, set its `records` to None first. A packed "
                 "file is opened by peft's PeftModel.from_pretrained and load_adapter, not by transformers' own."
             )
-
-
-def _pair(weight: SparseWeight, parts: dict[str, Tensor] | None) -> Record:
-    if parts is None:
-        indices = torch.empty(0, dtype=index_dtype(weight.shape.numel()), device="cpu")
-        return Record(indices, torch.empty(0, dtype=weight.data.dtype, device="cpu"))
-    return pair(weight.name, parts)
 
 
 def _check(weight: SparseWeight, record: Record, summary: Summary | None) -> None:

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from ..config import DSTConfig
 from ..core import Constraint
+from ..delta import PARTS
 from .constraints import constraints
 from .layer import SparseLayer, markers
 from .model import DSTModel
 from .plan import plan_of
+from .records import no_entries
 from .targets import find_targets
 
 
@@ -73,15 +75,38 @@ def hotswap_adapter(
         config.records = {}
     new = _new_constraint(model.base_model, adapter_name, config)
     new.total_steps = old[0].total_steps
+    before = _tensors(model, adapter_name)
     try:
         _put(model.base_model, new, config)
         set_peft_model_state_dict(model, tensors, adapter_name)
-    except Exception:
+    except BaseException:
         _put(model.base_model, *old)
+        model.load_state_dict(before, strict=False)
+        _release(model, adapter_name)
         raise
     old[0].retire()
+    _release(model, adapter_name)
+
+
+def _release(model: PeftModel, adapter_name: str) -> None:
     for _, marker in markers(model):
         marker.release(adapter_name)
+
+
+def _tensors(model: PeftModel, adapter_name: str) -> dict[str, Tensor]:
+    """All that a swap replaces, as `load_state_dict` takes it: records, and dense copies."""
+    found: dict[str, Tensor] = {}
+    for name, marker in markers(model):
+        records = marker.records(adapter_name) if adapter_name in marker.tuned else {}
+        for parameter in marker.tuned.get(adapter_name, ()):
+            record = records.get(parameter) or no_entries(marker.weights[parameter])
+            found |= {f"{name}.{p}.{adapter_name}.{parameter}": t for p, t in zip(PARTS, record, strict=True)}
+    for name, module in model.named_modules():
+        if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
+            copies = module.modules_to_save[adapter_name].state_dict(prefix=f"{name}.modules_to_save.{adapter_name}.")
+            # Records are replaced, copies are written into.
+            found |= {key: tensor.clone() for key, tensor in copies.items()}
+    return found
 
 
 def _new_constraint(tuner: DSTModel, adapter_name: str, config: DSTConfig) -> Constraint:

@@ -345,6 +345,12 @@ class HostRecords(nn.Module):
         return super()._apply(fn, recurse)
 
 
+def no_entries(weight: SparseWeight) -> Record:
+    """The record of a parameter in which an adapter has no entries."""
+    dtype = index_dtype(weight.shape.numel())
+    return Record(torch.empty(0, dtype=dtype, device="cpu"), torch.empty(0, dtype=weight.data.dtype, device="cpu"))
+
+
 def _keep_from_fsdp(marker: nn.Module) -> None:
     """Keep `fully_shard` from dividing records: each process knows by itself which entries it needs.
 

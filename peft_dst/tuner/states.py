@@ -22,9 +22,9 @@ from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX as EXTRA_STATE
 
 from ..core.shards import local
 from ..core.tiles import bits
-from ..delta import MARKER, PARTS, DeltaError, Record, check_record, index_dtype
+from ..delta import MARKER, PARTS, DeltaError, Record, check_record
 from .entries import Entries, Notes
-from .records import HostRecords
+from .records import HostRecords, no_entries
 from .sums import own_part
 
 
@@ -136,9 +136,7 @@ class StatefulRecords(HostRecords):
             for parameter, size in zip(parameters, sizes, strict=False):
                 if size == 0:
                     # A saver may have left it out.
-                    weight = self.weights[parameter]
-                    dtypes = index_dtype(weight.shape.numel()), weight.data.dtype
-                    empty = [torch.empty(0, dtype=dtype, device="cpu") for dtype in dtypes]
+                    empty = no_entries(self.weights[parameter])
                     state_dict |= zip(_keys(prefix, adapter, parameter), empty, strict=True)
 
     def _load_record(self, adapter: str, parameter: str, record: Record, errors: list[str]) -> None:
