@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -94,41 +97,58 @@ def test_a_dynamic_run_started_from_a_subset(values, build, tmp_path):
     assert not all(kept)
 
 
+@contextlib.contextmanager
+def refused(model, match):
+    """What is refused changes nothing: no weight, no subset, no budget, no config."""
+
+    def state():
+        silos = [(silo.name, silo.budget, silo.free()) for silo in model.constraint().silos]
+        return silos, dict(vars(model.peft_config["default"])), subset(model)
+
+    silos, config, positions = copy.deepcopy(state())
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=match):
+        yield
+    assert state()[:2] == (silos, config)
+    assert_same(positions, state()[2])
+    assert_same(before, dict(model.state_dict()))
+
+
 def test_refusals_of_sources(build, tmp_path):
     model = get_peft_model(build("bert"), DSTConfig(epsilon=0.02))
     ones = {name: torch.ones_like(parameter) for name, parameter in build("bert").named_parameters()}
-    with pytest.raises(ValueError, match="takes no subset from outside"):
+    with refused(model, "takes no subset from outside"):
         fix_subset(model, ones)
-    with pytest.raises(ValueError, match="no DST adapter 'other'"):
+    with refused(model, "no DST adapter 'other'"):
         fix_subset(model, ones, "other")
-    with pytest.raises(ValueError, match="whose budget is"):
+    with refused(model, "whose budget is"):
         start_from(model, {"classifier.weight": torch.arange(48)})
-    with pytest.raises(ValueError, match="give its folder"):
+    with refused(model, "give its folder"):
         start_from(model, {"classifier.weight": torch.arange(1)}, values=True)
-    with pytest.raises(ValueError, match="must ascend"):
+    with refused(model, "must ascend"):
         start_from(model, {"classifier.weight": torch.tensor([47, 46])})
-    with pytest.raises(ValueError, match="must ascend"):
+    with refused(model, "must ascend"):
         start_from(model, {"classifier.weight": torch.tensor([48])})
-    with pytest.raises(ValueError, match="does not have"):
+    with refused(model, "does not have"):
         start_from(model, {"decoder.weight": torch.tensor([1])})
-    with pytest.raises(ValueError, match="sorted positions"):
+    with refused(model, "sorted positions"):
         start_from(model, ones)
     static = fixed(build, selection="transfer")
-    with pytest.raises(ValueError, match="never leaves its subset"):
+    with refused(static, "never leaves its subset"):
         start_from(static, {"classifier.weight": torch.arange(1)})
     once = get_peft_model(build("bert"), DSTConfig(epsilon=0.02, selection="first_step"))
-    with pytest.raises(ValueError, match="selection='first_step', which never leaves its subset"):
+    with refused(once, "selection='first_step', which never leaves its subset"):
         start_from(once, {"classifier.weight": torch.arange(1)})
     scored = fixed(build, selection="fisher")
-    with pytest.raises(ValueError, match="chooses by scores"):
+    with refused(scored, "chooses by scores"):
         fix_subset(scored, {"classifier.weight": torch.arange(1)})
-    with pytest.raises(ValueError, match=r"classifier\.bias"):
+    with refused(scored, r"classifier\.bias"):
         fix_subset(scored, {**ones, "classifier.bias": torch.ones(4)})
     fix_subset(scored, ones)
     optimizer = torch.optim.SGD(trained(scored), lr=0.1)
     loss(scored, "bert").backward()
     optimizer.step()
-    with pytest.raises(ValueError, match="trained values already"):
+    with refused(scored, "trained values already"):
         fix_subset(scored, ones)
 
 
@@ -165,8 +185,21 @@ def test_untrained_is_asked_of_the_adapter_itself(build):
 
 def test_an_empty_subset_is_refused(build):
     model = get_peft_model(build("bert"), DSTConfig(selection="transfer"))
-    with pytest.raises(ValueError, match="no free parameter"):
+    with refused(model, "no free parameter"):
         fix_subset(model, {})
+
+
+@pytest.mark.parametrize("selection", ["transfer", "fisher"])
+def test_a_base_that_is_still_to_be_loaded_is_given_nothing(selection):
+    with torch.device("meta"):
+        model = get_peft_model(BUILDERS["bert"](), DSTConfig(epsilon=0.02, selection=selection))
+    before = [silo.budget for silo in model.constraint().silos], dict(vars(model.peft_config["default"]))
+    source = {"classifier.weight": torch.arange(3)}
+    if selection == "fisher":
+        source = {weight.name: torch.ones(weight.shape) for weight in model.constraint().weights}
+    with pytest.raises(ValueError, match=r"has none yet \(device 'meta'\). Load the base model first"):
+        fix_subset(model, source)
+    assert before == ([silo.budget for silo in model.constraint().silos], dict(vars(model.peft_config["default"])))
 
 
 def test_values_of_another_base_are_not_taken_over(build, saved):

@@ -10,6 +10,7 @@ which no file holds. `with_seeds` takes them from the base.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -328,9 +329,9 @@ class SparseDelta(Mapping[str, SparseTensor]):
 
         All belong to one base. Needs all seeds; summed in float64; what comes out equal to its seed is left out.
         """
-        for other in others:
-            check_fit(self, other, "sum")
         deltas = (self, *others)
+        for one, other in itertools.combinations(deltas, 2):
+            check_fit(one, other, "sum")
         kept = of_one_kind([delta.dense for delta in deltas])
         dense = next((delta for delta in deltas if delta.dense), None) if kept else None
         return self._calculated(combined(deltas, summed), others, dense)

@@ -303,6 +303,7 @@ def _adapter(model: nn.Module, adapter_name: str) -> tuple[Constraint, DSTConfig
             "get_peft_model(model, DSTConfig(...))."
         )
     check_undivided(weight.parameter for weight in found[adapter_name].weights)
+    check_memory(weight.parameter for weight in found[adapter_name].weights)
     configs = getattr(model, "peft_config", {})
     return found[adapter_name], configs[adapter_name]
 
