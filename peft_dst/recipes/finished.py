@@ -81,8 +81,11 @@ def _tuned_body(folder: Path) -> dict[str, Tensor]:
         ValueError: if the run is not finished, or its method leaves the body as it is.
     """
     recipe = recipe_of(folder)
-    if recipe.method.name == "prompt_tuning":
-        raise ValueError(f"{folder} is a run of prompt tuning, which changes no weight of the body.")
+    if recipe.method.name in ("prompt_tuning", "head_only"):
+        raise ValueError(
+            f"{folder} is a run of {recipe.method.name}, which changes no weight of the body. To begin with the pretrained "
+            "one, set model.tuned=null."
+        )
     task = make_task(recipe.task)
     # How many outputs the head has is known from the data.
     task.load()

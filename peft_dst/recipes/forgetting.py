@@ -31,8 +31,14 @@ def text_loss(lab: Lab, model: nn.Module, seed: bool = False) -> float:
     assert options.text is not None
     if lab.task.task_type != "CAUSAL_LM":
         raise ValueError("evaluation.text is for causal models; set it to null.")
-    texts = [row["text"] for row in first_rows(options.text, options.text_split, options.text_examples)]
-    encoded = lab.tokenizer(texts, truncation=True, max_length=lab.recipe.task.max_length)["input_ids"]
+    rows = first_rows(options.text, options.text_split, options.text_examples)
+    if strange := [row for row in rows if not isinstance(row.get("text"), str)]:
+        raise ValueError(
+            f"evaluation.text={options.text} needs a column 'text' with text in each row; it has {', '.join(strange[0])}."
+        )
+    texts = [row["text"] for row in rows]
+    every = lab.tokenizer(texts, truncation=True, max_length=lab.recipe.task.max_length)["input_ids"]
+    encoded = [ids for ids in every if ids]
     # In small batches: a pass over text shall not need more memory than training does.
     size = lab.recipe.training.batch_size
     device = next(model.parameters()).device
@@ -41,7 +47,7 @@ def text_loss(lab: Lab, model: nn.Module, seed: bool = False) -> float:
     model.eval()
     with model.disable_adapter() if seed and isinstance(model, PeftModel) else nullcontext():
         for start in range(0, len(encoded), size):
-            features = [{"input_ids": ids, "labels": ids} for ids in encoded[start : start + size] if ids]
+            features = [{"input_ids": ids, "labels": ids} for ids in encoded[start : start + size]]
             batch: dict[str, Any] = {name: tensor.to(device) for name, tensor in lab.collate(features).items()}
             labels = batch.pop("labels")
             # Of a prompt's own positions there is nothing to say.

@@ -159,8 +159,9 @@ class Lab:
         set_seed(self.recipe.seed)
         optimizer = torch.optim.AdamW(head.values(), lr=options.learning_rate, weight_decay=0.0, fused=True)
         self.fit(seed.model, optimizer, Plan(epochs, options.batch_size))
-        head = {name: t for name, t in seed.model.state_dict().items() if seed.in_head(name)}
-        replace_file(file, head, {})
+        # Each tensor once, under whatever names it has.
+        tensors = [*seed.model.named_parameters(), *seed.model.named_buffers()]
+        replace_file(file, {name: tensor.detach() for name, tensor in tensors if seed.in_head(name)}, {})
 
     @property
     def plan(self) -> Plan:
@@ -182,9 +183,9 @@ class Lab:
         trainer.measure = lambda: self._answered(trainer, "validation")[0]
         last = last_checkpoint(self.folder / CHECKPOINTS) if plan.resumable else None
         if plan.resumable:
-            trainer.add_callback(Clock(trainer.seconds))
+            trainer.add_callback(Clock(trainer.clock))
         if last is not None:
-            trainer.earlier = seconds_of(Path(last))
+            trainer.earlier, trainer.measured_earlier = seconds_of(Path(last))
         output = trainer.train(resume_from_checkpoint=last)
         seconds = trainer.earlier + float(output.metrics["train_runtime"]) - trainer.measuring
         reserved = [size for _, size in trainer.memory]

@@ -105,13 +105,29 @@ def load_seed(options: ModelOptions, task: Task, seed: int) -> Seed:
         head = list(dict.fromkeys([*options.fresh, *_missing(model, found["missing_keys"])]))
     for name in head:
         _module(model, name, "model.head")
-    return Seed(model, head)
+    seeded = Seed(model, head)
+    if lacking := sorted(key for key in found["missing_keys"] if not seeded.in_head(key)):
+        raise ValueError(
+            f"the files of {options.name} have no {lacking[0]!r} ({len(lacking)} such tensors), which is part of the "
+            "body: it would begin at random. Give a complete checkpoint, or name what is new in model.head."
+        )
+    return seeded
 
 
 def _missing(model: Any, keys: list[str]) -> list[str]:
-    """The modules that a checkpoint lacks, such as classifier or pooler."""
-    prefix = f"{model.base_model_prefix}."
-    return [key.removeprefix(prefix).split(".")[0] for key in sorted(keys)]
+    """The modules that a checkpoint may lack, such as a classifier, and of the body the pooler. It has nothing of them."""
+    tensors = dict(model.named_parameters(remove_duplicate=False))
+    lacking = {id(tensors[key]) for key in keys if key in tensors}
+    body = f"{model.base_model_prefix}."
+    found = []
+    for key in sorted(keys):
+        module = key.removeprefix(body).split(".")[0]
+        place = f"{key[: len(key) - len(key.removeprefix(body))]}{module}."
+        own = {id(tensor) for name, tensor in tensors.items() if name.startswith(place)}
+        tied = {id(tensor) for name, tensor in tensors.items() if not name.startswith(place)}
+        if own - tied <= lacking and (not key.startswith(body) or "pool" in module):
+            found.append(module)
+    return found
 
 
 def _module(model: nn.Module, name: str, option: str) -> nn.Module:

@@ -50,7 +50,8 @@ def settled(recipe: Recipe) -> Recipe:
             f"training.learning_rate=auto is a rule for adamw, not for {recipe.training.optimizer}; give a number."
         )
     method = recipe.method
-    if method.name in KINDS and method.num_free_parameters is not None and method.rank is None:
+    ranked = method.name == "lora" and method.rank is not None
+    if method.name in KINDS and method.num_free_parameters is not None and not ranked:
         raise ValueError(
             "training.learning_rate=auto goes by method.epsilon, not by method.num_free_parameters; give either that "
             "fraction or a learning rate."

@@ -12,7 +12,7 @@ import shutil
 import statistics
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -66,8 +66,9 @@ NO_EFFECT = (
     "evaluation.predictions",
     *(f"training.{name}" for name in ("evaluation_batch_size", "save_steps", "logging_steps", "empty_cache_steps")),
 )
-# Besides evaluation.*, options that may be otherwise when a run is measured again: where its model and data are now.
+# Options that may be otherwise when a run is measured again: of how, and where its model and data are now.
 OF_EVALUATION = (
+    *(f"evaluation.{name}" for name in ("train_examples", "beams", "max_new_tokens", "bleurt", "predictions")),
     "training.evaluation_batch_size",
     *("model.name", "model.tokenizer", "model.tuned", "task.data", "task.evaluation_data"),
 )
@@ -101,7 +102,7 @@ def train(
     folder, recipe = Path(folder), settled(recipe)
     with _claimed(recipe, folder, wait):
         record = results(folder)
-        splits = lacking(recipe, record) if record is not None else []
+        splits = [*lacking(recipe, record), *_without_predictions(recipe, record, folder)] if record is not None else []
         if record is None or (splits and not saved(folder).is_dir()):
             # A search keeps of what it tried the figures alone.
             record = _run(recipe, folder, progress, cache)
@@ -109,6 +110,17 @@ def train(
             _add_splits(record, recipe, folder, splits, progress)
         _tidy(folder)
         return record
+
+
+def _without_predictions(recipe: Recipe, record: Mapping[str, Any], folder: Path) -> list[str]:
+    """The splits whose predictions are wanted of a finished run, and are not there."""
+    if not recipe.evaluation.predictions or not saved(folder).is_dir():
+        return []
+    return [split for split in record["metrics"] if not _predictions(folder, split).is_file()]
+
+
+def _predictions(folder: Path, split: str) -> Path:
+    return folder / f"predictions_{split}.jsonl"
 
 
 def _add_splits(record: dict[str, Any], recipe: Recipe, folder: Path, splits: list[str], progress: bool) -> None:
@@ -224,7 +236,7 @@ def _claimed(recipe: Recipe, folder: Path, wait: bool) -> Iterator[None]:
         there = load_recipe(file)
         if other := [name for name in differences(there, recipe) if name not in NO_EFFECT]:
             was, now = (value_of(r, other[0]) for r in (there, recipe))
-            of_evaluation = all(name.startswith("evaluation.") for name in other)
+            of_evaluation = all(name in OF_EVALUATION and name.startswith("evaluation.") for name in other)
             remedy = "; peft-dst evaluate measures it again with other options of evaluation" if of_evaluation else ""
             raise ValueError(
                 f"{folder} holds a run with {other[0]} = {was!r}, not {now!r}"
@@ -250,10 +262,12 @@ def evaluate(
     """
     overrides = list(overrides)
     for name in (override.partition("=")[0] for override in overrides):
-        if not name.startswith("evaluation.") and name not in OF_EVALUATION:
+        if name == "evaluation.splits":
             raise ValueError(
-                f"{name} cannot be otherwise than it was in training; evaluation.* can, and {', '.join(OF_EVALUATION)}."
+                f"{name} says what a run is measured on at its end; here the splits are given by themselves."
             )
+        if name not in OF_EVALUATION:
+            raise ValueError(f"{name} cannot be otherwise than it was in training; {', '.join(OF_EVALUATION)} can.")
     folder, splits = Path(folder), list(splits)
     unknown = [split for split in splits if split not in SPLITS]
     if unknown:
@@ -281,7 +295,7 @@ def _metrics(lab: Lab, model: nn.Module, splits: Iterable[str], folder: Path | N
         found[split], answers = lab.predict(model, split)
         if folder is not None and lab.recipe.evaluation.predictions:
             lines = [json.dumps({"answer": answer}, ensure_ascii=False) for answer in answers]
-            (folder / f"predictions_{split}.jsonl").write_text("\n".join(lines) + "\n")
+            _predictions(folder, split).write_text("\n".join(lines) + "\n")
     return found
 
 

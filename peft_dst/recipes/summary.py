@@ -227,14 +227,17 @@ def _seeds_share(group: Group) -> float | None:
 
 
 def _overlap(groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """For each budget, fractions of each point's subset (a row) that another's (a column) has: means over the seeds that
-    all of them have, each seed's adapters compared with one another.
+    """For each base and budget, fractions of each point's subset (a row) that another's (a column) has: means over the
+    seeds that all of them have, each seed's adapters compared with one another.
     """
-    budgets: dict[tuple[Any, Any], list[Group]] = {}
+    budgets: dict[tuple[Any, ...], list[Group]] = {}
     for group in groups:
-        method = next(iter(group.recipes.values())).method
+        recipe = next(iter(group.recipes.values()))
+        base, method = recipe.model, recipe.method
         if any("subset" in record for record in group.records.values()):
-            budgets.setdefault((method.epsilon, method.num_free_parameters), []).append(group)
+            # Only of one base are subsets comparable.
+            key = (base.name, base.revision, base.tuned, method.epsilon, method.num_free_parameters)
+            budgets.setdefault(key, []).append(group)
     found = []
     for members in budgets.values():
         titles = [title(group.point) for group in members]

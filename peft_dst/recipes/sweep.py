@@ -24,7 +24,7 @@ from .cache import shared_cache
 from .config import at, digest, is_integer, points, value_of
 from .options import AUTO, Recipe
 from .processes import Pool, Run
-from .record import ADAPTER, LOG, MODEL, RESULTS, TRIAL, lacking, results, write
+from .record import ADAPTER, ERROR, LOG, MODEL, RESULTS, TRIAL, lacking, results, write
 from .runner import tidy
 from .search import best_place, in_series, next_places
 from .summary import RATE, SUMMARY, TABLE, Group, first_figure, summarise, table, title
@@ -49,8 +49,9 @@ class _Course:
     steps: Generator[list[Run], Records, None] = field(init=False)
     waiting: int = 0
     records: Records = field(default_factory=dict)
-    # Whether a run failed for a reason that has nothing to do with its options.
+    # Whether a run failed for a reason that has nothing to do with its options; trials that failed because of them.
     lost: bool = False
+    diverged: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.steps = self._steps()
@@ -233,7 +234,9 @@ def _run_all(courses: list[_Course], pool: Pool, failures: dict[str, str], bar: 
         course.records[run] = record = None if error else results(run.folder)
         course.lost |= error is not None and not error.startswith(DIVERGED)
         course.waiting -= 1
-        if error:
+        if error and error == _divergence(run):
+            course.diverged[run.folder.name] = error
+        elif error:
             failures[run.folder.name] = error
         if new and progress:
             bar.write(_line(run, record, error), file=sys.stderr)
@@ -246,14 +249,16 @@ def _run_all(courses: list[_Course], pool: Pool, failures: dict[str, str], bar: 
         try:
             runs = course.steps.send(given) if given else next(course.steps)
         except StopIteration:
+            if not course.group.records:
+                failures.update(course.diverged)
             bar.update(len(course.group.recipes))
             return
         course.waiting = len(runs)
         # A point that was begun goes before the next one.
-        done = [run for run in runs if _finished(run)]
+        done = {run: error for run in runs if (error := _divergence(run)) or _finished(run)}
         todo.extendleft((course, run) for run in reversed(runs) if run not in done)
-        for run in done:
-            settle(course, run, None, new=False)
+        for run, error in done.items():
+            settle(course, run, error, new=False)
 
     waiting = iter(courses)
 
@@ -268,6 +273,14 @@ def _run_all(courses: list[_Course], pool: Pool, failures: dict[str, str], bar: 
 
     for run, error in pool.go(take):
         settle(under_way.pop(run), run, error)
+
+
+def _divergence(run: Run) -> str | None:
+    """What ended a trial that diverged: that is what came of it, and it is not tried again."""
+    if not (run.folder / TRIAL).is_file() or not (run.folder / ERROR).is_file():
+        return None
+    error = (run.folder / ERROR).read_text().strip()
+    return error if error.startswith(DIVERGED) else None
 
 
 def _finished(run: Run) -> bool:

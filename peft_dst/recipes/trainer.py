@@ -44,12 +44,13 @@ def last_checkpoint(folder: Path) -> str | None:
     return None
 
 
-def seconds_of(checkpoint: Path) -> float:
-    """How long training had taken at a checkpoint; 0 of one that does not say it."""
+def seconds_of(checkpoint: Path) -> tuple[float, float]:
+    """How long training had taken at a checkpoint, and measuring in between; 0 of one that does not say it."""
     try:
-        return float(json.loads((checkpoint / SECONDS).read_text()))
+        training, measuring = json.loads((checkpoint / SECONDS).read_text())
+        return float(training), float(measuring)
     except (OSError, ValueError, TypeError):
-        return 0.0
+        return 0.0, 0.0
 
 
 class Bar(ProgressCallback):
@@ -61,9 +62,9 @@ class Bar(ProgressCallback):
 
 
 class Clock(TrainerCallback):
-    """Writes into each checkpoint how long it took to come there."""
+    """Writes into each checkpoint how long it took to come there: training, and measuring."""
 
-    def __init__(self, seconds: Callable[[], float]) -> None:
+    def __init__(self, seconds: Callable[[], tuple[float, float]]) -> None:
         self.seconds = seconds
 
     def on_save(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
@@ -77,8 +78,8 @@ class RunTrainer(Seq2SeqTrainer):
     # What is measured in the middle of training, and the seconds that it took.
     measure: Callable[[], dict[str, float]] | None = None
     measuring = 0.0
-    # Seconds that training took before it was interrupted.
-    earlier = 0.0
+    # Seconds that training took before it was interrupted, and measuring.
+    earlier, measured_earlier = 0.0, 0.0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -89,6 +90,10 @@ class RunTrainer(Seq2SeqTrainer):
     def seconds(self) -> float:
         """How long training has taken, what was measured in between aside."""
         return self.earlier + time.perf_counter() - self.begin - self.measuring
+
+    def clock(self) -> tuple[float, float]:
+        """Seconds of training and of measuring, those before an interruption included."""
+        return self.seconds(), self.measured_earlier + self.measuring
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
@@ -111,7 +116,7 @@ class RunTrainer(Seq2SeqTrainer):
         figures = {f"validation_{name}": figure for name, figure in self.measure().items()}
         logs = {**figures, "training_seconds": seconds}
         self.measuring += time.perf_counter() - begin
-        logs["measuring_seconds"] = self.measuring
+        logs["measuring_seconds"] = self.measured_earlier + self.measuring
         if self.memory:
             since = self.memory[-self.args.eval_steps * self.args.gradient_accumulation_steps :]
             allocated, reserved = zip(*since, strict=True)

@@ -90,11 +90,15 @@ def test_it_is_settled_by_method_and_budget():
     ("override", "message"),
     [
         ("training.optimizer=sgd", "auto is a rule for adamw, not for sgd"),
+        (
+            "method.num_free_parameters=100,method.rank=8",
+            r"goes by method\.epsilon, not by method\.num_free_parameters",
+        ),
         ("method.num_free_parameters=100", r"goes by method\.epsilon, not by method\.num_free_parameters"),
     ],
 )
 def test_without_a_rule_it_is_refused_before_anything_is_written(override, message, tmp_path):
-    recipe = make_recipe(LEAST, [override])
+    recipe = make_recipe(LEAST, override.split(","))
     with pytest.raises(ValueError, match=message):
         train(recipe, tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -36,11 +36,17 @@ def test_the_best_learning_rate_is_that_of_validation_data():
         point([0.1], 100, method_epsilon=1e-4, training_learning_rate=0.1),
     )
     assert [p.rate for p in shapes.best_rates(made.points)] == [0.3, 0.1]
-    # Test scores do not choose: without validation data all stay.
+    lines, _ = shapes.curves(made.points, lambda p: p.quality)
+    assert means(lines) == [("dynamic", [10, 100], [0.8, 0.1])]
+    # Test scores do not choose: without validation data all stay, each rate a series of its own.
     for entry in made.summary["points"]:
         del entry["metrics"]["validation"]
     again = data.section(made.summary, "here: ", "folder")
     assert len(shapes.best_rates(again.points)) == 4
+    lines, _ = shapes.curves(again.points, lambda p: p.quality)
+    named = {line.label: [y.mean for y in line.y] for line in lines}
+    names = [f"dynamic, learning rate {rate}" for rate in (0.1, 0.3, 0.2)]
+    assert named == dict(zip(names, ([0.6, 0.1], [0.8], [0.7]), strict=True))
 
 
 def test_learning_rates_by_budget():

@@ -118,6 +118,11 @@ def test_what_changes_no_figure_makes_no_other_run(options, tmp_path):
     record = train(make_recipe(options), tmp_path / "run")
     more = ["evaluation.predictions=true", "training.evaluation_batch_size=2", "training.save_steps=7"]
     assert train(make_recipe(options, more), tmp_path / "run") == record
+    # Also of a finished run predictions can be had.
+    for split in ("validation", "test"):
+        file = tmp_path / "run" / f"predictions_{split}.jsonl"
+        assert len(file.read_text().splitlines()) == record["examples"][split]
+        file.unlink()
     with pytest.raises(
         ValueError, match=r"evaluation\.beams = 1, not 4; .*peft-dst evaluate measures it again with other"
     ):
@@ -132,9 +137,17 @@ def test_what_changes_no_figure_makes_no_other_run(options, tmp_path):
     assert evaluate(tmp_path / "run", overrides=moved) == {"test": record["metrics"]["test"]}
     assert len((tmp_path / "run" / "predictions_test.jsonl").read_text().splitlines()) == 10
     with pytest.raises(
-        ValueError, match=r"^method\.epsilon cannot be otherwise than it was in training; evaluation\.\* can"
+        ValueError, match=r"^method\.epsilon cannot be otherwise than it was in training; .*evaluation\.beams, .* can"
     ):
         evaluate(tmp_path / "run", overrides=["method.epsilon=0.1"])
+    # Nor what is measured while training, or before.
+    for name in ("text=x", "after_head=true", "every=3"):
+        with pytest.raises(ValueError, match=rf"^evaluation\.{name.partition('=')[0]} cannot be otherwise"):
+            evaluate(tmp_path / "run", overrides=[f"evaluation.{name}"])
+        with pytest.raises(ValueError, match=r"give another folder, or remove that one\.$"):
+            train(make_recipe(options, [f"evaluation.{name}"]), tmp_path / "run")
+    with pytest.raises(ValueError, match=r"evaluation\.splits says .*; here the splits are given by themselves"):
+        evaluate(tmp_path / "run", overrides=["evaluation.splits=[train]"])
 
 
 class Stop(TrainerCallback):
@@ -161,8 +174,8 @@ def test_an_interrupted_run_goes_on(name, options, tmp_path, monkeypatch):
     assert results(tmp_path / "parts") is None
     # What it took to come there counts.
     (file,) = (tmp_path / "parts" / "checkpoints").glob("checkpoint-*/seconds.json")
-    assert json.loads(file.read_text()) > 0
-    file.write_text("1000.0")
+    assert json.loads(file.read_text())[0] > 0
+    file.write_text("[1000.0, 0.0]")
     seen = []
     monkeypatch.setattr(
         Lab,
@@ -341,7 +354,10 @@ def test_each_seed_may_have_a_body_of_its_own(options, tmp_path):
 
 
 def test_another_body_is_refused(options, tmp_path):
+    train(make_recipe(options, ["method.name=head_only", "training.max_steps=1"]), tmp_path / "head")
+    with pytest.raises(ValueError, match="is a run of head_only, which changes no weight of the body"):
+        Lab(make_recipe(options, [f"model.tuned={tmp_path / 'head'}"]), tmp_path / "lab").bare()
     train(make_recipe(options, ["method.name=prompt_tuning", "training.max_steps=1"]), tmp_path / "prompt")
     options["model"]["tuned"] = str(tmp_path / "prompt")
-    with pytest.raises(ValueError, match="prompt tuning, which changes no weight"):
+    with pytest.raises(ValueError, match="is a run of prompt_tuning, which changes no weight"):
         Lab(make_recipe(options), tmp_path / "lab").bare()

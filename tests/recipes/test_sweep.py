@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from scipy import stats
+from transformers import AutoTokenizer, BertConfig, BertModel
 
 from peft_dst import overlap
 from peft_dst.recipes import groups, make_recipe, processes, sweep, title
@@ -211,6 +212,25 @@ def test_failures_are_told_and_tried_again(options, tmp_path, monkeypatch):
     assert not (folder / "error.txt").exists()
 
 
+def test_a_sweep_over_models(tmp_path):
+    """Subsets of different bases have nothing in common, be they as large; each base's are compared."""
+    options = toys.classification(tmp_path)
+    options["training"]["max_steps"] = 1
+    config = BertConfig.from_pretrained(tmp_path / "bert", intermediate_size=24)
+    BertModel(config).save_pretrained(tmp_path / "smaller")
+    AutoTokenizer.from_pretrained(tmp_path / "bert").save_pretrained(tmp_path / "smaller")
+    names = [str(tmp_path / name) for name in ("bert", "smaller")]
+    options["sweep"] = {"model.name": names, "method.name": ["dynamic", "random"]}
+    summary = sweep(make_recipe(options), tmp_path / "sweep", workers=0)
+    assert summary["failures"] == {}
+    assert [
+        [name in title for title in found["titles"]] for name, found in zip(names, summary["overlap"], strict=True)
+    ] == [
+        [True, True],
+        [True, True],
+    ]
+
+
 def test_each_run_is_told_in_a_line(options, tmp_path, monkeypatch, capsys):
     """By its whole point; its folder's name is cut."""
     scripted(monkeypatch, lambda recipe: ValueError("!") if recipe.seed else 0.5)
@@ -245,6 +265,28 @@ def test_a_trial_that_fails_is_not_chosen(options, tmp_path, monkeypatch):
     scripted(monkeypatch, lambda recipe: error)
     (point,) = sweep(make_recipe(options), tmp_path / "other", workers=0)["points"]
     assert (point["chosen"], point["seeds"], len(point["trials"])) == (None, [], 3)
+
+
+def test_a_trial_that_diverged_is_done(options, tmp_path, monkeypatch):
+    """That is its result: no failure of the sweep, and nothing to try again."""
+    error = FloatingPointError("!")
+    seen = scripted(monkeypatch, lambda recipe: error if recipe.training.learning_rate > 0.01 else 0.5)
+    options["search"] = {"option": "training.learning_rate"}
+    first = sweep(make_recipe(options), tmp_path / "sweep", workers=0)
+    assert first["failures"] == {}
+    assert not (tmp_path / "sweep" / "cache").exists()
+    seen.clear()
+    assert sweep(make_recipe(options), tmp_path / "sweep", workers=0) == first
+    assert not seen
+    # Where nothing came of any, that is told; and the run that diverges at its end is tried again.
+    scripted(monkeypatch, lambda recipe: error)
+    assert set(sweep(make_recipe(options), tmp_path / "all", workers=0)["failures"].values()) == {
+        "FloatingPointError: !"
+    }
+    seen = scripted(monkeypatch, lambda recipe: error if "test" in recipe.evaluation.splits else 0.5)
+    for _ in range(2):
+        assert len(sweep(make_recipe(options), tmp_path / "last", workers=0)["failures"]) == 1
+    assert sum("test" in recipe.evaluation.splits for recipe in seen) == 2
 
 
 def test_without_one_of_the_trials_nothing_is_chosen(options, tmp_path, monkeypatch):

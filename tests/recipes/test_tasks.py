@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
-from transformers import AutoTokenizer
+from safetensors.torch import load_file, save_file
+from tokenizers import pre_tokenizers
+from transformers import AutoTokenizer, RobertaTokenizer
 
 from peft_dst.recipes import evaluate, make_recipe, train
 from peft_dst.recipes.lab import Lab
@@ -138,6 +140,22 @@ def test_a_word_without_tokens_moves_no_other_tag(minilm):
     assert task.answers(rows, features, predictions, tokenizer) == [rows[0]["tags"]]
 
 
+def test_byte_level_tokenizers_read_words_as_in_the_middle_of_a_text():
+    """RoBERTa's: without a space in front "cat" is another word than in "the cat"."""
+    letters = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    vocabulary = letters | {
+        token: len(letters) + i for i, token in enumerate(["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
+    }
+    tokenizer = RobertaTokenizer(vocab=vocabulary, merges=[])
+    task = make_task(TaskOptions(name="tagging", data=""))
+    row = {"words": ["the", "cat"], "tags": ["O", "B-PER"]}
+    task.prepare(Dataset.from_list([{"tokens": row["words"], "ner_tags": row["tags"]}]))
+    (feature,) = task.encode([row], tokenizer, training=True)
+    pieces = tokenizer.convert_ids_to_tokens(feature["input_ids"])
+    assert "".join(pieces) == "<s>ĠtheĠcat</s>"
+    assert [piece for piece, label in zip(pieces, feature["labels"], strict=True) if label != -100] == ["Ġ", "Ġ"]
+
+
 def test_masked_words(tmp_path):
     toys.write_rows(tmp_path / "data", train=[{"text": ""}, {"text": "the red cat sleeps in the house " * 2}] * 8,
                     test=[{"text": "the green dog sleeps in the city"}, {"text": " "}] * 4)  # fmt: skip
@@ -151,6 +169,31 @@ def test_masked_words(tmp_path):
     batches = [lab.collate(lab.train_features) for _ in range(2)] if lab.bare() else []
     assert not torch.equal(batches[0]["labels"], batches[1]["labels"])
     assert train(made, tmp_path / "run")["metrics"]["test"].keys() == {"precision_at_1"}
+    # Its bias has two names, and is written down once.
+    made.training.head_first.epochs = 0.5
+    assert train(made, tmp_path / "head")["metrics"]["test"].keys() == {"precision_at_1"}
+
+
+@pytest.mark.parametrize("kind", ["bert", "t5"])
+def test_a_checkpoint_without_all_of_the_body_is_refused(kind, tmp_path):
+    toys.write_rows(tmp_path / "data", train=toys.questions(8), test=toys.questions(4))
+    name, part = {"bert": ("classification", "encoder.layer.1."), "t5": ("question_answering", "encoder.block.1.")}[
+        kind
+    ]
+    if kind == "t5":
+        rows = [{"question": "who", "answers": ["paul"]}] * 8
+        toys.write_rows(tmp_path / "data", train=rows, test=rows)
+    made = recipe(tmp_path, kind, {"name": name})
+    file = tmp_path / kind / "model.safetensors"
+    tensors = load_file(file)
+    assert Lab(made, tmp_path / "lab").bare().head == {"bert": ["classifier"], "t5": []}[kind]
+    save_file({key: tensor for key, tensor in tensors.items() if not key.startswith(part)}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"have no '.*{re.escape(part)}.*such tensors\), which is part of the body"):
+        Lab(made, tmp_path / "lab").bare()
+    # A pooler may be missing: many a checkpoint has none.
+    if kind == "bert":
+        save_file({key: tensor for key, tensor in tensors.items() if "pooler" not in key}, file, {"format": "pt"})
+        assert Lab(made, tmp_path / "lab").bare().head == ["pooler", "classifier"]
 
 
 def superglue(folder):

@@ -178,7 +178,7 @@ def _of_runs(files: Sequence[Path]) -> list[Section]:
     runs: dict[tuple[str, ...], list[tuple[Path, dict[str, Any], Recipe]]] = {}
     for file in files:
         record, recipe = _run(file)
-        runs.setdefault((recipe.task.name, recipe.task.data), []).append((file, record, recipe))
+        runs.setdefault((recipe.task.name, _source(vars(recipe.task))), []).append((file, record, recipe))
     sections = []
     for (name, data), members in runs.items():
         recipes = [recipe for _, _, recipe in members]
@@ -202,6 +202,11 @@ def _of_runs(files: Sequence[Path]) -> list[Section]:
         summary["recipe"]["title"] = ""
         sections.append(section(summary, "the runs: ", f"Runs of {name} on {data}"))
     return sections
+
+
+def _source(task: Mapping[str, Any]) -> str:
+    """A task's data, with the part of them that it is."""
+    return " ".join(filter(None, [task["data"], task.get("subset")]))
 
 
 def _run(file: Path) -> tuple[dict[str, Any], Recipe]:
@@ -254,7 +259,7 @@ def section(summary: Any, where: str, name: str) -> Section:
     return Section(
         title=recipe.get("title") or name,
         model=recipe["model"]["name"],
-        task=f"{recipe['task']['name']}, {recipe['task']['data']}",
+        task=f"{recipe['task']['name']}, {_source(recipe['task'])}",
         metric=summary["metric"],
         split=summary["split"],
         points=points,

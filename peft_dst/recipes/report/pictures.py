@@ -197,7 +197,7 @@ def _seeds(points: Sequence[Point]) -> str:
 
 
 def _rates_note(section: Section) -> str:
-    if any(point.rate is not None for point in section.done):
+    if any(point.rate is not None and point.validation is not None for point in section.done):
         return " Of several learning rates the one that is best on validation data."
     if any(point.trials for point in section.points):
         return " Learning rates were chosen on validation data."

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ...tables import square_labels
@@ -92,7 +93,7 @@ class Table:
 def best_rates(points: Iterable[Point]) -> list[Point]:
     """Of points that differ in their learning rate alone, the one that is best on validation data.
 
-    Points that were not measured there all stay.
+    Points that were not measured there all stay, as series of their own.
     """
     found: dict[tuple[Any, ...], Point] = {}
     for point in points:
@@ -101,7 +102,14 @@ def best_rates(points: Iterable[Point]) -> list[Point]:
         other = found.setdefault(key, point)
         if other is not point and (point.validation or 0) > (other.validation or 0):
             found[key] = point
-    return list(found.values())
+    counts = Counter((point.series, point.budget, point.free) for point in found.values())
+    several = {series for (series, _, _), count in counts.items() if count > 1}
+    return [
+        replace(p, series=f"{p.series}, learning rate {number_text(p.rate)}")
+        if p.series in several and p.rate is not None
+        else p
+        for p in found.values()
+    ]
 
 
 def curves(points: Iterable[Point], value: Callable[[Point], Spread | None]) -> tuple[list[Line], list[Level]]:
@@ -160,7 +168,8 @@ def relative_quality(sections: Iterable[Section]) -> list[Line]:
                 Spread(y.mean / unit, None if y.deviation is None else y.deviation / abs(unit), y.count) for y in line.y
             ]
             label = section.title if line.label == "dynamic" else f"{section.title}: {line.label}"
-            found.append(Line(label, line.method, [x / dynamic[0].body for x in line.x], y))
+            body = next(point.body for point in best_rates(dynamic) if point.series == line.label)
+            found.append(Line(label, line.method, [x / body for x in line.x], y))
     return found if len({line.label for line in found}) > 1 else []
 
 

@@ -62,9 +62,7 @@ class Tagging(Task):
             raise ValueError(
                 "tagging needs a fast tokenizer, which knows the tokens of each word; set model.tokenizer."
             )
-        if getattr(tokenizer, "add_prefix_space", True) is False:
-            # Byte-level ones take the words of a sentence only as if each stood after a space.
-            tokenizer.add_prefix_space = True
+        _put_spaces_before_words(tokenizer)
         numbers = {label: i for i, label in enumerate(self.labels)}
         unknown = IGNORED if training else numbers[OUTSIDE]
         encoded = self._tokens(rows, tokenizer)
@@ -100,6 +98,16 @@ class Tagging(Task):
         references = [row["tags"] for row in rows]
         flat = [tag for tags in answers for tag in tags], [tag for tags in references for tag in tags]
         return {**span_scores(answers, references), "accuracy": accuracy(*flat)}
+
+
+def _put_spaces_before_words(tokenizer: Any) -> None:
+    """Have a byte-level tokenizer read each word as it does in the middle of a text, where a space stands before it.
+
+    The tokenizer's own `add_prefix_space` is looked at when it is made, and by nothing afterwards.
+    """
+    if (split := tokenizer.backend_tokenizer.pre_tokenizer) is not None:
+        split.__setstate__(re.sub(rb'("add_prefix_space": ?)false', rb"\1true", split.__getstate__()))
+        tokenizer.backend_tokenizer.pre_tokenizer = split
 
 
 def _first_tokens(words: list[int | None]) -> dict[int, int]:
