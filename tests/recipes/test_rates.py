@@ -42,8 +42,12 @@ def test_between_two_budgets(monkeypatch):
     assert [by_rule("dynamic", 1e-4 * 10 ** (2 * part)) for part in (0.35, 0.45)] == [2e-2, 1e-2]
 
 
-# CB is no judge: of the 50 examples that its rates were chosen by, three points are one and a half.
-@pytest.mark.parametrize("task", sorted({path.stem for path in RESULTS.glob("methods_*.json")} - {"methods_cb"}))
+# CB and RTE are no judges. Of the 50 examples that CB's rates were chosen by, three points are one and a half; and RTE is not
+# learnt by any method at any rate, so that what was chosen there is chance.
+UNDECIDED = {"methods_cb", "methods_rte"}
+
+
+@pytest.mark.parametrize("task", sorted({path.stem for path in RESULTS.glob("methods_*.json")} - UNDECIDED))
 def test_it_is_what_the_sweeps_chose(task):
     """At the rule's rate a method was at most three points below its best one, on validation data."""
     compared = 0
