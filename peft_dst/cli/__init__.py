@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     try:
         app(None if arguments is None else list(arguments))
-    except (ValueError, OSError) as error:
-        # What is refused is said in one sentence; anything else is a defect, and shows where.
+    except (ValueError, OSError, FloatingPointError, NotImplementedError) as error:
+        # What is refused, or diverged, is said in one sentence; anything else is a defect, and shows where.
         print(f"error: {printable(error)}", file=sys.stderr)
         sys.exit(1)

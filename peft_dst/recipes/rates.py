@@ -59,7 +59,7 @@ def settled(recipe: Recipe) -> Recipe:
     if method.name in ("dynamic", "first_step") and method.distance not in (None, DSTConfig.distance):
         raise ValueError(
             f"training.learning_rate=auto is a rule for the distance {DSTConfig.distance}; {method.distance} wants another "
-            "rate, up to ten times as large or half as large. Give a number, or search."
+            "rate, up to ten times as large or a fifth of it. Give a number, or search."
         )
     if method.name == "diff_pruning" and method.pruning_learning_rate is None:
         # The training that is pruned is another one.

@@ -42,8 +42,8 @@ def test_between_two_budgets(monkeypatch):
     assert [by_rule("dynamic", 1e-4 * 10 ** (2 * part)) for part in (0.35, 0.45)] == [2e-2, 1e-2]
 
 
-# CB and RTE are no judges. Of the 50 examples that CB's rates were chosen by, three points are one and a half; and RTE is not
-# learnt by any method at any rate, so that what was chosen there is chance.
+# CB and RTE are no judges. Of the 50 examples that CB's rates were chosen by, three points are one and a half; and RTE is
+# learnt by no method at any rate, so that what was chosen there is chance.
 UNDECIDED = {"methods_cb", "methods_rte"}
 
 
@@ -64,7 +64,7 @@ def test_it_is_what_the_sweeps_chose(task):
 
 @pytest.mark.parametrize("method", ["dynamic", "first_step"])
 def test_other_distances_want_other_rates(method):
-    """On TREC the rule's rate is up to eight points below the one that a search finds for the relative distance."""
+    """On TREC the rule's rate is up to nine points below the one that a search finds for the relative distance."""
     assert rate(f"method.name={method}", "method.distance=inverse_relative") == by_rule(method, DEFAULT_EPSILON)
     for distance in ("relative", "absolute"):
         with pytest.raises(

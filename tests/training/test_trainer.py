@@ -419,6 +419,7 @@ def test_a_callback_put_first_reaches_every_reporter(build, tmp_path):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
+        ({"lr": 2e-5}, "a learning rate of 2e-05 is one of full fine-tuning. A subset wants far more"),
         ({"weight_decay": 0.01}, "weight decay 0.01 acts on every parameter.*create_dst_optimizer"),
         ({"half": True}, r"tensors under the constraint are torch.bfloat16.*peft_dst.DSTOptimizer, or load"),
         ({"dropout": True}, r"dropout is on \(hidden_dropout_prob=0.1\).*0.0 to from_pretrained"),
@@ -431,7 +432,8 @@ def test_the_callback_advises(change, match, build, tmp_path):
     if change.get("dropout"):
         base.config.hidden_dropout_prob = 0.1
     model = get_peft_model(base, DSTConfig(epsilon=0.02))
-    args = arguments(tmp_path, weight_decay=change.get("weight_decay", 0.0), max_steps=1)
+    options = {"learning_rate": change["lr"]} if "lr" in change else {}
+    args = arguments(tmp_path, weight_decay=change.get("weight_decay", 0.0), max_steps=1, **options)
     with pytest.warns(UserWarning, match=match):
         Trainer(model, args, train_dataset=Rows("bert"), callbacks=[DSTCallback()]).train()
 
