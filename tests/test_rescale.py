@@ -25,8 +25,14 @@ def test_differences_are_scaled_and_come_back_bit_for_bit(build, scale, dtype):
         with peft.helpers.rescale_adapter_scale(model, scale):
             for name, found in weights(model).items():
                 wanted = seed[name].double() + scale * (tuned[name].double() - seed[name].double())
-                tolerance = 4 * torch.finfo(dtype).eps
-                assert torch.allclose(found.double(), wanted, rtol=tolerance, atol=tolerance)
+                if len(names) == 1:
+                    assert torch.equal(found, wanted.to(dtype))
+                else:
+                    # Each adapter's values are rounded, and where both have one so is their sum.
+                    most = (
+                        torch.finfo(dtype).eps * 2 * (1 + abs(scale)) * (seed[name].abs() + tuned[name].abs()).double()
+                    )
+                    assert ((found.double() - wanted).abs() <= most).all()
             with model.disable_adapter():
                 assert_same(weights(model), seed)
         assert_same(weights(model), tuned)

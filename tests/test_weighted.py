@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 
@@ -175,7 +176,7 @@ def test_sources_that_tune_different_modules(build, targets, tmp_path):
 
 def test_dense_copies_must_be_the_same(build):
     model, _ = tuned_model(build, "bert", ("a", "b"), modules_to_save=["classifier"])
-    before = dict(model.state_dict())
+    before = copy.deepcopy(dict(model.state_dict()))
     with pytest.raises(ValueError, match="'classifier' has different dense copies for a, b"):
         model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "new")
     assert model.peft_config.keys() == {"a", "b"}
@@ -217,7 +218,7 @@ def untrained():
 @pytest.mark.parametrize("case", BAD)
 def test_bad_arguments_change_nothing(untrained, case):
     arguments, options, message = BAD[case]
-    before = dict(untrained.state_dict())
+    before = copy.deepcopy(dict(untrained.state_dict()))
     with pytest.raises(ValueError, match=message):
         untrained.add_weighted_adapter(*arguments, **options)
     assert untrained.peft_config.keys() == {"a", "b", "c"}
@@ -231,7 +232,7 @@ def test_what_overflows_leaves_no_trace(build):
     weight.grad = torch.zeros_like(weight)
     weight.grad[0, 5] = -30_000.0
     torch.optim.SGD([weight], lr=1.0).step()
-    before, names = dict(model.state_dict()), [name for name, _ in model.named_modules()]
+    before, names = copy.deepcopy(dict(model.state_dict())), [name for name, _ in model.named_modules()]
     for factor, value in ((3.0, "inf"), (-3.0, "-inf")):
         with pytest.raises(
             ValueError, match=rf"'bert.pooler.dense.weight' the value {value} at position 5, .*float16\. Give"

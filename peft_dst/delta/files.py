@@ -24,6 +24,8 @@ from .records import FORMAT_VERSION, DeltaError, Record, Summary, check_entries,
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
+# The metadata of a file's own, each with "dst_" before it.
+_FIELDS = ("format_version", "config", "records")
 # The child module of a host under which a PEFT model's state dict has its records.
 MARKER = "_sparse"
 PARTS = ("dst_indices", "dst_values")
@@ -159,7 +161,8 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             packed = {key: file.get_tensor(key) for key in file.keys() if key == DESCRIPTION}  # noqa: SIM118
-        found = {k.removeprefix("dst_"): json.loads(v) for k, v in metadata.items() if k.startswith("dst_")}
+        # What a later version may add is ignored.
+        found = {name: json.loads(metadata[f"dst_{name}"]) for name in _FIELDS if f"dst_{name}" in metadata}
         if found:
             _check_version(path, found)
         found |= {"records": describe(packed)} if packed else {}

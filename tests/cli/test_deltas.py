@@ -263,7 +263,8 @@ def test_convert_states_the_error(desk, run):
 def test_export_knows_one_form(desk, run):
     code, _, err = run("export", "my-adapter", "--base", "base", "--form", "other", "-o", "out")
     assert code == 2
-    assert "'other' is not known" in err or "Usage" in err
+    assert "'other'" in err
+    assert "--form" in err
 
 
 class Patch(NamedTuple):

@@ -164,10 +164,10 @@ def entropy(epsilon):
 @pytest.mark.parametrize("epsilon", [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.03, 0.06, 0.08, 0.1])
 @pytest.mark.parametrize("k", [1000, 100_000])
 def test_few_bits(generator, epsilon, k):
-    """Within 5 % of the entropy, header included; the mean over some draws, for small k varies by a per cent."""
-    draws = 100_000 // k
+    """Within 3 % of the entropy; of a thousand within 5, as the header shows. Means over some draws."""
+    draws = 300_000 // k
     taken = [len(coded(np.cumsum(generator.geometric(epsilon, k)) - 1)) for _ in range(draws)]
-    assert 8 * sum(taken) / draws / k <= 1.05 * entropy(epsilon)
+    assert 8 * sum(taken) / draws / k <= (1.03 if k > 1000 else 1.05) * entropy(epsilon)
 
 
 @pytest.mark.parametrize("share", ["rows", "columns", "both"])
@@ -300,13 +300,16 @@ def test_damaged_bytes_are_refused_or_mean_something():
 def test_damaged_bytes_of_several_segments(generator):
     """Too long for the plain twin; what is read can be checked by itself."""
     data = coded(np.cumsum(generator.geometric(0.2, 16384 + 400)) - 1)
+    read = 0
     for _ in range(200):
         try:
             found = decode_indices(tensor(mutate(generator, data)), 10**6)
         except DeltaError:
             continue
+        read += 1
         assert (found.diff() > 0).all()
         assert ((found >= 0) & (found < 10**6)).all()
+    assert 20 < read < 200
 
 
 def peak(function):

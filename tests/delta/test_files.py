@@ -6,7 +6,8 @@ import json
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, get_peft_model
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from peft_dst import DSTConfig
@@ -146,6 +147,20 @@ def test_damaged_metadata(metadata, message, saved):
     save_file(load_file(path), path, metadata={"dst_format_version": "1", **metadata})
     with pytest.raises(DeltaError, match=message):
         SparseDelta.load(folder)
+
+
+def test_what_a_later_version_may_add_is_ignored(saved):
+    folder, _, _ = saved()
+    path, delta = folder / "adapter_model.safetensors", SparseDelta.load(folder)
+    for strange in ("no JSON", '{"of": "interest"}'):
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+        save_file(load_file(path), path, metadata=metadata | {"dst_strange": strange})
+        config = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps(config | {"strange": strange}))
+        assert (SparseDelta.load(folder), SparseDelta.load(path)) == (delta, delta)
+        with pytest.warns(UserWarning, match=r"Unexpected keyword arguments \['strange'\]"):
+            assert PeftConfig.from_pretrained(folder).epsilon == delta.config["epsilon"]
 
 
 def test_a_file_alone(saved):

@@ -118,7 +118,7 @@ DAMAGES = {
     "fewer": (described(lambda found: found.popitem()), "values of float32 in tensors of"),
     "huge": (
         described(lambda found: next(iter(found.values()))[3].append(2**41)),
-        "components were announced|of shape",
+        r"in tensors of 35,184,372,093,888 components were announced|for a tensor of shape \(16, 2199023255552\)",
     ),
     "no values": (lambda t: t.pop(VALUES), f"no '{VALUES}'"),
     "values cut": (cut(VALUES), "values of float32 in tensors of"),
@@ -131,6 +131,18 @@ DAMAGES = {
         "plain and packed",
     ),
 }
+
+
+def test_what_cannot_be_addressed_is_not_packed(tmp_path):
+    def large(size):
+        return SparseTensor((size,), torch.tensor([0]), torch.tensor([1.0]), torch.tensor([0.0]))
+
+    SparseDelta({"a": large(2**40 - 1), "b": large(1)}).save(tmp_path / "out", packed=True)
+    with pytest.raises(
+        ValueError, match=r"have 1,099,511,627,777 components, more than a packed file can address\. Save it plain"
+    ):
+        SparseDelta({"a": large(2**40), "b": large(1)}).save(tmp_path / "other", packed=True)
+    assert not list(tmp_path.glob("other/*"))
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
