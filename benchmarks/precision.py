@@ -103,7 +103,9 @@ def tune(way: str, seed: int, train: list[dict[str, Any]], labels: int, options:
 def training_parser(doc: str | None) -> argparse.ArgumentParser:
     """A command line with the options of training."""
     arguments: argparse.ArgumentParser = parser(doc)
-    arguments.add_argument("--data", type=Path, default=os.environ.get("PEFT_DST_DATA"), help="folder of the data set")
+    folder = os.environ.get("PEFT_DST_DATA")
+    default = Path(folder) / "trec" if folder else None
+    arguments.add_argument("--data", type=Path, default=default, help="folder of the data set; $PEFT_DST_DATA/trec")
     arguments.add_argument("--seeds", type=int, default=3)
     arguments.add_argument("--epochs", type=int, default=2)
     arguments.add_argument("--batch", type=int, default=16)

@@ -247,7 +247,7 @@ def main() -> None:
         size = (args.output / task.name / "adapter_model.safetensors").stat().st_size
         state = model.state_dict()
         head = sum(t.numel() * t.element_size() for n, t in state.items() if f".modules_to_save.{task.name}." in n)
-        others = [other.name for other in tasks if other is not task] or [task.name]
+        others = [other.name for other in tasks if other is not task]
         row = {
             "task": task.name,
             "free_parameters": task.free_parameters,
@@ -255,7 +255,8 @@ def main() -> None:
             "head_bytes": head,
             "accuracy_before": task.before,
             "accuracy_after": task.after,
-            "swap_ms": swap_milliseconds(model, task.name, others),
+            # With a single task there is nothing to swap it for.
+            "swap_ms": swap_milliseconds(model, task.name, others) if others else None,
         }
         rows.append(row)
         results.add_row(
@@ -265,7 +266,7 @@ def main() -> None:
             f"{head / 1000:.0f} kB",
             f"{task.before:.3f}",
             f"{task.after:.3f}",
-            f"{row['swap_ms']:.1f} ms",
+            f"{row['swap_ms']:.1f} ms" if others else "",
         )
     console.print(results)
     with model.disable_adapter():

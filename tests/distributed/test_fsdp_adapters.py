@@ -207,8 +207,10 @@ def load_onto_another(rank, world, folder):
     torch.manual_seed(1)
     base = BUILDERS["bert"]()
     divide(base)
-    with pytest.raises(ValueError, match="base"):
+    before = [parameter.to_local().clone() for parameter in base.parameters()]
+    with pytest.raises(ValueError, match="the base model's values differ"):
         PeftModel.from_pretrained(base, folder)
+    assert all(torch.equal(one, p.to_local()) for one, p in zip(before, base.parameters(), strict=True))
 
 
 def test_another_base_is_refused_by_all(together, tmp_path):

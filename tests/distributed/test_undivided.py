@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from peft_dst import DSTConfig, DSTOptimizer, fix_subset, score_parameters, start_from
+from peft_dst import DSTConfig, DSTOptimizer, fix_subset, overlap, score_parameters, start_from
 from tests.distributed.sharded import divide, make, optimizer_of, step, subsets
 from tests.models import BUILDERS, batch
 
@@ -50,6 +50,30 @@ def give(rank, world):
 
 def test_given_subsets(together):
     together(2, give)
+
+
+def divide_afterwards(rank, world):
+    base = BUILDERS["bert"]()
+    model = get_peft_model(base, DSTConfig(epsilon=0.02, selection="random"))
+    divide(base)
+    with pytest.raises(NotImplementedError, match="has a fixed subset, whose gradients are gathered before"):
+        model(**batch("bert", 0)).loss.backward()
+
+
+def test_a_static_subset_that_is_divided_afterwards(together):
+    together(2, divide_afterwards)
+
+
+def compare(rank, world):
+    model = make(world, "bert", {"epsilon": 0.02})
+    with pytest.raises(
+        NotImplementedError, match="overlap of a model's adapter does not work on weights that are divided"
+    ):
+        overlap((model, "default"), {})
+
+
+def test_overlap(together):
+    together(2, compare)
 
 
 def combine(rank, world):
