@@ -214,6 +214,36 @@ def test_values_of_another_base_are_not_taken_over(build, saved):
     assert not any(silo.free() for silo in model.constraint().silos)
 
 
+@pytest.mark.parametrize("selection", ["random", "bitfit", "magnitude", "fisher", "transfer", "dynamic"])
+def test_the_default_device_is_of_no_concern(selection, build):
+    """As after torch.set_default_device("cuda"); here it is one on which nothing can be calculated."""
+
+    def made():
+        epsilon = None if selection == "bitfit" else 0.02
+        model = get_peft_model(build("bert"), DSTConfig(epsilon=epsilon, selection=selection))
+        return model, {name: parameter.detach().abs() for name, parameter in build("bert").named_parameters()}
+
+    (reference, scores), (model, _) = made(), made()
+    positions = {"bert.pooler.dense.weight": torch.arange(0, 200, 7)}
+    for one, device in ((reference, "cpu"), (model, "meta")):
+        if selection in ("random", "bitfit", "magnitude"):
+            seed = build("bert")
+            with torch.device(device):
+                one.add_adapter("b", DSTConfig(epsilon=one.peft_config["default"].epsilon, selection=selection))
+            assert_same(weights(seed), weights(build("bert")))
+            one.set_adapter("b")
+        elif selection == "dynamic":
+            train(one, "bert")
+            with torch.device(device):
+                one.add_weighted_adapter(["default"], [0.5], "b")
+            one.set_adapter("b")
+        else:
+            with torch.device(device):
+                fix_subset(one, scores if selection == "fisher" else positions)
+    assert_same(subset(reference), subset(model))
+    assert torch.equal(logits(reference, "bert"), logits(model, "bert"))
+
+
 def test_chosen_under_inference_mode(build):
     model = fixed(build)
     model.add_adapter("b", DSTConfig(epsilon=0.02, selection="random"))

@@ -143,7 +143,7 @@ def overlap(
     given: list[Mapping[str, int]] = [{name: math.prod(t.shape) for name, t in delta.items()} for delta in loaded]
     given += [sizes] if isinstance(sizes, Mapping) else []
     numels = _agree(names, [_parameter_sizes(model) for model in models], given)
-    nothing = torch.empty(0, dtype=torch.int64)
+    nothing = torch.empty(0, dtype=torch.int64, device="cpu")
     parameters = {}
     for name in names:
         first, second = one.get(name, nothing), other.get(name, nothing)

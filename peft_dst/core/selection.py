@@ -197,7 +197,9 @@ def _reach(silo: Tiles, threshold: float, last: tuple[int, int], count: int) -> 
 
 def _just_below(bound: float, dtype: torch.dtype) -> float:
     """The next smaller value of a dtype, or zero: what is above it reaches the bound and is not zero."""
-    return max(0.0, float(torch.nextafter(torch.tensor(bound, dtype=dtype), torch.tensor(-math.inf, dtype=dtype))))
+    return max(
+        0.0, float(torch.nextafter(*(torch.tensor(value, dtype=dtype, device="cpu") for value in (bound, -math.inf))))
+    )
 
 
 def _kth_largest(values: Tensor, k: int) -> Tensor:

@@ -103,8 +103,8 @@ def scaled(tensors: Tensors, factor: float) -> dict[str, SparseTensor]:
 def furthest(tensors: Tensors, count: int, kind: str) -> dict[str, SparseTensor]:
     """So many entries with the largest distances from their seeds; of equal ones the first."""
     distances = [distance(kind, t.seeds, t.values).double() for t in tensors.values() if t.seeds is not None]
-    every = torch.cat([d.cpu() for d in distances]) if distances else torch.empty(0)
-    kept = torch.zeros(every.numel(), dtype=torch.bool)
+    every = torch.cat([d.cpu() for d in distances]) if distances else torch.empty(0, device="cpu")
+    kept = torch.zeros(every.numel(), dtype=torch.bool, device="cpu")
     kept[every.argsort(descending=True, stable=True)[:count]] = True
     parts = kept.split([len(tensor) for tensor in tensors.values()])
     return {name: t.take(part.to(t.indices.device)) for (name, t), part in zip(tensors.items(), parts, strict=True)}

@@ -68,7 +68,7 @@ def _largest(scores: Sequence[Tensor], budget: int) -> list[Tensor]:
         # There `select` keeps whatever has other bits than its seed: also a score of -0.0.
         return [(score > 0).nonzero().flatten() for score in scores]
     # A score is its distance from zero; zeros that are one in memory.
-    zeros = [torch.zeros(1).expand(score.numel()) for score in scores]
+    zeros = [torch.zeros(1, device=score.device).expand(score.numel()) for score in scores]
     return select(zeros, scores, budget, "absolute").indices
 
 

@@ -41,7 +41,7 @@ def random_scores(name: str, shape: Sequence[int], seed: int) -> Tensor:
         Scores in (0, 1], multiples of 2^-24, float32 of that shape.
     """
     key = np.uint64(int.from_bytes(hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest(), "little"))
-    scores = torch.empty(tuple(shape), dtype=torch.float32)
+    scores = torch.empty(tuple(shape), dtype=torch.float32, device="cpu")
     flat = scores.view(-1).numpy()
     for start in range(0, flat.size, _TILE):
         stop = min(start + _TILE, flat.size)

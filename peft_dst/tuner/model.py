@@ -151,7 +151,7 @@ class DSTModel(BaseTuner):
             del self.peft_config[adapter_name]
             raise
         constraint = self.constraint(adapter_name)
-        empty = torch.empty(0, dtype=torch.int64)
+        empty = torch.empty(0, dtype=torch.int64, device="cpu")
         positions = {w.name: records[w.name].indices if w.name in records else empty for w in constraint.weights}
         static.take_over(constraint, config, positions)
         static.place(self.model, constraint, positions, {name: record.values for name, record in records.items()})

@@ -59,7 +59,7 @@ def choose_by_seed(config: DSTConfig, constraint: Constraint) -> dict[str, Tenso
         return None
     if config.selection == "bitfit":
         return {
-            weight.name: torch.arange(weight.data.numel() if is_bias(weight.name) else 0)
+            weight.name: torch.arange(weight.data.numel() if is_bias(weight.name) else 0, device="cpu")
             for weight in constraint.weights
         }
     return _choose(_SeedScores(config, constraint), constraint)
@@ -176,7 +176,7 @@ def make_room(model: nn.Module, constraint: Constraint, adapter_name: str, fixed
         adapter_name: the other one, which tunes the same parameters.
         fixed: whether the new adapter keeps that subset.
     """
-    positions = {weight.name: torch.empty(0, dtype=torch.int64) for weight in constraint.weights}
+    positions = {weight.name: torch.empty(0, dtype=torch.int64, device="cpu") for weight in constraint.weights}
     for _, marker in markers(model):
         records = marker.records(adapter_name) if adapter_name in marker.tuned else {}
         positions |= {marker.weights[parameter].name: record.indices.long() for parameter, record in records.items()}
@@ -352,5 +352,5 @@ def _positions(given: Source, constraint: Constraint) -> dict[str, Tensor]:
                 f"the positions in {name!r} must ascend and lie within its {size:,} components. The subset was made for "
                 "a base of another shape, or is damaged."
             )
-    empty = torch.empty(0, dtype=torch.int64)
+    empty = torch.empty(0, dtype=torch.int64, device="cpu")
     return {name: given[name].long() if name in given else empty for name in weights}

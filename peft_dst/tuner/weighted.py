@@ -91,7 +91,8 @@ def combined_records(
         start += weight.data.numel()
     entries = []
     for adapter in adapters:
-        indices, differences = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.float64)]
+        indices = [torch.empty(0, dtype=torch.int64, device="cpu")]
+        differences = [torch.empty(0, dtype=torch.float64, device="cpu")]
         for name, (weight, records) in found.items():
             if adapter in records:
                 at = records[adapter].indices.long()
@@ -99,10 +100,12 @@ def combined_records(
                 indices.append(at.cpu() + starts[name])
                 differences.append(moved.cpu())
         entries.append((torch.cat(indices), torch.cat(differences)))
-    union, merged = combine(entries, weights, combination_type, density, majority_sign_method)
+    # Whatever the default device is: the entries have been gathered on the CPU.
+    with torch.device("cpu"):
+        union, merged = combine(entries, weights, combination_type, density, majority_sign_method)
+        # Sorted, and so in parts, one a tensor.
+        ends = torch.searchsorted(union, torch.tensor([*starts.values(), start])).tolist()
     combined = {}
-    # Sorted, and so in parts, one a tensor.
-    ends = torch.searchsorted(union, torch.tensor([*starts.values(), start])).tolist()
     for (name, (weight, _)), begin, end in zip(found.items(), ends, ends[1:], strict=False):
         inside = slice(begin, end)
         at = (union[inside] - starts[name]).to(weight.data.device)
