@@ -15,6 +15,7 @@ from torch import nn
 
 from ..delta import SparseDelta
 from ..mixing import BASE, Readers, Subsets, mixed
+from .heads import heads_of
 from .placed import UNCHANGED, Mixable, Placed, mixable, place, write
 from .shelf import Shelf, UnknownDelta
 from .storage import FlatStorage
@@ -117,7 +118,7 @@ class DeltaPool:
         if not self.storage.buffers:
             raise ValueError("the model has no floating parameters in memory that deltas could change.")
         self.model, self.check, self.budget = model, check, budget
-        self._readers = Readers(model)
+        self._readers, self._heads = Readers(model), heads_of(model)
         self._shelf = Shelf(
             self._place,
             lambda placed: mixable(placed, self.storage, self._readers),
@@ -357,7 +358,7 @@ class DeltaPool:
 
     def _place(self, delta: SparseDelta) -> Placed:
         with self._weights:
-            return place(delta, self.storage, self._shown.placed, self.check)
+            return place(delta, self.storage, self._heads, self._shown.placed, self.check)
 
     def _show(self, wanted: _Shown, versions: Mapping[str, int]) -> None:
         """At the beginning of a turn: have a delta in the weights, if the names still stand for what they did."""

@@ -12,6 +12,7 @@ from torch import nn
 from peft_dst import DSTConfig
 from peft_dst.delta import DeltaError, SparseDelta, SparseTensor
 from peft_dst.serving import DeltaPool, pool, storage
+from peft_dst.serving.heads import heads_of
 from tests.models import BUILDERS, bert, train
 from tests.serving.helpers import answer, applied, bits_of, deltas_of, same
 
@@ -325,6 +326,46 @@ def test_whole_tensors_that_do_not_fit_are_refused(served, dense, message):
     delta = SparseDelta({}, dense={f"base_model.model.{name}": tensor for name, tensor in dense.items()})
     with pytest.raises(DeltaError, match=message):
         served.verify(delta)
+
+
+def test_heads_alone_may_have_another_number_of_rows():
+    """Keys of one attention head would be broadcast to all; what is kept of such a text goes with that of no other."""
+    base = BUILDERS["llama"]()
+    for name, size, fits in (
+        ("lm_head", 70, True),
+        ("lm_head", 50, True),
+        ("model.embed_tokens", 70, True),
+        ("model.layers.0.self_attn.k_proj", 8, False),
+        ("model.layers.0.mlp.down_proj", 1, False),
+        ("model.layers.0.mlp.down_proj", 32, False),
+    ):
+        weight = torch.rand(size, base.get_submodule(name).weight.shape[1])
+        delta = SparseDelta({}, dense={f"base_model.model.{name}.weight": weight})
+        with DeltaPool(copy.deepcopy(base)) as made:
+            if fits:
+                made.verify(delta)
+                continue
+            with pytest.raises(
+                DeltaError, match=rf"for '{name}\.weight', .* A head alone may have another number of rows"
+            ):
+                made.verify(delta)
+
+
+def test_what_is_a_head():
+    bare, plain = bert().bert, nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2, bias=False))
+    for model, heads in (
+        (bert(), ["classifier"]),
+        (BUILDERS["roberta"](), ["classifier"]),
+        (BUILDERS["gpt2"](), ["lm_head"]),
+        (BUILDERS["t5"](), ["lm_head"]),
+        (BUILDERS["vit"](), ["classifier"]),
+        (bare, []),
+        # Of a plain module nobody can tell.
+        (plain, ["0", "1"]),
+    ):
+        found = heads_of(model)
+        names = [name for name, module in model.named_modules() if module in found and [*module.parameters(False)]]
+        assert names == heads, type(model)
 
 
 def test_a_pool_that_is_made_in_inference_mode_serves_outside(tasks):
