@@ -15,7 +15,7 @@ from ..serving import DeltaPool, UnknownDelta
 from .cohorts import Continuation
 from .engine import Classify, Engine, Generate
 from .folder import DeltaFolder
-from .labels import scores
+from .labels import verdict
 from .limits import Limits, Refused
 from .sampling import Sampling
 from .texts import Decoding, Prompts, Telling, longest
@@ -166,8 +166,8 @@ class Service:
         finally:
             continuation.cancelled = True
 
-    async def classify(self, delta: str | None, texts: list[str]) -> list[dict[str, float]]:
-        """Scores of each text: label → probability.
+    async def classify(self, delta: str | None, texts: list[str]) -> list[dict[str, Any]]:
+        """What is said of each text, as `verdict` has it.
 
         Raises:
             Refused: if a text is too long, there is not enough time, or the delta is gone or damaged.
@@ -191,11 +191,10 @@ class Service:
         finally:
             for request, _ in made:
                 request.cancelled = True
-        names = getattr(self.model.config, "id2label", None) or {}
         found = []
         for request, _ in made:
             assert request.logits is not None
-            found.append(scores(request.logits, names))
+            found.append(verdict(request.logits, self.model.config))
         return found
 
     @contextmanager
