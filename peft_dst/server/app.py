@@ -63,7 +63,7 @@ def create_app(service: Service, *, token: str | None = None, grace: float = 30.
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [_model(name) for name in service.names()]}
 
-    @app.get("/v1/models/{name}")
+    @app.get("/v1/models/{name:path}")
     async def one_model(name: str) -> dict[str, Any]:
         service.delta(name)
         return _model(name)

@@ -124,11 +124,16 @@ def test_what_is_said_is_what_the_base_was_made_for(tmp_path):
 
 
 def test_more_texts_than_may_wait(tmp_path):
-    """A request is one, however many texts it has."""
+    """A request is one, however many texts it has; but no more than 256."""
     toys.model(tmp_path / "bert", "bert")
     torch.manual_seed(0)
     base = hf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "bert", num_labels=3).eval()
     tokenizer = hf.AutoTokenizer.from_pretrained(tmp_path / "bert")
     service = Service(base, tokenizer, "base", capacity=4, queue=2)
     assert len(asyncio.run(service.classify(None, ["who is the cat"] * 50))) == 50
-    assert service.close(60)
+    with served(service) as url:
+        for count, status in ((257, 400), (0, 400), (256, 200)):
+            answer = httpx.post(f"{url}/v1/classify", json={"model": "base", "input": ["cat"] * count}, timeout=60)
+            assert answer.status_code == status
+            if status == 200:
+                assert [one["index"] for one in answer.json()["data"]] == [*range(count)]
