@@ -226,6 +226,51 @@ def test_an_error_in_a_switch_leaves_the_base(served, at, monkeypatch):
         assert same(bits_of(served.model), want)
 
 
+@pytest.mark.parametrize("done", [False, True])
+@pytest.mark.parametrize("at", range(4))
+def test_an_error_between_whole_tensors_leaves_the_base(tmp_path, at, done, monkeypatch):
+    """A head has two: those of the delta that leaves are put back, then those of the other one come."""
+    base, *folders = deltas_of("bert", tmp_path, count=2, modules_to_save=["classifier"])
+    seed, own = bits_of(base), dict(base.named_parameters())
+    with DeltaPool(base) as made:
+        for folder in folders:
+            made.add(folder.name, folder)
+        with made.use("task1"):
+            want = bits_of(base)
+        with made.use("task0"):
+            pass
+        real, calls = made.storage.replace, []
+
+        def replace(name, parameter):
+            calls.append(name)
+            if len(calls) != at + 1 or done:
+                real(name, parameter)
+            if len(calls) == at + 1:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(made.storage, "replace", replace)
+        with pytest.raises(KeyboardInterrupt), made.use("task1"):
+            pass
+        assert len(calls) > at
+        assert made.shown is None
+        assert same(bits_of(base), seed)
+        assert all(parameter is own[name] for name, parameter in base.named_parameters())
+        with made.use("task1"):
+            assert same(bits_of(base), want)
+    assert same(bits_of(base), seed)
+
+
+def test_a_folder_is_added_as_a_whole_or_not_at_all(tasks, tmp_path):
+    base, *folders = tasks
+    with DeltaPool(base) as made:
+        made.add("task1", folders[0])
+        with pytest.raises(ValueError, match="there is a delta 'task1' already; remove it first"):
+            made.add_folder(tmp_path)
+        assert made.names() == ["task1"]
+        made.remove("task1")
+        assert made.add_folder(tmp_path) == made.names() == ["task0", "task1", "task2"]
+
+
 def test_an_error_while_in_use_changes_nothing(served):
     with pytest.raises(ZeroDivisionError), served.use("task0"):
         raise ZeroDivisionError
