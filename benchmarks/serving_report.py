@@ -157,9 +157,10 @@ def render(results: dict[str, Results]) -> str:
 
 def load_text(results: Results) -> str:
     options = results["options"]
+    model = options["model"] or ("a tiny model" if options["toy"] else "a GPT-2-sized model")
     return (
         f"The server under load: {options['clients']} clients with {options['each']} requests each, {options['rounds']} "
-        f"times, on a GPT-2-sized model with {options['subsets']} subsets at ε = {options['epsilon']:g}, "
+        f"times, on {model} with {options['subsets']} subsets at ε = {options['epsilon']:g}, "
         f"{options['tokens']} new tokens each; some answers compared with what the model gives offline "
         "(`python -m benchmarks.load`; with deltas coming, going and being cut off in `tests/server/test_load.py`):\n\n"
         + load_table(results)

@@ -217,6 +217,16 @@ def test_the_measured_part_of_serving_is_up_to_date():
     assert serving_report.PLOT.is_file()
 
 
+@pytest.mark.parametrize(
+    ("options", "model"),
+    [({}, "on a GPT-2-sized model"), ({"model": "stories260K"}, "on stories260K"), ({"toy": True}, "on a tiny model")],
+)
+def test_the_load_is_told_of_the_model_that_was_measured(options, model):
+    results = serving_report.load()["load"]
+    results["options"] |= options
+    assert f" times, {model} with 100 subsets" in serving_report.load_text(results)
+
+
 def test_the_counted_part_of_distributed_training_is_up_to_date():
     page, counted = distributed_report.PAGE.read_text(), distributed_report.render(distributed_report.load())
     expected = report.with_part(page, distributed_report.BEGIN, counted)

@@ -63,7 +63,7 @@ def create_app(service: Service, *, token: str | None = None, grace: float = 30.
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [_model(name) for name in service.names()]}
 
-    @app.get("/v1/models/{name}")
+    @app.get("/v1/models/{name:path}")
     async def one_model(name: str) -> dict[str, Any]:
         service.delta(name)
         return _model(name)
@@ -87,12 +87,9 @@ def create_app(service: Service, *, token: str | None = None, grace: float = 30.
         if service.generates:
             raise Refused("this model continues texts; use /v1/completions.")
         texts = [body.input] if isinstance(body.input, str) else body.input
-        scores = await unless_gone(request, service.classify(service.delta(body.model), texts))
+        verdicts = await unless_gone(request, service.classify(service.delta(body.model), texts))
         request.state.noted = {"model": body.model, "texts": len(texts)}
-        data = [
-            {"index": i, "label": max(found, key=lambda label: found[label]), "scores": found}
-            for i, found in enumerate(scores)
-        ]
+        data = [{"index": i, **found} for i, found in enumerate(verdicts)]
         return {"object": "list", "model": body.model, "data": data}
 
     @app.put(UPLOADS + "{name}")

@@ -186,24 +186,40 @@ class Cohort:
             self._shift(-int(self.mask.argmax(1).min()))
 
     def join(self, other: Cohort) -> None:
-        """Take another cohort's members in. They are of the same model."""
+        """Take another cohort's members in. They are of the same model. After an error both are as they were."""
         if not other.members:
             return
         if not self.members:
             self.members, self.mask, self.cache = other.members, other.mask, other.cache
             return
+        sizes = [(cohort, *cohort.mask.shape) for cohort in (self, other)]
         length = max(self.mask.shape[1], other.mask.shape[1])
-        self._shift(length - self.mask.shape[1])
-        other._shift(length - other.mask.shape[1])
-        self.mask = torch.cat([self.mask, other.mask])
-        for mine, theirs in zip(self.cache.layers, other.cache.layers, strict=True):
-            mine.keys = torch.cat([mine.keys, theirs.keys])
-            mine.values = torch.cat([mine.values, theirs.values])
+        try:
+            self._shift(length - self.mask.shape[1])
+            other._shift(length - other.mask.shape[1])
+            self.mask = torch.cat([self.mask, other.mask])
+            # Layer by layer, in place: memory for all of them twice is what there may not be.
+            for mine, theirs in zip(self.cache.layers, other.cache.layers, strict=True):
+                mine.keys = torch.cat([mine.keys, theirs.keys])
+                mine.values = torch.cat([mine.values, theirs.values])
+        except BaseException:
+            for cohort, rows, width in sizes:
+                cohort._cut(rows, width)
+            raise
         self.members += other.members
         other.members = []
 
+    def _cut(self, rows: int, width: int) -> None:
+        """Leave the first rows, and the right edge, whichever of its tensors have more."""
+        self.mask = self.mask[:rows, -width:]
+        for layer in self.cache.layers:
+            layer.keys, layer.values = layer.keys[:rows, :, -width:], layer.values[:rows, :, -width:]
+
     def divide(self, keys: Sequence[object]) -> list[Cohort]:
-        """Part it into cohorts of members with the same key; it is not to be used any more then."""
+        """Part it into cohorts of members with the same key; it is not to be used any more then.
+
+        After an error it is as it was.
+        """
         rows: dict[object, list[int]] = {}
         for row, key in enumerate(keys):
             rows.setdefault(key, []).append(row)

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -114,7 +114,8 @@ class Engine:
     deltas each half of them is computed by itself, and so on, down to single deltas. Requests of a delta that fails alone
     end with its error, and it is computed alone from then on. So are two that fail together and not alone, as at least one
     of them changes what cannot be mixed; but if their outputs have different shapes (heads of different sizes), each goes
-    on with those of its own shape. Others are mixed as before.
+    on with those of its own shape. Others are mixed as before. Batches that cannot be put together or parted, as when
+    memory runs out, go on as they are, and it is tried again later.
 
     A request is for the delta that had its name when it was submitted: if that is removed, it ends with an UnknownDelta,
     also when another one has come in its place.
@@ -414,15 +415,24 @@ class Engine:
             for number, together in enumerate(self._plan("step", requests, lambda request: 1))
             for request in together
         }
-        found: dict[int, Cohort] = {}
-        for cohort in self._cohorts:
-            for part in cohort.divide([place[member] for member in cohort.members]):
-                key = place[part.members[0]]
-                if key in found:
+        found: dict[Hashable, Cohort] = {}
+        for key, part in [one for cohort in self._cohorts for one in self._parts(cohort, place)]:
+            try:
+                if found.setdefault(key, part) is not part:
                     found[key].join(part)
-                else:
-                    found[key] = part
+            except Exception as error:
+                LOG.warning("batches are not put together for now, after %s: %s", type(error).__name__, error)
+                found[part] = part
         self._cohorts = list(found.values())
+
+    def _parts(self, cohort: Cohort, place: Mapping[Continuation, int]) -> list[tuple[Hashable, Cohort]]:
+        """A batch parted by places, and the place of each part; its own if it cannot be parted."""
+        try:
+            parts = cohort.divide([place[member] for member in cohort.members])
+        except Exception as error:
+            LOG.warning("a batch is not parted for now, after %s: %s", type(error).__name__, error)
+            return [(cohort, cohort)]
+        return [(place[part.members[0]], part) for part in parts]
 
     def _plan(
         self, kind: str, requests: Sequence[R], size: Callable[[R], int] = lambda request: request.size

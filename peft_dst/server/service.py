@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ from ..serving import DeltaPool, UnknownDelta
 from .cohorts import Continuation
 from .engine import Classify, Engine, Generate
 from .folder import DeltaFolder
-from .labels import scores
+from .labels import verdict
 from .limits import Limits, Refused
 from .sampling import Sampling
 from .texts import Decoding, Prompts, Telling, longest
@@ -82,6 +84,8 @@ class Service:
         most = longest(model, tokenizer, self.limits.tokens)
         self.prompts = Prompts(tokenizer, size, most, self.limits.characters)
         ends = model.generation_config.eos_token_id if self.generates else None
+        # Until when what was begun may take, once it is closed.
+        self._end = math.inf
         self.ends = frozenset([ends] if isinstance(ends, int) else ends or [])
 
     def names(self) -> list[str]:
@@ -102,12 +106,15 @@ class Service:
         return model
 
     def close(self, seconds: float) -> bool:
-        """Finish what was begun, for so many seconds at most; then put the base's weights back. It may be called again.
+        """Finish what was begun, for so many seconds at most; then put the base's weights back.
+
+        It may be called again, and waits no longer for that than the first call does.
 
         Returns:
             Whether all was finished; what was not ends with `Stopped`.
         """
-        done = self.engine.stop(seconds)
+        self._end = min(self._end, time.monotonic() + seconds)
+        done = self.engine.stop(max(0.0, self._end - time.monotonic()))
         if done:
             self.pool.close()
         return done
@@ -166,8 +173,8 @@ class Service:
         finally:
             continuation.cancelled = True
 
-    async def classify(self, delta: str | None, texts: list[str]) -> list[dict[str, float]]:
-        """Scores of each text: label → probability.
+    async def classify(self, delta: str | None, texts: list[str]) -> list[dict[str, Any]]:
+        """What is said of each text, as `verdict` has it.
 
         Raises:
             Refused: if a text is too long, there is not enough time, or the delta is gone or damaged.
@@ -191,11 +198,10 @@ class Service:
         finally:
             for request, _ in made:
                 request.cancelled = True
-        names = getattr(self.model.config, "id2label", None) or {}
         found = []
         for request, _ in made:
             assert request.logits is not None
-            found.append(scores(request.logits, names))
+            found.append(verdict(request.logits, self.model.config))
         return found
 
     @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -82,12 +82,15 @@ UNCHANGED = Placed(())
 
 
 @torch.no_grad()
-def place(delta: SparseDelta, storage: FlatStorage, shown: Placed, check: bool = True) -> Placed:
+def place(
+    delta: SparseDelta, storage: FlatStorage, heads: Container[nn.Module], shown: Placed, check: bool = True
+) -> Placed:
     """Make a delta ready.
 
     Args:
         delta: what was read of it.
         storage: of the model.
+        heads: of the model, which a delta may bring in another size.
         shown: what is in the weights now; the delta belongs to the base below it.
         check: whether to compare the base's values with the delta's checksums.
 
@@ -101,7 +104,7 @@ def place(delta: SparseDelta, storage: FlatStorage, shown: Placed, check: bool =
                 f"the delta has entries for {name!r}, which is no plain floating parameter of this model: it is missing, "
                 "quantised or sharded. A pool serves plain weights; peft_dst's adapters in PEFT serve quantised ones."
             )
-    dense = _dense(delta, storage)
+    dense = _dense(delta, storage, heads)
     # Shapes, dtypes and positions are checked here; what stands in the weights may be another delta's.
     known = delta.with_seeds(weights, check=False)
     parts = []
@@ -133,17 +136,18 @@ def _seeds(buffer: Tensor, positions: Tensor, shown: Part | None) -> Tensor:
     return found
 
 
-def _dense(delta: SparseDelta, storage: FlatStorage) -> dict[str, nn.Parameter]:
+def _dense(delta: SparseDelta, storage: FlatStorage, heads: Container[nn.Module]) -> dict[str, nn.Parameter]:
     """Dense tensors by the names of the parameters whose place they take."""
     dense = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in delta.dense.items()}
     found = {}
     for name, tensor in dense.items():
         if (parameter := storage.parameters.get(name)) is None:
             raise DeltaError(f"the delta brings a whole tensor for {name!r}, which this model does not have.")
-        if tensor.shape != parameter.shape and not _is_resized(name, dense, storage):
+        if tensor.shape != parameter.shape and not _is_resized(name, dense, storage, heads):
             raise DeltaError(
                 f"the delta brings a tensor of shape {tuple(tensor.shape)} for {name!r}, which has "
-                f"{tuple(parameter.shape)} in this model."
+                f"{tuple(parameter.shape)} in this model. A head alone may have another number of rows, and brings all of "
+                "its tensors then."
             )
         if tensor.is_floating_point() != parameter.is_floating_point() or tensor.is_complex():
             raise DeltaError(
@@ -156,16 +160,19 @@ def _dense(delta: SparseDelta, storage: FlatStorage) -> dict[str, nn.Parameter]:
     return found
 
 
-def _is_resized(name: str, dense: Mapping[str, Tensor], storage: FlatStorage) -> bool:
-    """Whether a module's own tensors all come with the delta, longer or shorter along their first dimension alone.
+def _is_resized(name: str, dense: Mapping[str, Tensor], storage: FlatStorage, heads: Container[nn.Module]) -> bool:
+    """Whether a head's own tensors all come with the delta, longer or shorter along their first dimension alone.
 
-    So does a head of other classes. A vector by itself is none: norms and biases are as long as what they are added to. Nor
-    is an embedding of fewer rows, as tokens that the base has would be outside of it.
+    So does a head of other classes. A vector by itself is none: norms and biases are as long as what they are added to. An
+    embedding may have more rows wherever it is, but not fewer, as tokens that the base has would be outside of it. Other
+    modules of the body may work in another size by themselves, as attention does with fewer keys and values, by which a
+    batch could not go on beside those of other deltas.
     """
     module = storage.owners[name][0]
     own = {other: storage.parameters[other] for other, (owner, _) in storage.owners.items() if owner is module}
     return (
-        own.keys() <= dense.keys()
+        (module in heads or isinstance(module, nn.Embedding))
+        and own.keys() <= dense.keys()
         and len({dense[other].shape[:1] for other in own}) == 1
         and all(dense[other].numel() and dense[other].shape[1:] == p.shape[1:] for other, p in own.items())
         and any(p.dim() > 1 for p in own.values())

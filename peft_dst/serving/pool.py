@@ -15,6 +15,7 @@ from torch import nn
 
 from ..delta import SparseDelta
 from ..mixing import BASE, Readers, Subsets, mixed
+from .heads import heads_of
 from .placed import UNCHANGED, Mixable, Placed, mixable, place, write
 from .shelf import Shelf, UnknownDelta
 from .storage import FlatStorage
@@ -117,7 +118,7 @@ class DeltaPool:
         if not self.storage.buffers:
             raise ValueError("the model has no floating parameters in memory that deltas could change.")
         self.model, self.check, self.budget = model, check, budget
-        self._readers = Readers(model)
+        self._readers, self._heads = Readers(model), heads_of(model)
         self._shelf = Shelf(
             self._place,
             lambda placed: mixable(placed, self.storage, self._readers),
@@ -133,8 +134,8 @@ class DeltaPool:
         # A module that runs with a delta's values may call another one that does.
         self._weights = threading.RLock()
         self._shown = _Shown()
-        # The base's own parameters that a delta's whole tensors stand in for.
-        self._replaced: dict[str, nn.Parameter] = {}
+        # Names of the base's parameters that a delta's whole tensors may stand in for.
+        self._replaced: set[str] = set()
         self._switches = 0
         self._mixed: _Mixed | None = None
 
@@ -357,7 +358,7 @@ class DeltaPool:
 
     def _place(self, delta: SparseDelta) -> Placed:
         with self._weights:
-            return place(delta, self.storage, self._shown.placed, self.check)
+            return place(delta, self.storage, self._heads, self._shown.placed, self.check)
 
     def _show(self, wanted: _Shown, versions: Mapping[str, int]) -> None:
         """At the beginning of a turn: have a delta in the weights, if the names still stand for what they did."""
@@ -370,13 +371,15 @@ class DeltaPool:
     def _switch(self, wanted: _Shown) -> None:
         """Take out the delta that is in the weights, and put in another; nobody uses the model meanwhile."""
         before, placed = self._shown.placed, wanted.placed
-        self.storage.check(self._replaced.keys())
+        self.storage.check(self._replaced)
         with self._weights:
             try:
                 write(self.storage, before, seeds=True)
                 self._put_back()
+                # Noted before any is there, so that an interrupt in between is no harm.
+                self._replaced.update(placed.dense)
                 for key, parameter in placed.dense.items():
-                    self._replaced[key] = self.storage.replace(key, parameter)
+                    self.storage.replace(key, parameter)
                 write(self.storage, placed)
             except BaseException:
                 # Whatever was written of either, the base is below both.
@@ -390,5 +393,6 @@ class DeltaPool:
 
     def _put_back(self) -> None:
         """The base's own parameters where a delta's whole tensors are."""
-        while self._replaced:
-            self.storage.replace(*self._replaced.popitem())
+        for key in self._replaced:
+            self.storage.replace(key, self.storage.parameters[key])
+        self._replaced.clear()

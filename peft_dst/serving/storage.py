@@ -131,17 +131,10 @@ class FlatStorage:
     def _view(self, place: Place) -> Tensor:
         return self.buffers[place.buffer][place.start : place.start + place.shape.numel()].view(place.shape)
 
-    def replace(self, name: str, parameter: nn.Parameter) -> nn.Parameter:
-        """Put a parameter in the place of one of the model's, under this name only: what it is tied to stays.
-
-        Returns:
-            What was there.
-        """
+    def replace(self, name: str, parameter: nn.Parameter) -> None:
+        """Put a parameter in the place of one of the model's, under this name only: what it is tied to stays."""
         module, attribute = self.owners[name]
-        before = module._parameters[attribute]
-        assert before is not None
         module._parameters[attribute] = parameter
-        return before
 
     def check(self, replaced: Collection[str] = ()) -> None:
         """Check that the model still computes with these buffers.

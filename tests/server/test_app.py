@@ -102,6 +102,23 @@ def test_the_model_is_the_delta(client, parts):
     assert len(set(answers.values())) > 2
 
 
+def test_a_base_whose_name_has_a_slash(parts):
+    base, tokenizer, folder = parts
+    with served(Service(copy.deepcopy(base), tokenizer, "org/model", folder)) as url:
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+            assert client.models.retrieve("org/model").id == "org/model"
+        for name, status in (
+            ("org/model", 200),
+            ("org%2Fmodel", 200),
+            ("task1", 200),
+            ("org", 404),
+            ("org/model/", 404),
+        ):
+            answer = httpx.get(f"{url}/v1/models/{name}")
+            assert answer.status_code == status, name
+            assert status == 200 or answer.json()["error"]["code"] == "model_not_found"
+
+
 def test_streaming(client, parts):
     pieces = list(
         client.completions.create(

@@ -189,6 +189,22 @@ def test_one_part_is_the_cohort_itself(model):
     assert cohort.divide(["a"] * 4) == [cohort]
 
 
+@pytest.mark.parametrize("lengths", [(2, 0), (0, 2)])
+def test_after_an_error_two_batches_are_as_they_were(model, lengths):
+    """Of the second layer, when the first one is joined; and whichever of the two was padded for it."""
+    members = [[Continuation(PROMPTS[i], 9)] for i in lengths]
+    one, other = (Cohort(model, of_one) for of_one in members)
+    values = other.cache.layers[1].values
+    other.cache.layers[1].values = values[..., :1]
+    with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
+        one.join(other)
+    other.cache.layers[1].values = values
+    for cohort, of_one in zip((one, other), members, strict=True):
+        assert cohort.members == of_one
+        run(cohort)
+        assert of_one[0].tokens == alone(model, of_one[0].prompt, 9)
+
+
 def test_what_was_interrupted_goes_on(model):
     members = [Continuation(prompt, 8) for prompt in PROMPTS]
     cohort = Cohort(model, members)

@@ -8,7 +8,7 @@ from torch import nn
 
 from peft_dst.delta import DeltaError, SparseDelta
 from peft_dst.server import engine as engine_module
-from peft_dst.server.cohorts import Continuation
+from peft_dst.server.cohorts import Cohort, Continuation
 from peft_dst.server.engine import Classify, Engine, Generate, Stopped
 from peft_dst.server.sampling import Sampling
 from tests.models import bert
@@ -17,6 +17,7 @@ from tests.server.engines import (
     Always,
     Asked,
     Gate,
+    ask,
     expected,
     failing,
     mixed_now,
@@ -192,6 +193,43 @@ def test_whoever_cannot_be_told_hurts_nobody(causal, caplog):
     assert engine.alive
     assert engine.stop(SECONDS)
     assert [record.getMessage() for record in caplog.records] == ["the end of a request could not be told"] * 2
+
+
+@pytest.mark.parametrize("mixes", [True, False])
+def test_batches_that_cannot_be_put_together_or_parted_go_on(causal, mixes, monkeypatch, caplog):
+    """As when memory runs out; later it is tried again."""
+    failed = []
+
+    class Changing(Always):
+        def mixes(self, sizes):
+            # The other way is the better one after some tokens.
+            self.answer = mixes if self.turn > 3 else not mixes
+            return super().mixes(sizes)
+
+    planner = Changing(None)
+    monkeypatch.setattr(engine_module, "Planner", lambda: planner)
+    monkeypatch.setattr(engine_module, "STEPS", 1)
+    name = "join" if mixes else "divide"
+    real = getattr(Cohort, name)
+
+    def fails(cohort, argument):
+        # Nothing is to be parted where everybody has the same key.
+        if len(failed) < 2 and (mixes or len(set(argument)) > 1):
+            failed.append(cohort)
+            raise RuntimeError("out of memory")
+        return real(cohort, argument)
+
+    monkeypatch.setattr(Cohort, name, fails)
+    engine = Engine(causal)
+    for one, want in ask(engine, None, "task0", "task1", limit=12):
+        assert one.wait() is None
+        assert one.request.continuation.tokens == want
+    assert len(failed) == 2
+    # Nobody is to blame.
+    assert not [record for record in caplog.records if "alone now" in record.getMessage()]
+    assert mixed_now(engine, "task0", "task1") == mixes
+    assert engine.stop(SECONDS)
+    assert "a round failed" not in caplog.text
 
 
 def test_an_error_where_none_is_expected(causal, monkeypatch, caplog):

@@ -6,9 +6,11 @@ import asyncio
 import contextlib
 import copy
 import json
+import math
 import socket
 import struct
 import threading
+import time
 
 import httpx
 import pydantic
@@ -19,12 +21,15 @@ from safetensors.torch import save
 
 from peft_dst.delta.packed import DESCRIPTION
 from peft_dst.server.app import create_app
+from peft_dst.server.cohorts import Continuation
+from peft_dst.server.engine import Generate, Stopped
 from peft_dst.server.limits import Limits
 from peft_dst.server.protocol import ChatRequest
 from peft_dst.server.sampling import Sampling
 from peft_dst.server.service import Service
 from peft_dst.serving import UnknownDelta
 from tests import toys
+from tests.server.engines import SECONDS, Asked, Gate
 from tests.server.test_app import TEMPLATE, TOKEN, put, served, write_deltas
 
 
@@ -79,6 +84,7 @@ def test_what_asks_for_nothing_is_taken(url):
     for changes in (
         nulls,
         {"frequency_penalty": 0, "presence_penalty": 0.0, "logprobs": False, "echo": False, "best_of": 1, "n": 1},
+        {"stop": ["b" * 256] * 16},
         {"stop": [], "stream_options": {"include_usage": True, "include_obfuscation": False}},
         {"prompt": ["who is"]},
     ):
@@ -118,6 +124,11 @@ def test_what_asks_for_nothing_is_taken(url):
         ({"logprobs": True}, "logprobs: Value error, this is not served"),
         ({"stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation: Value error"),
         ({"suffix": "."}, "suffix: Extra inputs are not permitted"),
+        # JSON has no such number, but Python's reader takes it.
+        ({"temperature": math.nan}, "temperature: Input should be less than or equal to 100"),
+        ({"top_p": math.nan}, "top_p: Input should be less than or equal to 1"),
+        ({"frequency_penalty": math.nan}, "frequency_penalty: Input should be less than or equal to 0"),
+        ({"stop": ["a", "b" * 257]}, "stop.1: String should have at most 256 characters"),
     ],
 )
 def test_what_would_be_ignored_or_misread_is_refused(url, changes, said):
@@ -153,6 +164,20 @@ def test_a_service_that_closes_says_so(service, url, tmp_path):
     answers = [ask(url, model="task0"), put(url, "new", tmp_path / "new" / "task7")]
     assert [answer.status_code for answer in answers] == [503, 503]
     assert not (tmp_path / "deltas" / "new").exists()
+
+
+def test_who_closes_again_does_not_wait_again(service):
+    """As the server does: when it is told to stop, and when its last answer has gone. A pass may last beyond both."""
+    gate = Gate(service.model)
+    asked = Asked(Generate, None, continuation=Continuation([5], 9))
+    service.engine.submit(asked.request)
+    assert gate.reached.wait(SECONDS)
+    begin = time.monotonic()
+    for _ in range(3):
+        assert not service.close(1.0)
+    assert 1.0 <= time.monotonic() - begin < 1.9
+    assert isinstance(asked.wait(), Stopped)
+    gate.open.set()
 
 
 def test_other_parts_than_texts_are_refused(url):

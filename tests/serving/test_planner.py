@@ -72,6 +72,28 @@ def test_it_follows_a_machine_that_changes():
     assert planner.mixes([4, 4])
 
 
+def decided(together: float, apart: float, count: int = 160) -> list[bool]:
+    """What is decided of two deltas of one size that take so long; the first mixed batch takes as long as a hundred."""
+    planner, decisions = Planner(), []
+    for _ in range(count):
+        decisions.append(planner.mixes([4, 4]))
+        if decisions[-1]:
+            planner.note([4, 4], together if sum(decisions) > 1 else 100 * together)
+        else:
+            planner.note([4], apart / 2)
+            planner.note([4], apart / 2)
+    return decisions
+
+
+def test_when_each_way_is_tried():
+    """By turns until there are three batches of each, the first mixed one not counted; then at every fiftieth decision."""
+    for together, apart, mixes in ((1.0, 2.0, True), (2.0, 1.0, False)):
+        want = [True, True, False, True, True, False] + [mixes] * 154
+        for number in (50, 100, 150):
+            want[number - 1] = not mixes
+        assert decided(together, apart) == want
+
+
 def test_one_delta_is_not_mixed():
     assert not Planner().mixes([5])
     assert not Planner().mixes([])

@@ -12,6 +12,7 @@ from torch import nn
 from peft_dst import DSTConfig
 from peft_dst.delta import DeltaError, SparseDelta, SparseTensor
 from peft_dst.serving import DeltaPool, pool, storage
+from peft_dst.serving.heads import heads_of
 from tests.models import BUILDERS, bert, train
 from tests.serving.helpers import answer, applied, bits_of, deltas_of, same
 
@@ -225,6 +226,51 @@ def test_an_error_in_a_switch_leaves_the_base(served, at, monkeypatch):
         assert same(bits_of(served.model), want)
 
 
+@pytest.mark.parametrize("done", [False, True])
+@pytest.mark.parametrize("at", range(4))
+def test_an_error_between_whole_tensors_leaves_the_base(tmp_path, at, done, monkeypatch):
+    """A head has two: those of the delta that leaves are put back, then those of the other one come."""
+    base, *folders = deltas_of("bert", tmp_path, count=2, modules_to_save=["classifier"])
+    seed, own = bits_of(base), dict(base.named_parameters())
+    with DeltaPool(base) as made:
+        for folder in folders:
+            made.add(folder.name, folder)
+        with made.use("task1"):
+            want = bits_of(base)
+        with made.use("task0"):
+            pass
+        real, calls = made.storage.replace, []
+
+        def replace(name, parameter):
+            calls.append(name)
+            if len(calls) != at + 1 or done:
+                real(name, parameter)
+            if len(calls) == at + 1:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(made.storage, "replace", replace)
+        with pytest.raises(KeyboardInterrupt), made.use("task1"):
+            pass
+        assert len(calls) > at
+        assert made.shown is None
+        assert same(bits_of(base), seed)
+        assert all(parameter is own[name] for name, parameter in base.named_parameters())
+        with made.use("task1"):
+            assert same(bits_of(base), want)
+    assert same(bits_of(base), seed)
+
+
+def test_a_folder_is_added_as_a_whole_or_not_at_all(tasks, tmp_path):
+    base, *folders = tasks
+    with DeltaPool(base) as made:
+        made.add("task1", folders[0])
+        with pytest.raises(ValueError, match="there is a delta 'task1' already; remove it first"):
+            made.add_folder(tmp_path)
+        assert made.names() == ["task1"]
+        made.remove("task1")
+        assert made.add_folder(tmp_path) == made.names() == ["task0", "task1", "task2"]
+
+
 def test_an_error_while_in_use_changes_nothing(served):
     with pytest.raises(ZeroDivisionError), served.use("task0"):
         raise ZeroDivisionError
@@ -325,6 +371,46 @@ def test_whole_tensors_that_do_not_fit_are_refused(served, dense, message):
     delta = SparseDelta({}, dense={f"base_model.model.{name}": tensor for name, tensor in dense.items()})
     with pytest.raises(DeltaError, match=message):
         served.verify(delta)
+
+
+def test_heads_alone_may_have_another_number_of_rows():
+    """Keys of one attention head would be broadcast to all; what is kept of such a text goes with that of no other."""
+    base = BUILDERS["llama"]()
+    for name, size, fits in (
+        ("lm_head", 70, True),
+        ("lm_head", 50, True),
+        ("model.embed_tokens", 70, True),
+        ("model.layers.0.self_attn.k_proj", 8, False),
+        ("model.layers.0.mlp.down_proj", 1, False),
+        ("model.layers.0.mlp.down_proj", 32, False),
+    ):
+        weight = torch.rand(size, base.get_submodule(name).weight.shape[1])
+        delta = SparseDelta({}, dense={f"base_model.model.{name}.weight": weight})
+        with DeltaPool(copy.deepcopy(base)) as made:
+            if fits:
+                made.verify(delta)
+                continue
+            with pytest.raises(
+                DeltaError, match=rf"for '{name}\.weight', .* A head alone may have another number of rows"
+            ):
+                made.verify(delta)
+
+
+def test_what_is_a_head():
+    bare, plain = bert().bert, nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2, bias=False))
+    for model, heads in (
+        (bert(), ["classifier"]),
+        (BUILDERS["roberta"](), ["classifier"]),
+        (BUILDERS["gpt2"](), ["lm_head"]),
+        (BUILDERS["t5"](), ["lm_head"]),
+        (BUILDERS["vit"](), ["classifier"]),
+        (bare, []),
+        # Of a plain module nobody can tell.
+        (plain, ["0", "1"]),
+    ):
+        found = heads_of(model)
+        names = [name for name, module in model.named_modules() if module in found and [*module.parameters(False)]]
+        assert names == heads, type(model)
 
 
 def test_a_pool_that_is_made_in_inference_mode_serves_outside(tasks):
