@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 
@@ -166,6 +167,78 @@ def test_an_optimizer_that_steps_another(build):
         twin.step("bert", step)
         twin.project({name: 1.25 * value for name, value in weights(twin.model).items()})
         assert_same(weights(base), weights(twin.model))
+
+
+class Around(torch.optim.AdamW):
+    """A subclass that changes the weights before and after the step that it inherits."""
+
+    def step(self, closure=None):
+        self.scale(1.25)
+        out = super().step(closure)
+        self.scale(0.75)
+        return out
+
+    @torch.no_grad()
+    def scale(self, factor: float) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.mul_(factor)
+
+
+def test_a_subclass_that_calls_the_step_it_inherits(build):
+    """Each class whose `step` torch has hooked calls the hooks, so within one step they may run twice."""
+    torch.optim.AdamW([nn.Parameter(torch.zeros(1))])
+    base = build("bert")
+    model = get_peft_model(base, DSTConfig(epsilon=0.01, churn_interval=2))
+    make = functools.partial(Around, lr=1e-2)
+    twin = Twin(build("bert"), model.constraint(), make)
+    optimizer = make([p for p in model.parameters() if p.requires_grad])
+    loss(model, "bert").backward()
+    optimizer.step()
+    twin.step("bert", 0)
+    assert_same(weights(base), weights(twin.model))
+    assert model.constraint().steps == 1
+
+
+def test_a_fixed_subset_under_a_subclass_that_calls_the_step_it_inherits(build):
+    torch.optim.AdamW([nn.Parameter(torch.zeros(1))])
+    base = build("bert")
+    seed = weights(base)
+    model = get_peft_model(base, DSTConfig(epsilon=0.01, selection="random"))
+    optimizer = Around([p for p in model.parameters() if p.requires_grad], lr=0.0, weight_decay=0.0)
+    loss(model, "bert").backward()
+    optimizer.step()
+    for weight in model.constraint().weights:
+        wanted = seed[weight.name].flatten().clone()
+        wanted[weight.indices] = wanted[weight.indices] * 1.25 * 0.75
+        assert torch.equal(weight.data.flatten(), wanted)
+
+
+def test_a_subclass_of_which_the_inherited_step_raised(build):
+    """What is left of it is undone by the next step, and not taken for a step around it."""
+
+    class Failing(Around):
+        fails = True
+
+        def scale(self, factor: float) -> None:
+            if self.fails and factor < 1:
+                raise RuntimeError("out of memory")
+            super().scale(factor)
+
+    base = build("bert")
+    model = get_peft_model(base, DSTConfig(epsilon=0.01))
+    twin = Twin(build("bert"), model.constraint(), lambda p: Around(p, lr=1e-2))
+    optimizer = Failing([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    loss(model, "bert").backward()
+    with pytest.raises(RuntimeError, match="out of memory") as raised:
+        optimizer.step()
+    optimizer.state.clear()
+    optimizer.fails = False
+    optimizer.step()
+    # Its frames are still there.
+    assert raised.tb is not None
+    twin.step("bert", 0)
+    assert_same(weights(base), weights(twin.model))
 
 
 def test_a_step_that_raised_does_not_switch_the_constraint_off(build):
