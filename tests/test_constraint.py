@@ -11,7 +11,7 @@ import torch
 from peft import get_peft_model
 from torch import Tensor, nn
 
-from peft_dst import DSTConfig
+from peft_dst import DSTConfig, DSTOptimizer
 from peft_dst.core import DISTANCES, SILOINGS
 from peft_dst.core.reference import reference_step
 from tests.models import BUILDERS, Outer, assert_same, loss, weights
@@ -319,6 +319,48 @@ def test_non_finite_gradients_leave_the_weights_alone(value, build):
         optimizer.step()
     assert_same(weights(base), before)
     assert all(torch.equal(w.indices, i) for w, i in zip(model.constraint().weights, subset, strict=True))
+
+
+@pytest.mark.parametrize(
+    "make", [lambda p: torch.optim.SGD(p, lr=0.01), lambda p: DSTOptimizer(p, torch.optim.SGD, lr=0.01)]
+)
+def test_a_step_that_fails_in_one_of_several_models_is_undone_in_all(make, build):
+    """The others' subsets, exact values and counts of steps are those from before."""
+    options = [{"selection": "first_step"}, {"selection": "random"}, {"threshold": "iterative"}]
+    models = [get_peft_model(build("bert"), DSTConfig(epsilon=0.01, **one)) for one in options]
+    models[1].to(torch.bfloat16)
+    groups = [{"params": [p for p in model.parameters() if p.requires_grad]} for model in models]
+    optimizer = make(groups)
+
+    def state():
+        tensors = {f"{i}.{n}": t for i, m in enumerate(models) for n, t in weights(m.get_base_model()).items()}
+        fixed = {
+            f"free.{w.name}": w.free.detach().clone() for w in models[1].constraint().weights if w.free is not None
+        }
+        return (
+            tensors | fixed,
+            [m.constraint().steps for m in models],
+            [w.indices for w in models[0].constraint().weights],
+        )
+
+    for broken in (None, 0, 1, 2):
+        before = state()
+        optimizer.zero_grad()
+        for step, model in enumerate(models):
+            loss(model, "bert", step).backward()
+        if broken is None:
+            optimizer.step()
+            continue
+        if models[broken].constraint().fixed:
+            next(w.free for w in models[broken].constraint().weights if w.free is not None).grad.fill_(torch.nan)
+        else:
+            models[broken].get_base_model().classifier.weight.grad.fill_(torch.nan)
+        with pytest.raises(FloatingPointError):
+            optimizer.step()
+        after = state()
+        assert_same(after[0], before[0])
+        assert after[1] == before[1] == [1, 1, 1]
+        assert all(torch.equal(*pair) for pair in zip(after[2], before[2], strict=True))
 
 
 def test_statistics(build):

@@ -66,8 +66,10 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
     steps: list[tuple[Constraint, StepInProgress]] = []
     try:
         for constraint, silos in concerned(optimizer.param_groups):
-            constraint.recall(optimizer.param_groups)
-            steps.append((constraint, constraint.before_step(silos)))
+            step = constraint.before_step(silos)
+            steps.append((constraint, step))
+            if step.is_outermost:
+                constraint.recall(optimizer.param_groups)
     except BaseException:
         _undo(steps)
         fixed.restore()
@@ -82,17 +84,21 @@ def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, A
     steps = _under_way.pop(optimizer, [])
     fixed = _fixed.pop(optimizer, None)
     try:
+        for constraint, step in steps:
+            constraint.after_step(step)
         if fixed is not None:
             fixed.end()
-        for constraint, step in steps:
-            outermost = step.is_outermost
-            constraint.after_step(step)
-            if outermost:
-                constraint.complete(optimizer.param_groups)
     except BaseException:
-        # An update that is not finite, memory that ran out, Ctrl-C: no weight keeps an update that was not projected.
+        # An update that is not finite, memory that ran out, Ctrl-C: no weight keeps an update that was not projected, nor
+        # one beside others that are undone.
         _undo(steps)
+        if fixed is not None:
+            fixed.undo()
         raise
+    for constraint, step in steps:
+        step.end()
+        if step.is_outermost:
+            constraint.complete(optimizer.param_groups)
 
 
 def _is_inherited(optimizer: Optimizer) -> bool:

@@ -55,9 +55,8 @@ class SiloBySilo:
             fixed.end()
         except BaseException:
             self.undo()
+            fixed.undo()
             raise
-        finally:
-            fixed.restore()
         for constraint, _ in self.concerned:
             constraint.complete(self.optimizer.param_groups)
 
