@@ -275,6 +275,30 @@ def concerned(param_groups: Iterable[Mapping[str, Any]]) -> list[tuple[Constrain
     return found
 
 
+def check_moment(found: Iterable[tuple[Constraint, list[Silo]]], param_groups: Iterable[Mapping[str, Any]]) -> None:
+    """Check that a step within a backward pass changes no weight whose gradient may be still to come.
+
+    Args:
+        found: what `concerned` found for the optimizer's groups.
+        param_groups: the groups.
+
+    Raises:
+        NotImplementedError: if it might: a silo has trainable tensors that are not the optimizer's.
+    """
+    if torch._C._current_graph_task_id() == -1:
+        return
+    parameters = {id(parameter) for group in param_groups for parameter in group["params"]}
+    for silo in (silo for _, silos in found for silo in silos):
+        others = (w for w in silo.weights if w.parameter.requires_grad and id(w.parameter) not in parameters)
+        if (weight := next(others, None)) is not None:
+            raise NotImplementedError(
+                f"an optimizer is stepping within the backward pass, but the silo {silo.name!r} has other tensors to "
+                f"train, such as {weight.name!r}, which that step would change before their gradients are there. Make one "
+                "DSTOptimizer(..., release_gradients=True) of all parameters, which steps each silo when its last "
+                "gradient has come, or give each tensor a silo of its own (siloing='parameter')."
+            )
+
+
 def _to_step(constraint: Constraint, parameters: set[int]) -> list[Silo]:
     silos = constraint.silos_of(parameters)
     for silo in silos:

@@ -15,7 +15,7 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from .constraint import Constraint, concerned
+from .constraint import Constraint, check_moment, concerned
 from .free import FixedStep
 from .step import StepInProgress
 from .wrappers import check_wrappers
@@ -65,7 +65,9 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
         optimizer.register_load_state_dict_pre_hook(_end_unfinished)
     steps: list[tuple[Constraint, StepInProgress]] = []
     try:
-        for constraint, silos in concerned(optimizer.param_groups):
+        found = concerned(optimizer.param_groups)
+        check_moment(found, optimizer.param_groups)
+        for constraint, silos in found:
             step = constraint.before_step(silos)
             steps.append((constraint, step))
             if step.is_outermost:
