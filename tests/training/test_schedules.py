@@ -323,3 +323,12 @@ def test_a_fraction_without_a_total_is_refused_before_anything_changes(build):
     assert_same(weights(model.get_base_model()), before)
     assert not optimizer.state
     assert not any(silo.free() for silo in model.constraint().silos)
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1.5, True, "6"])
+def test_numbers_of_steps_that_are_none(steps, build):
+    model = get_peft_model(build("bert"), DSTConfig(epsilon=0.02, churn_stop=0.5))
+    set_training_steps(model, 6)
+    with pytest.raises(ValueError, match=f"steps must be a positive integer, got {steps!r}"):
+        set_training_steps(model, steps)
+    assert model.constraint().total_steps == 6
