@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 
@@ -10,7 +11,7 @@ import torch
 from peft import get_peft_model
 from torch import Tensor, nn
 
-from peft_dst import DSTConfig
+from peft_dst import DSTConfig, DSTOptimizer
 from peft_dst.core import DISTANCES, SILOINGS
 from peft_dst.core.reference import reference_step
 from tests.models import BUILDERS, Outer, assert_same, loss, weights
@@ -168,6 +169,78 @@ def test_an_optimizer_that_steps_another(build):
         assert_same(weights(base), weights(twin.model))
 
 
+class Around(torch.optim.AdamW):
+    """A subclass that changes the weights before and after the step that it inherits."""
+
+    def step(self, closure=None):
+        self.scale(1.25)
+        out = super().step(closure)
+        self.scale(0.75)
+        return out
+
+    @torch.no_grad()
+    def scale(self, factor: float) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.mul_(factor)
+
+
+def test_a_subclass_that_calls_the_step_it_inherits(build):
+    """Each class whose `step` torch has hooked calls the hooks, so within one step they may run twice."""
+    torch.optim.AdamW([nn.Parameter(torch.zeros(1))])
+    base = build("bert")
+    model = get_peft_model(base, DSTConfig(epsilon=0.01, churn_interval=2))
+    make = functools.partial(Around, lr=1e-2)
+    twin = Twin(build("bert"), model.constraint(), make)
+    optimizer = make([p for p in model.parameters() if p.requires_grad])
+    loss(model, "bert").backward()
+    optimizer.step()
+    twin.step("bert", 0)
+    assert_same(weights(base), weights(twin.model))
+    assert model.constraint().steps == 1
+
+
+def test_a_fixed_subset_under_a_subclass_that_calls_the_step_it_inherits(build):
+    torch.optim.AdamW([nn.Parameter(torch.zeros(1))])
+    base = build("bert")
+    seed = weights(base)
+    model = get_peft_model(base, DSTConfig(epsilon=0.01, selection="random"))
+    optimizer = Around([p for p in model.parameters() if p.requires_grad], lr=0.0, weight_decay=0.0)
+    loss(model, "bert").backward()
+    optimizer.step()
+    for weight in model.constraint().weights:
+        wanted = seed[weight.name].flatten().clone()
+        wanted[weight.indices] = wanted[weight.indices] * 1.25 * 0.75
+        assert torch.equal(weight.data.flatten(), wanted)
+
+
+def test_a_subclass_of_which_the_inherited_step_raised(build):
+    """What is left of it is undone by the next step, and not taken for a step around it."""
+
+    class Failing(Around):
+        fails = True
+
+        def scale(self, factor: float) -> None:
+            if self.fails and factor < 1:
+                raise RuntimeError("out of memory")
+            super().scale(factor)
+
+    base = build("bert")
+    model = get_peft_model(base, DSTConfig(epsilon=0.01))
+    twin = Twin(build("bert"), model.constraint(), lambda p: Around(p, lr=1e-2))
+    optimizer = Failing([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    loss(model, "bert").backward()
+    with pytest.raises(RuntimeError, match="out of memory") as raised:
+        optimizer.step()
+    optimizer.state.clear()
+    optimizer.fails = False
+    optimizer.step()
+    # Its frames are still there.
+    assert raised.tb is not None
+    twin.step("bert", 0)
+    assert_same(weights(base), weights(twin.model))
+
+
 def test_a_step_that_raised_does_not_switch_the_constraint_off(build):
     class Failing(torch.optim.SGD):
         def step(self, closure=None):
@@ -246,6 +319,48 @@ def test_non_finite_gradients_leave_the_weights_alone(value, build):
         optimizer.step()
     assert_same(weights(base), before)
     assert all(torch.equal(w.indices, i) for w, i in zip(model.constraint().weights, subset, strict=True))
+
+
+@pytest.mark.parametrize(
+    "make", [lambda p: torch.optim.SGD(p, lr=0.01), lambda p: DSTOptimizer(p, torch.optim.SGD, lr=0.01)]
+)
+def test_a_step_that_fails_in_one_of_several_models_is_undone_in_all(make, build):
+    """The others' subsets, exact values and counts of steps are those from before."""
+    options = [{"selection": "first_step"}, {"selection": "random"}, {"threshold": "iterative"}]
+    models = [get_peft_model(build("bert"), DSTConfig(epsilon=0.01, **one)) for one in options]
+    models[1].to(torch.bfloat16)
+    groups = [{"params": [p for p in model.parameters() if p.requires_grad]} for model in models]
+    optimizer = make(groups)
+
+    def state():
+        tensors = {f"{i}.{n}": t for i, m in enumerate(models) for n, t in weights(m.get_base_model()).items()}
+        fixed = {
+            f"free.{w.name}": w.free.detach().clone() for w in models[1].constraint().weights if w.free is not None
+        }
+        return (
+            tensors | fixed,
+            [m.constraint().steps for m in models],
+            [w.indices for w in models[0].constraint().weights],
+        )
+
+    for broken in (None, 0, 1, 2):
+        before = state()
+        optimizer.zero_grad()
+        for step, model in enumerate(models):
+            loss(model, "bert", step).backward()
+        if broken is None:
+            optimizer.step()
+            continue
+        if models[broken].constraint().fixed:
+            next(w.free for w in models[broken].constraint().weights if w.free is not None).grad.fill_(torch.nan)
+        else:
+            models[broken].get_base_model().classifier.weight.grad.fill_(torch.nan)
+        with pytest.raises(FloatingPointError):
+            optimizer.step()
+        after = state()
+        assert_same(after[0], before[0])
+        assert after[1] == before[1] == [1, 1, 1]
+        assert all(torch.equal(*pair) for pair in zip(after[2], before[2], strict=True))
 
 
 def test_statistics(build):

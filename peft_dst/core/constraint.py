@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,12 +24,14 @@ THRESHOLDS = "dst_thresholds"
 # Likewise the number of steps, where the subset is not chosen at each: adapter → steps.
 STEPS = "dst_steps"
 
+Group = TypeVar("Group", bound=Mapping[str, Any])
+
 
 class Constraint:
     """Keeps at most `budget` components of each silo different from the seed, choosing them anew at every step.
 
-    Call `before_step`, then the optimizer's step, then `after_step` with what the first returned; the optimizer itself
-    never learns of the subset, so its moments are those of the dense update (Section 3 of the paper). In between it
+    Call `before_step`, then the optimizer's step, then `after_step` with what the first returned, then `end` on that; the
+    optimizer itself never learns of the subset, so its moments are those of the dense update (Section 3 of the paper). It
     writes into working copies of the weights of the silos concerned. Outside the subset the live weights are the seed,
     so the copies are all that is needed, and afterwards only the subset is written.
 
@@ -51,6 +53,8 @@ class Constraint:
         total_steps: number of steps of the whole training, where it is known.
         agreed: how often its seeds had been replaced when all processes that train together were found to train the
             same; None before.
+        steps: number of the last step that has come to its end, from 1; 0 before. Where several optimizers hold the weights
+            together, what all of them do is one step, which ends more than once.
         number: of all constraints that were made in this process, copies included, how many were there before.
     """
 
@@ -80,6 +84,11 @@ class Constraint:
         self.steps = 0
         self.begun = False
         self._moved = False
+        # The step in which the subset given before training was kept, once it has moved.
+        self._kept: int | None = None
+        # The number of steps before the one to be made, and the weights in the optimizers of the last step made.
+        self._before = 0
+        self._latest: set[SparseWeight] = set()
         self.total_steps: int | None = None
         self.agreed: int | None = None
         # What optimizers' groups hold by adapters' names, wherever there is something of this one.
@@ -122,14 +131,20 @@ class Constraint:
         self._notes.clear()
 
     def recall(self, param_groups: Iterable[Mapping[str, Any]]) -> None:
-        """Take up what an optimizer's groups hold of this constraint, which comes with its saved state."""
-        for group in param_groups:
-            if self.tracking:
-                thresholds = group.get(THRESHOLDS, {}).get(self.adapter, {})
-                for silo in self.silos:
-                    silo.tracked = thresholds.get(silo.name, silo.tracked)
-            if not self.schedule.every_step:
-                self.steps = group.get(STEPS, {}).get(self.adapter, self.steps)
+        """Take up what an optimizer's groups hold of this constraint, which comes with its saved state.
+
+        Weights that are held by several optimizers make one step when all of these have: each has its own count. One that
+        has none yet is in its first step with others that hold other weights, or goes on where another one ended.
+        """
+        groups = _holding(self, param_groups)
+        if self.tracking:
+            thresholds = groups[0][0].get(THRESHOLDS, {}).get(self.adapter, {})
+            for silo in self.silos:
+                silo.tracked = thresholds.get(silo.name, silo.tracked)
+        joins = bool(self._latest) and all(self._latest.isdisjoint(held) for _, held in groups)
+        self._before = self.steps - joins
+        if not self.schedule.every_step:
+            self._before = groups[0][0].get(STEPS, {}).get(self.adapter, self._before)
 
     def chooses(self, empty: bool) -> bool:
         """Whether a silo's subset is chosen anew at the step now to be made.
@@ -137,8 +152,9 @@ class Constraint:
         Args:
             empty: whether nothing is in it: nothing has moved yet (as under a learning rate of 0 at first).
         """
-        scheduled = self.schedule.chooses(self.steps + 1, self.total_steps)
-        return empty or (scheduled and not self.begun)
+        step = self._before + 1
+        scheduled = self.schedule.chooses(step, self.total_steps)
+        return empty or (scheduled and not self.begun and step != self._kept)
 
     def note_moved(self, moved: bool) -> None:
         """Take note whether a step has moved any value of a subset that it kept."""
@@ -146,18 +162,20 @@ class Constraint:
 
     def complete(self, param_groups: Iterable[dict[str, Any]]) -> None:
         """Count a step that has come to its end, and leave what is to be recalled in the optimizer's groups."""
-        self.steps += 1
-        self.begun, self._moved = self.begun and not self._moved, False
-        if not self.tracking and self.schedule.every_step:
-            return
-        own = {id(weight.parameter) for weight in self.weights}
-        group = next(g for g in param_groups if any(id(parameter) in own for parameter in g["params"]))
+        groups = _holding(self, param_groups)
+        if self._before >= self.steps:
+            self._latest = set()
+        self._latest.update(*(held for _, held in groups))
+        self.steps = self._before + 1
+        if self.begun and self._moved:
+            self.begun, self._kept = False, self.steps
+        self._moved = False
         if self.tracking:
             for silo in self.silos:
                 silo.tracked = float(silo.threshold)
-            self._note(group, THRESHOLDS, {silo.name: silo.tracked for silo in self.silos})
+            self._note(groups[0][0], THRESHOLDS, {silo.name: silo.tracked for silo in self.silos})
         if not self.schedule.every_step:
-            self._note(group, STEPS, self.steps)
+            self._note(groups[0][0], STEPS, self.steps)
 
     def _note(self, group: dict[str, Any], what: str, value: object) -> None:
         """Leave something in an optimizer's group, to be recalled and saved."""
@@ -179,9 +197,11 @@ class Constraint:
     def after_step(self, step: StepInProgress) -> None:
         """Project the step's silos onto the constraint: the subset takes Θ̂, all else stays at Θ0 (Eq. 7).
 
+        Then `step.end()` makes it last; until then `step.undo()` puts the weights back to what they were before. The
+        optimizer's state is not ours to restore.
+
         Raises:
-            FloatingPointError: if an update is NaN or infinite; `step.undo()` then puts the weights back to what they
-                were before the step. The optimizer's state is not ours to restore.
+            FloatingPointError: if an update is NaN or infinite.
         """
         updates = step.take_back()
         before = {silo: [step.before[weight] for weight in silo.weights] for silo in step.silos}
@@ -189,7 +209,6 @@ class Constraint:
         for silo in step.silos:
             choice.take(silo, [updates[weight] for weight in silo.weights], before[silo])
         choice.finish()
-        step.end(updates)
 
     def non_finite(self, silo: Silo, position: int) -> FloatingPointError:
         """What to say of a distance that is NaN or infinite, in the weight at a position of a silo."""
@@ -207,6 +226,29 @@ class Constraint:
         )
 
 
+def _holding(constraint: Constraint, param_groups: Iterable[Group]) -> list[tuple[Group, set[SparseWeight]]]:
+    """Those of an optimizer's groups that hold any of a constraint's weights, with these. Notes are in the first one."""
+    own = {id(weight.parameter): weight for weight in constraint.weights}
+    found = [(group, {own[id(p)] for p in group["params"] if id(p) in own}) for group in param_groups]
+    return [(group, held) for group, held in found if held]
+
+
+def _check_told_apart(constraints: Iterable[Constraint], param_groups: Iterable[Mapping[str, Any]]) -> None:
+    """Check that no group of an optimizer is to hold notes on two constraints of one name."""
+    places: dict[tuple[int, str, str], Constraint] = {}
+    for constraint in constraints:
+        kept = {THRESHOLDS: bool(constraint.tracking), STEPS: not constraint.schedule.every_step}
+        groups = _holding(constraint, param_groups) if any(kept.values()) else []
+        for what in (what for what, is_kept in kept.items() if is_kept and groups):
+            if places.setdefault((id(groups[0][0]), what, constraint.adapter), constraint) is not constraint:
+                raise ValueError(
+                    f"two models with an adapter {constraint.adapter!r} are in one parameter group of an optimizer, which "
+                    "keeps the thresholds (threshold='iterative') or the number of steps (churn_interval, churn_stop, "
+                    "selection='first_step') of one only. Give each model a parameter group of its own, or its adapter "
+                    "another name."
+                )
+
+
 def concerned(param_groups: Iterable[Mapping[str, Any]]) -> list[tuple[Constraint, list[Silo]]]:
     """The live constraints that choose their subset, in the order in which they were made, with those of their silos that a
     step with these groups would change.
@@ -215,6 +257,7 @@ def concerned(param_groups: Iterable[Mapping[str, Any]]) -> list[tuple[Constrain
         RuntimeError: if a weight is in no state to be stepped: its adapter is disabled, or not the only active one; or if
             the schedule needs the length of training, which nobody has told.
         NotImplementedError: if a silo spans several devices, or its threshold is tracked and processes hold it together.
+        ValueError: if what is to be kept in a group could not be told from what is kept there of another constraint.
     """
     parameters = {id(parameter) for group in param_groups for parameter in group["params"]}
     # What a forward pass without gradients has left gathered is not what optimizers hold. Within a backward pass, where
@@ -224,10 +267,36 @@ def concerned(param_groups: Iterable[Mapping[str, Any]]) -> list[tuple[Constrain
     # The set's own order is that of addresses, and processes that choose together are to come to each at the same time.
     ordered = sorted(Constraint.live, key=lambda constraint: constraint.number)
     found = [(c, silos) for c in ordered if not c.fixed and (silos := _to_step(c, parameters))]
+    if found:
+        _check_told_apart(ordered, param_groups)
     for constraint, _ in found:
         # Whether that is known is told before anything has moved.
         constraint.chooses(empty=False)
     return found
+
+
+def check_moment(found: Iterable[tuple[Constraint, list[Silo]]], param_groups: Iterable[Mapping[str, Any]]) -> None:
+    """Check that a step within a backward pass changes no weight whose gradient may be still to come.
+
+    Args:
+        found: what `concerned` found for the optimizer's groups.
+        param_groups: the groups.
+
+    Raises:
+        NotImplementedError: if it might: a silo has trainable tensors that are not the optimizer's.
+    """
+    if torch._C._current_graph_task_id() == -1:
+        return
+    parameters = {id(parameter) for group in param_groups for parameter in group["params"]}
+    for silo in (silo for _, silos in found for silo in silos):
+        others = (w for w in silo.weights if w.parameter.requires_grad and id(w.parameter) not in parameters)
+        if (weight := next(others, None)) is not None:
+            raise NotImplementedError(
+                f"an optimizer is stepping within the backward pass, but the silo {silo.name!r} has other tensors to "
+                f"train, such as {weight.name!r}, which that step would change before their gradients are there. Make one "
+                "DSTOptimizer(..., release_gradients=True) of all parameters, which steps each silo when its last "
+                "gradient has come, or give each tensor a silo of its own (siloing='parameter')."
+            )
 
 
 def _to_step(constraint: Constraint, parameters: set[int]) -> list[Silo]:

@@ -176,6 +176,14 @@ class FixedStep:
         self._begun.clear()
 
     @torch.no_grad()
+    def undo(self) -> None:
+        """Give the optimizer its parameters back, and the values those that the live weights were made of."""
+        self.restore()
+        for weight in (weight for _, weights in self.constraints for weight in weights):
+            assert weight.free is not None
+            weight.free.data.copy_(widened(weight.values(), self.state.get(weight.free, {}).get(VALUES)))
+
+    @torch.no_grad()
     def end(self) -> None:
         """Write what the optimizer made of the values.
 
@@ -188,9 +196,7 @@ class FixedStep:
         finite = [torch.isfinite(values).all() for values in rounded.values()]
         # One wait reads them all, wherever the weights are.
         if finite and not torch.stack([ok.to(finite[0].device) for ok in finite]).all():
-            for weight in weights:
-                assert weight.free is not None
-                weight.free.data.copy_(widened(weight.values(), self.state.get(weight.free, {}).get(VALUES)))
+            self.undo()
             culprit = weights[[bool(ok) for ok in finite].index(False)]
             constraint = next(constraint for constraint, own in self.constraints if culprit in own)
             silo = next(silo for silo in constraint.silos if culprit in silo.weights)

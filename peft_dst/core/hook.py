@@ -7,6 +7,7 @@ optimizer that holds no parameter of a constraint is not touched.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Iterable
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from .constraint import Constraint, concerned
+from .constraint import Constraint, check_moment, concerned
 from .free import FixedStep
 from .step import StepInProgress
 from .wrappers import check_wrappers
@@ -22,7 +23,8 @@ from .wrappers import install as watch_wrappers
 
 
 # Steps under way, by optimizer. An optimizer that calls another one's step (Lookahead) has the constraint enforced after
-# both; a step that raised leaves its entry, which the next one undoes.
+# both, one that calls the step of its own superclass after its own; a step that raised leaves its entry, which the next one
+# undoes.
 _under_way: weakref.WeakKeyDictionary[Optimizer, list[tuple[Constraint, StepInProgress]]] = weakref.WeakKeyDictionary()
 _fixed: weakref.WeakKeyDictionary[Optimizer, FixedStep] = weakref.WeakKeyDictionary()
 # Optimizers that keep the constraint by themselves.
@@ -48,6 +50,8 @@ def install() -> None:
 
 
 def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if _is_inherited(optimizer):
+        return
     _undo(_under_way.pop(optimizer, []))
     if (unfinished := _fixed.pop(optimizer, None)) is not None:
         unfinished.restore()
@@ -61,9 +65,13 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
         optimizer.register_load_state_dict_pre_hook(_end_unfinished)
     steps: list[tuple[Constraint, StepInProgress]] = []
     try:
-        for constraint, silos in concerned(optimizer.param_groups):
-            constraint.recall(optimizer.param_groups)
-            steps.append((constraint, constraint.before_step(silos)))
+        found = concerned(optimizer.param_groups)
+        check_moment(found, optimizer.param_groups)
+        for constraint, silos in found:
+            step = constraint.before_step(silos)
+            steps.append((constraint, step))
+            if step.is_outermost:
+                constraint.recall(optimizer.param_groups)
     except BaseException:
         _undo(steps)
         fixed.restore()
@@ -73,20 +81,42 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if _is_inherited(optimizer):
+        return
     steps = _under_way.pop(optimizer, [])
     fixed = _fixed.pop(optimizer, None)
     try:
+        for constraint, step in steps:
+            constraint.after_step(step)
         if fixed is not None:
             fixed.end()
-        for constraint, step in steps:
-            outermost = step.is_outermost
-            constraint.after_step(step)
-            if outermost:
-                constraint.complete(optimizer.param_groups)
     except BaseException:
-        # An update that is not finite, memory that ran out, Ctrl-C: no weight keeps an update that was not projected.
+        # An update that is not finite, memory that ran out, Ctrl-C: no weight keeps an update that was not projected, nor
+        # one beside others that are undone.
         _undo(steps)
+        if fixed is not None:
+            fixed.undo()
         raise
+    for constraint, step in steps:
+        step.end()
+        if step.is_outermost:
+            constraint.complete(optimizer.param_groups)
+
+
+def _is_inherited(optimizer: Optimizer) -> bool:
+    """Whether the step that calls a hook is within another one of the same optimizer, which calls them too.
+
+    torch hooks the `step` of every class that an optimizer is made of, and a subclass may call the one that it inherits. A
+    count of those begun would not tell this from a step that has raised, of which nobody is told: so it is looked up
+    in the stack whether the other one is still there.
+    """
+    hooked = sys._getframe(2)
+    frame = hooked.f_back
+    while frame is not None:
+        if frame.f_code is hooked.f_code and frame.f_locals.get("self") is optimizer:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _end_unfinished(optimizer: Optimizer, *unused: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -21,12 +20,14 @@ class StepInProgress:
         before: the subset of each weight from before the step.
         holders: the step that each weight's working copy was made for: this one, or another one around it.
         seeds: the seed of each weight that was recovered before the step was known to have ended.
+        updates: the working copy of each weight, as the optimizer left it.
     """
 
     silos: list[Silo]
     before: dict[SparseWeight, Subset] = field(default_factory=dict)
     holders: dict[SparseWeight, Undoable] = field(default_factory=dict)
     seeds: dict[SparseWeight, Tensor] = field(default_factory=dict)
+    updates: dict[SparseWeight, Tensor] = field(default_factory=dict)
 
     @property
     def is_outermost(self) -> bool:
@@ -46,11 +47,10 @@ class StepInProgress:
         """What the optimizer made of the working copies. The live weights are the seed now, and back in their places; those
         that are divided come back at the end, as the working copies have no other place.
         """
-        updates = {}
         for weight in self.before:
-            updates[weight] = weight.working
+            self.updates[weight] = weight.working
             if weight in self.seeds and weight.is_divided:
-                updates[weight] = weight.working.clone()
+                self.updates[weight] = weight.working.clone()
                 weight.working.copy_(self.seeds.pop(weight))
                 weight.place(weight.indices[:0], weight.seeds[:0])
                 weight.under_way = self
@@ -61,11 +61,12 @@ class StepInProgress:
             elif self.holders[weight] is self and not weight.is_divided:
                 weight.take_back()
             weight.revert()
-        return updates
+        return self.updates
 
-    def end(self, updates: Mapping[SparseWeight, Tensor]) -> None:
+    def end(self) -> None:
         for weight in self.before:
-            self._leave(weight, updates[weight])
+            self._leave(weight, self.updates[weight])
+        self.updates.clear()
 
     def undo(self) -> None:
         """Put the weights back to what they were before the step, which is over; those that were not recovered yet."""

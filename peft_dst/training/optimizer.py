@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from ..core import Constraint, exempt, scatter
+from ..core.constraint import check_moment
 from ..core.distances import wide_dtype
 from ..core.free import VALUES
 from ..core.shards import like
@@ -103,7 +104,11 @@ class DSTOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        step = SiloBySilo(self, reuse=True) if self._release is None else self._release.finish()
+        if self._release is None:
+            step = SiloBySilo(self, reuse=True)
+            check_moment(step.concerned, self.param_groups)
+        else:
+            step = self._release.finish()
         step.complete()
         return loss
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..core import Constraint, Silo
+from ..core import Constraint, Silo, SparseWeight
 from .released import ReleasedGradient
 from .silo_by_silo import SiloBySilo
 
@@ -80,16 +80,25 @@ class Release:
         if id(parameter) not in self._homes:
             return
         constraint, silo = self._homes[id(parameter)]
-        parameters = [weight.parameter for weight in silo.weights]
-        if all(id(p) in self._arrived or not p.requires_grad or p not in self._round.groups for p in parameters):
+        if all(self._may_move(weight) for weight in silo.weights):
             try:
                 self._round.silos(constraint, [silo])
             except BaseException:
                 self.forget()
                 raise
-            for p in parameters:
+            for p in (weight.parameter for weight in silo.weights):
                 if p in self._round.groups and p.grad is not None:
                     p.grad = ReleasedGradient.of(p.grad)
+
+    def _may_move(self, weight: SparseWeight) -> bool:
+        """Whether the weight's gradient is there, or does not come, or a step without it leaves the weight what it is: one
+        that another optimizer holds, and of which nothing is in the subset, which it could lose.
+        """
+        assert self._round is not None
+        parameter = weight.parameter
+        if id(parameter) in self._arrived or not parameter.requires_grad:
+            return True
+        return parameter not in self._round.groups and not weight.indices.numel()
 
     def finish(self) -> SiloBySilo:
         """End the round: the step under way, with what is left to do."""

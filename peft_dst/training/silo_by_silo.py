@@ -55,9 +55,8 @@ class SiloBySilo:
             fixed.end()
         except BaseException:
             self.undo()
+            fixed.undo()
             raise
-        finally:
-            fixed.restore()
         for constraint, _ in self.concerned:
             constraint.complete(self.optimizer.param_groups)
 
@@ -70,8 +69,9 @@ class SiloBySilo:
         by_kernels = [silo for silo in silos if self._suits_kernels(constraint, silo)]
         for device in dict.fromkeys(silo.weights[0].data.device for silo in by_kernels):
             self._by_kernels(constraint, [silo for silo in by_kernels if silo.weights[0].data.device == device])
+        done = set(by_kernels)
         for silo in silos:
-            if silo not in by_kernels:
+            if silo not in done:
                 self._by_working_copies(constraint, silo)
 
     def _by_working_copies(self, constraint: Constraint, silo: Silo) -> None:

@@ -130,20 +130,6 @@ def test_steps_within_the_backward_pass(together):
         assert_agree(alone, found)
 
 
-def track(rank, world):
-    model = make(world, "bert", {"epsilon": 0.02, "threshold": "iterative"})
-    before = subsets(model)
-    for kind in ("hook", "AdamW"):
-        optimizer = optimizer_of(model, kind)
-        with pytest.raises(NotImplementedError, match=r"threshold='iterative'.*threshold='exact'"):
-            step(rank, world, model, optimizer, "bert", 0)
-    assert all(torch.equal(indices, before[name][0]) for name, (indices, _) in subsets(model).items())
-
-
-def test_tracked_thresholds_are_refused(together):
-    together(2, track)
-
-
 class HalfWay(torch.optim.AdamW):
     """AdamW that can be made to stop half-way."""
 

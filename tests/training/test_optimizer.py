@@ -348,6 +348,23 @@ def test_a_copy_enforces_the_constraint_once(build):
         assert_same(weights(copied[0].base_model.model), weights(model.base_model.model))
 
 
+def two_groups(parameters):
+    """Of which each option differs, and is large enough to be seen in a step."""
+    return [
+        {"params": parameters[::2], "lr": 1e-2, "weight_decay": 0.1, "betas": (0.9, 0.99), "eps": 1e-3},
+        {"params": parameters[1::2], "lr": 3e-2, "weight_decay": 0.5, "betas": (0.5, 0.9), "eps": 1e-2},
+    ]
+
+
+def assert_close_in_common(one, w, other, v):
+    """Compare exact values of two optimizers' weights where both subsets are; return the number of these components."""
+    exact, found = (o.state.get(x.parameter, {}).get("dst_values", x.values()) for o, x in ((one, w), (other, v)))
+    in_common = torch.isin(w.indices, v.indices)
+    exact, found = exact[in_common], found[torch.isin(v.indices, w.indices)]
+    torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-7)
+    return int(in_common.sum())
+
+
 @pytest.mark.parametrize(("dtype", "release"), [(torch.float32, False), (torch.bfloat16, True)])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_the_kernels_choose_as_the_working_copies_do(device, dtype, release, build):
@@ -358,8 +375,8 @@ def test_the_kernels_choose_as_the_working_copies_do(device, dtype, release, bui
         pytest.skip("Triton is not installed, or not to be interpreted")
     (one, parameters), (other, others) = (wrapped(build, dtype=dtype) for _ in range(2))
     one.to(device), other.to(device)
-    plain = DSTOptimizer(parameters, lr=1e-2, kernels=False)
-    ours = DSTOptimizer(others, lr=1e-2, kernels=True, release_gradients=release)
+    plain = DSTOptimizer(two_groups(parameters), kernels=False)
+    ours = DSTOptimizer(two_groups(others), kernels=True, release_gradients=release)
     seed = weights(build("bert").to(dtype=dtype, device=device))
     for step in range(3):
         for model, optimizer in ((one, plain), (other, ours)):
@@ -368,11 +385,8 @@ def test_the_kernels_choose_as_the_working_copies_do(device, dtype, release, bui
             optimizer.zero_grad()
         same = total = 0
         for w, v in zip(one.constraint().weights, other.constraint().weights, strict=True):
-            same += int(torch.isin(w.indices, v.indices).sum())
+            same += assert_close_in_common(plain, w, ours, v)
             total += w.indices.numel()
-            assert torch.allclose(
-                w.data.float(), v.data.float(), rtol=2**-6 if dtype == torch.bfloat16 else 1e-4, atol=1e-2
-            )
             if w.parameter in plain.state:
                 assert int(plain.state[w.parameter]["step"]) == int(ours.state[v.parameter]["step"]) == step + 1
                 if dtype == torch.bfloat16:
@@ -407,7 +421,7 @@ def test_the_kernels_leave_float64_to_working_copies(all_of_it, build):
         norm.register_forward_pre_hook(lambda module, args: (args[0].to(module.weight.dtype),))
         models.append(get_peft_model(base, DSTConfig(epsilon=0.05, siloing="module")))
         parameters = [p for p in models[-1].parameters() if p.requires_grad]
-        optimizers.append(DSTOptimizer(parameters, lr=1e-2, kernels=kernel))
+        optimizers.append(DSTOptimizer(two_groups(parameters), kernels=kernel))
     assert any(
         len({w.data.dtype for w in silo.weights}) == 1 + (not all_of_it) for silo in models[0].constraint().silos
     )
@@ -416,9 +430,13 @@ def test_the_kernels_leave_float64_to_working_copies(all_of_it, build):
             loss(model, "bert", step).backward()
             optimizer.step()
             optimizer.zero_grad()
-        close = {"rtol": 0, "atol": 0} if all_of_it else {"rtol": 1e-4, "atol": 1e-2}
+        same = total = 0
         for w, v in zip(*(model.constraint().weights for model in models), strict=True):
-            torch.testing.assert_close(v.data, w.data, **close)
+            if all_of_it:
+                assert torch.equal(v.data, w.data)
+            same += assert_close_in_common(optimizers[0], w, optimizers[1], v)
+            total += w.indices.numel()
+        assert same >= 0.97 * total
 
 
 def test_non_finite_updates_in_the_kernels(build):

@@ -202,15 +202,72 @@ def test_frozen_parameters_may_be_among_them(build):
 
 
 def test_gradients_of_another_optimizer_are_left_to_it(build):
-    """Two optimizers over the tensors of one silo: only those of the one that steps in the backward pass are released."""
+    """Two optimizers over the tensors of one silo: only those of the one that steps in the backward pass are released. Once
+    the other's can be displaced by its step, which its gradients must not see, it waits for the end.
+    """
     model = get_peft_model(build("bert"), DSTConfig(epsilon=0.02, siloing="none"))
+    twin = build("bert")
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    mine, others = parameters[::2], parameters[1::2]
+    # The gradients of the lower half come last.
+    others = parameters[: len(parameters) // 2]
+    mine = parameters[len(parameters) // 2 :]
     optimizer = DSTOptimizer(mine, lr=1e-2, release_gradients=True)
-    plain = torch.optim.SGD(others, lr=0.1)
+    plain = torch.optim.SGD(others, lr=1.0)
     loss(model, "bert").backward()
     assert any(type(p.grad) is not torch.Tensor for p in mine)
     assert all(type(p.grad) is torch.Tensor for p in others if p.grad is not None)
     optimizer.step()
     plain.step()
     assert model.constraint().silos[0].free() <= model.constraint().budget
+    assert sum(w.indices.numel() for w in model.constraint().weights if any(w.parameter is p for p in others)) > 10
+    model.zero_grad()
+    optimizer.zero_grad()
+    optimizer.param_groups[0]["lr"] = 1.0
+    twin.load_state_dict(weights(model.get_base_model()))
+    loss(model, "bert", 1).backward()
+    loss(twin, "bert", 1).backward()
+    for weight in model.constraint().weights:
+        gradient = twin.get_parameter(weight.name).grad
+        if any(weight.parameter is parameter for parameter in others) and gradient is not None:
+            assert torch.equal(weight.parameter.grad, gradient)
+    optimizer.step()
+    plain.step()
+    assert model.constraint().steps == 2
+
+
+@pytest.mark.parametrize("make", [torch.optim.AdamW, DSTOptimizer])
+def test_an_optimizer_for_each_parameter_is_refused_within_the_backward_pass(make, build):
+    """Its silo's other gradients, still to come, would be of weights that its step has changed."""
+    model = get_peft_model(build("bert"), DSTConfig(epsilon=0.02))
+    optimizers = {p: make([p], lr=1e-2) for p in model.parameters() if p.requires_grad}
+    hooks = [p.register_post_accumulate_grad_hook(lambda p: optimizers[p].step()) for p in optimizers]
+    before = weights(model.get_base_model())
+    with pytest.raises(NotImplementedError, match=r"has other tensors to train.*release_gradients=True"):
+        loss(model, "bert").backward()
+    assert_same(weights(model.get_base_model()), before)
+    assert not any(optimizer.state for optimizer in optimizers.values())
+    for hook in hooks:
+        hook.remove()
+    # After it each may take its turn.
+    loss(model, "bert").backward()
+    for optimizer in optimizers.values():
+        optimizer.step()
+    assert model.constraint().steps == 1
+
+
+@pytest.mark.parametrize("make", [torch.optim.AdamW, DSTOptimizer])
+def test_an_optimizer_for_each_silo_steps_within_the_backward_pass(make, build):
+    """With a silo for each tensor the result is that of one optimizer."""
+    models = [get_peft_model(build("bert"), DSTConfig(epsilon=0.02, siloing="parameter")) for _ in range(2)]
+    whole = make([p for p in models[0].parameters() if p.requires_grad], lr=1e-2)
+    optimizers = {p: make([p], lr=1e-2) for p in models[1].parameters() if p.requires_grad}
+    for parameter in optimizers:
+        parameter.register_post_accumulate_grad_hook(lambda p: optimizers[p].step())
+    for step in range(3):
+        for model in models:
+            loss(model, "bert", step).backward()
+        whole.step()
+        for model in models:
+            model.zero_grad()
+        assert_same(weights(models[1].get_base_model()), weights(models[0].get_base_model()))
+    assert [model.constraint().steps for model in models] == [3, 3]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from peft import get_peft_model
 from transformers import Trainer, TrainerCallback
 
-from peft_dst import DSTCallback, DSTConfig, DSTOptimizer, set_training_steps
+from peft_dst import DSTCallback, DSTConfig, DSTOptimizer, set_training_steps, start_from
 from peft_dst.core.reference import reference_step
 from peft_dst.core.silos import read_names
 from tests.models import assert_same, loss, weights
@@ -65,6 +67,92 @@ def test_equals_the_dense_reference(options, chosen, make, build):
             assert_same(weights(model.get_base_model()), wanted)
             churn = sum(silo.churn() for silo in model.constraint().silos)
             assert (churn > 0) == (step in chosen)
+
+
+def halves(model, make):
+    """Two optimizers that share every silo, as Muon for matrices and AdamW for all else do."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [make([p for p in parameters if p.dim() == 2]), make([p for p in parameters if p.dim() < 2])]
+
+
+def both_step(model, optimizers, step):
+    loss(model, "bert", step).backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    model.zero_grad()
+
+
+def subset(model):
+    return [weight.indices.tolist() for weight in model.constraint().weights]
+
+
+makes_of_both = pytest.mark.parametrize(
+    "make", [adamw, lambda p: DSTOptimizer(p, lr=1e-2, weight_decay=0.0, fused=True)]
+)
+
+
+@makes_of_both
+def test_two_optimizers_choose_in_the_same_first_step(make, build):
+    """The second one chooses from what the first has kept and what it moved itself: the same as from all."""
+    model = get_peft_model(build("bert"), DSTConfig(epsilon=0.02, selection="first_step"))
+    optimizers = halves(model, make)
+    for step, wanted in enumerate(dense(build, "bert", model.constraint(), {1}, 3), 1):
+        both_step(model, optimizers, step)
+        assert_same(weights(model.get_base_model()), wanted)
+        assert model.constraint().steps == step
+    assert any(weight.indices.numel() for weight in model.constraint().weights if len(weight.shape) == 1)
+
+
+@makes_of_both
+def test_two_optimizers_choose_in_the_same_steps(make, build):
+    model = get_peft_model(build("bert"), DSTConfig(epsilon=0.02, churn_interval=2))
+    optimizers = halves(model, make)
+    for step in range(1, 6):
+        before = subset(model)
+        both_step(model, optimizers, step)
+        assert (subset(model) != before) == (step in {1, 3, 5})
+    assert model.constraint().steps == 5
+
+
+def test_two_optimizers_interrupted_and_resumed(build):
+    def begin():
+        model = get_peft_model(build("bert"), DSTConfig(epsilon=0.02, churn_interval=2))
+        return model, halves(model, adamw)
+
+    model, optimizers = begin()
+    for step in range(1, 4):
+        both_step(model, optimizers, step)
+    resumed, others = begin()
+    resumed.load_state_dict(model.state_dict())
+    for optimizer, other in zip(optimizers, others, strict=True):
+        other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for step in range(4, 7):
+        both_step(model, optimizers, step)
+        both_step(resumed, others, step)
+        assert_same(weights(resumed.get_base_model()), weights(model.get_base_model()))
+    assert resumed.constraint().steps == 6
+
+
+def test_another_optimizer_goes_on_counting(build):
+    model = get_peft_model(build("bert"), DSTConfig(epsilon=0.02, selection="first_step"))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for step in range(1, 4):
+        both_step(model, [adamw(parameters)], step)
+        assert model.constraint().steps == step
+
+
+def test_a_given_subset_is_kept_by_two_optimizers(build):
+    """Both of them, in the first step that moves anything."""
+    other = get_peft_model(build("bert"), DSTConfig(epsilon=0.02))
+    both_step(other, halves(other, adamw), 9)
+    model = get_peft_model(build("bert"), DSTConfig(epsilon=0.02, churn_stop=2))
+    start_from(model, {weight.name: weight.indices for weight in other.constraint().weights})
+    given = subset(other)
+    optimizers = halves(model, adamw)
+    both_step(model, optimizers, 1)
+    assert subset(model) == given
+    both_step(model, optimizers, 2)
+    assert subset(model) != given
 
 
 def test_a_first_step_without_a_change_is_not_the_first_choice(build):
@@ -235,3 +323,12 @@ def test_a_fraction_without_a_total_is_refused_before_anything_changes(build):
     assert_same(weights(model.get_base_model()), before)
     assert not optimizer.state
     assert not any(silo.free() for silo in model.constraint().silos)
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1.5, True, "6"])
+def test_numbers_of_steps_that_are_none(steps, build):
+    model = get_peft_model(build("bert"), DSTConfig(epsilon=0.02, churn_stop=0.5))
+    set_training_steps(model, 6)
+    with pytest.raises(ValueError, match=f"steps must be a positive integer, got {steps!r}"):
+        set_training_steps(model, steps)
+    assert model.constraint().total_steps == 6

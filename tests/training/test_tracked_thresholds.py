@@ -105,6 +105,73 @@ def test_a_failed_step_leaves_the_thresholds(make, build):
     assert_same(weights(base), tuned)
 
 
+def two_models(build):
+    """Two of the same names, of which the first has been trained for a step, and their parameters."""
+    models = [wrapped(build, siloing="none", threshold_iterations=1, churn_interval=2) for _ in range(2)]
+    train(models[0], "bert", 1, lr=1e-2)
+    return models, [[p for p in model.parameters() if p.requires_grad] for model in models]
+
+
+def both_step(models, optimizer, step):
+    for turn, model in enumerate(models):
+        loss(model, "bert", 3 * step + turn).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("make", [torch.optim.AdamW, DSTOptimizer], ids=["hook", "silo_by_silo"])
+def test_two_models_in_one_optimizer(make, build):
+    """Each goes on from its own thresholds and steps, also when the optimizer's state was loaded."""
+    together, parameters = two_models(build)
+    optimizer = make([{"params": own} for own in parameters], lr=1e-2)
+    alone, parameters = two_models(build)
+    optimizers = [make(own, lr=1e-2) for own in parameters]
+    for step in range(6):
+        if step == 3:
+            loaded = make([{"params": g["params"]} for g in optimizer.param_groups], lr=1e-2)
+            loaded.load_state_dict(optimizer.state_dict())
+            optimizer = loaded
+            for model in together:
+                model.constraint().steps = 0
+                for silo in model.constraint().silos:
+                    silo.tracked = None
+        both_step(together, optimizer, step)
+        for turn in range(2):
+            loss(alone[turn], "bert", 3 * step + turn).backward()
+            optimizers[turn].step()
+            optimizers[turn].zero_grad()
+            assert tracked(together[turn]) == tracked(alone[turn])
+            assert_same(weights(together[turn].get_base_model()), weights(alone[turn].get_base_model()))
+    assert [model.constraint().steps for model in together] == [7, 6]
+    assert tracked(together[0]) != tracked(together[1])
+
+
+def test_a_model_that_leaves_an_optimizer_takes_its_own_notes(build):
+    models, parameters = two_models(build)
+    optimizer = torch.optim.AdamW([{"params": own} for own in parameters], lr=1e-2)
+    both_step(models, optimizer, 0)
+    notes = [{key: group[key] for key in ("dst_thresholds", "dst_steps")} for group in optimizer.param_groups]
+    assert [note["dst_steps"] for note in notes] == [{"default": 2}, {"default": 1}]
+    models[1].delete_adapter("default")
+    assert [note["dst_steps"] for note in notes] == [{"default": 2}, {}]
+    assert [list(note["dst_thresholds"]) for note in notes] == [["default"], []]
+
+
+@pytest.mark.parametrize("make", [torch.optim.AdamW, DSTOptimizer], ids=["hook", "silo_by_silo"])
+def test_two_models_of_one_name_in_one_group_are_refused(make, build):
+    models, (one, other) = two_models(build)
+    optimizer = make([*one, *other], lr=1e-2)
+    before = [weights(model.get_base_model()) for model in models]
+    with pytest.raises(ValueError, match=r"two models with an adapter 'default'.*parameter group of its own"):
+        both_step(models, optimizer, 0)
+    for model, tensors in zip(models, before, strict=True):
+        assert_same(weights(model.get_base_model()), tensors)
+    assert not optimizer.state
+    # Nothing is kept of what chooses exactly and at every step.
+    exact = [get_peft_model(build("bert"), DSTConfig(epsilon=0.02)) for _ in range(2)]
+    both_step(exact, make([p for m in exact for p in m.parameters() if p.requires_grad], lr=1e-2), 0)
+
+
 def test_saved_with_more_than_the_budget_and_loaded(build, tmp_path):
     # After a pause (a learning rate of 0) the threshold has sunk, and the next step keeps too many.
     model = wrapped(build, siloing="none", threshold_range=8.0)

@@ -16,7 +16,8 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, Trai
 
 from peft_dst import DSTCallback, DSTConfig, DSTOptimizer, create_dst_optimizer, parameter_groups
 from peft_dst.core.reference import reference_step
-from tests.models import assert_same, batch, logits, weights
+from peft_dst.training import subset_metrics
+from tests.models import assert_same, batch, logits, train, weights
 
 
 # Later versions of transformers have the first name, earlier ones the second.
@@ -376,6 +377,49 @@ def test_accelerate_save_state_and_load_state(make_optimizer, options, dtype, bu
 
 
 # The callback
+
+
+KINDS = {
+    "model.norm": "norm",
+    "embed": "embeddings",
+    "attn": "attention",
+    "input_layernorm": "attention",
+    "head": "head",
+}
+
+
+def test_the_figures_by_hand(build):
+    model, seed = make(build, "llama")
+    silos = model.constraint().silos
+    assert any(not silo.budget for silo in silos)
+    train(model, "llama", 2)
+    before = {weight.name: set(weight.indices.tolist()) for weight in model.constraint().weights}
+    train(model, "llama", 1, first=2)
+    subset, shares, thresholds = {}, {}, []
+    for silo in silos:
+        distances = []
+        for weight in silo.weights:
+            now, then = weight.data.flatten(), seed[weight.name].flatten()
+            subset[weight.name] = set((now != then).nonzero().flatten().tolist())
+            distances += [float((then[i] * (now[i] - then[i])).abs()) for i in subset[weight.name]]
+            found = [kind for part, kind in KINDS.items() if part in weight.name]
+            kind = found[0] if found else "feed_forward"
+            shares[kind] = shares.get(kind, 0) + len(subset[weight.name])
+        if silo.budget:
+            thresholds.append(min(distances))
+    free = sum(len(at) for at in subset.values())
+    arrived = sum(len(at - before[name]) for name, at in subset.items())
+    thresholds.sort()
+    assert 0 < arrived < free
+    assert len(thresholds) == 6
+    metrics = {
+        "dst/free_parameters": free,
+        "dst/churn": arrived / free,
+        "dst/threshold": (thresholds[2] + thresholds[3]) / 2,
+        **{f"dst/share/{kind}": count / free for kind, count in shares.items()},
+    }
+    assert subset_metrics(model.constraint()) == pytest.approx(metrics)
+    assert len(set(shares.values())) == len(shares)
 
 
 def test_the_callback_reports(build, tmp_path):
