@@ -235,8 +235,15 @@ def _check_seen(hosted: Sequence[tuple[str, SparseLayer]], state_dict: Mapping[s
         found = int(processes.reduce(first, torch.distributed.ReduceOp.MIN))
         changed = found if found < len(weights) else None
     if changed is not None:
+        culprit = list(weights.values())[changed]
+        if culprit.was_narrowed():
+            raise RuntimeError(
+                f"{culprit.name!r} was cast to a narrower dtype behind the adapter's back (`.data` of a parameter was "
+                "replaced, or a module that only shares it was cast), so nobody can tell whether it is still the seed "
+                "outside the subset, and it cannot be saved as a delta. Cast the whole model, with model.to(dtype)."
+            )
         raise RuntimeError(
-            f"{list(weights.values())[changed].name!r} differs from the seed outside the subset: its weights were changed "
+            f"{culprit.name!r} differs from the seed outside the subset: its weights were changed "
             "without the constraint being enforced, so they cannot be saved as a delta. Train with a torch.optim "
             "optimizer, whose step the constraint hooks (what steps copies of the weights, or is no torch.optim.Optimizer, "
             "is not reached), and do not edit the weights otherwise."
