@@ -82,6 +82,11 @@ class Notes(nn.Module):
         if not hasattr(self, key):
             self.__dict__[key] = None
 
+    def drop(self, key: str) -> None:
+        """Announce it no longer."""
+        if self.__dict__.get(key, self) is None:
+            del self.__dict__[key]
+
     def _load_from_state_dict(self, *unused: Any) -> None:
         return
 

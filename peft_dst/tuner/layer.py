@@ -163,7 +163,7 @@ class SparseLayer(StatefulRecords, BaseTunerLayer):
         self.scale = self._next_scale
 
     def delete_adapter(self, adapter_name: str) -> None:
-        self.tuned.pop(adapter_name, None)
+        self.drop_adapter(adapter_name)
         self.awaited.discard(adapter_name)
         self.fixed.discard(adapter_name)
         self.static.discard(adapter_name)

@@ -206,8 +206,9 @@ class DSTModel(BaseTuner):
             marker.set_adapter(self.active_adapters, inference_mode=plan.config.inference_mode)
         for target in plan.targets:
             marker = getattr(model.get_submodule(target.host), MARKER)
-            for alias in target.aliases if adapter_name == next(iter(marker.tuned)) else ():
-                marker.share(target.parameter, model.get_submodule(alias.host), alias.parameter)
+            if target.aliases:
+                owners = [(model.get_submodule(alias.host), alias.parameter) for alias in target.aliases]
+                marker.share(target.parameter, owners)
         self.targeted_module_names = [marker.name for _, marker in markers(model) if marker.name]
 
     def _refers(self, adapter_name: str) -> bool:
