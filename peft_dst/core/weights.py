@@ -257,6 +257,11 @@ class SparseWeight:
         self._noted_in = None
         self._checksum = self.whole_checksum = None
 
+    def let_go(self) -> None:
+        """No adapter tunes the weight any more: it may change as it will."""
+        self.forget()
+        self._watched = False
+
     def place(self, indices: Tensor, seeds: Tensor) -> None:
         """Take note of a subset that has already been written."""
         self.indices, self.seeds = indices, seeds

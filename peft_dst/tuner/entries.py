@@ -15,9 +15,11 @@ class Entries(nn.Module):
 
     Attributes:
         shown: what state dicts get of each tensor: all of it, an empty one in its place, or nothing.
+        keeps_dtype: whether they keep their dtypes where the model is cast.
     """
 
     shown: Literal["all", "empty", "nothing"] = "all"
+    keeps_dtype = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,7 +66,7 @@ class Entries(nn.Module):
         for name, tensor in self.tensors().items():
             like = fn(tensor[:0])
             # `module.type(dtype)` casts whatever there is, positions too.
-            dtype = like.dtype if tensor.is_floating_point() else tensor.dtype
+            dtype = like.dtype if tensor.is_floating_point() and not self.keeps_dtype else tensor.dtype
             if tensor.is_meta:
                 self.put(name, fn(tensor).to(dtype))
             elif not like.is_meta:

@@ -223,7 +223,10 @@ class DSTModel(BaseTuner):
         found = [marker for _, marker in markers(model)]
         weights = {weight.name: weight for marker in found for weight in marker.weights.values()}
         constraint = plan.constraint(adapter_name, weights)
-        model.__dict__.setdefault(CONSTRAINTS, {})[adapter_name] = constraint
+        of_all = model.__dict__.setdefault(CONSTRAINTS, {})
+        of_all[adapter_name] = constraint
+        for marker in found:
+            marker.constraints = of_all
         if any(target.quantised for target in plan.targets):
             warn_of_unchecked(plan, adapter_name)
             for marker in found:
@@ -271,7 +274,7 @@ class DSTModel(BaseTuner):
             host.add_module(MARKER, SparseLayer(host, name))
         marker = getattr(host, MARKER)
         if adapter_name not in marker.tuned:
-            marker.add_adapter(adapter_name, self._placing.hosts[name], self._placing.entries(name))
+            marker.add_adapter(adapter_name, self._placing.hosts[name], self._placing.summaries_of(name))
         return marker
 
     @staticmethod
@@ -327,7 +330,6 @@ class DSTModel(BaseTuner):
     def delete_adapter(self, adapter_name: str) -> None:
         self._check_memory()
         super().delete_adapter(adapter_name)
-        constraints(self.model).pop(adapter_name).retire()
 
     def _unload_and_optionally_merge(
         self,
@@ -448,7 +450,6 @@ def _train_as_before(trainable: dict[SparseLayer, bool], flags: list[tuple[nn.Pa
 
 
 def _remove_adapter(model: nn.Module, adapter_name: str) -> None:
-    constraints(model).pop(adapter_name).retire()
     for _, marker in list(markers(model)):
         if adapter_name in marker.tuned:
             marker.unmerge_silently()

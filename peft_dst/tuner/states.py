@@ -24,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..core.shards import local
 from ..core.tiles import bits
-from ..delta import MARKER, PARTS, DeltaError, Record, check_record
+from ..delta import MARKER, PARTS, DeltaError, Record, Summary, check_record
 from .entries import Entries, Notes
 from .records import HostRecords, no_entries
 from .sums import own_part
@@ -36,7 +36,7 @@ _SEED = ("seed_indices", "seed_values")
 
 @dataclass
 class _Loading:
-    """What one call of `load_state_dict` has brought for a host's shared parameters, which it may bring to other owners too.
+    """What one call of `load_state_dict` has brought for a host's shared parameters; other owners may get them too.
 
     Attributes:
         errors: the call's list of errors, by which it is known: every module is given the same one.
@@ -67,9 +67,11 @@ class StatefulRecords(HostRecords):
         self._shared: dict[str, list[RemovableHandle]] = {}
         self._loading = _Loading([])
 
-    def add_adapter(self, adapter: str, parameters: Sequence[str], entries: Mapping[str, int] | None = None) -> None:
+    def add_adapter(
+        self, adapter: str, parameters: Sequence[str], summaries: Mapping[str, Summary] | None = None
+    ) -> None:
         """Make room for an adapter, and announce its notes: see `HostRecords.add_adapter`."""
-        super().add_adapter(adapter, parameters, entries)
+        super().add_adapter(adapter, parameters, summaries)
         self.sizes.name(adapter)
         for parameter in parameters:
             self.seed_indices.name(parameter)
@@ -181,7 +183,9 @@ class StatefulRecords(HostRecords):
             return
         # No aliases: the caller keeps the tensors of a state dict and may change them.
         indices = record.indices.to(weight.device, copy=True)
-        values = record.values.to(weight.device, weight.data.dtype, copy=True)
+        # Compared with what the config says of them, values are to be in their own dtype.
+        dtype = record.values.dtype if adapter in self.awaited else weight.data.dtype
+        values = record.values.to(weight.device, dtype, copy=True)
         self._replace(adapter, parameter, Record(indices, values))
         if self.has_memory(adapter):
             self._take_in(adapter)
