@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from ..core import Constraint, SparseWeight
 from ..core.shards import check_held_alone
-from ..delta import MARKER, DeltaError
+from ..delta import MARKER
 from ..mixing import check_length, check_not_compiled, check_placeholders
 from ..tables import text_table
 from . import exchange, static, weighted
@@ -330,6 +330,8 @@ class DSTModel(BaseTuner):
     def delete_adapter(self, adapter_name: str) -> None:
         self._check_memory()
         super().delete_adapter(adapter_name)
+        if not any(marker.awaited for _, marker in markers(self.model)):
+            exchange.forget_to_settle(self.model)
 
     def _unload_and_optionally_merge(
         self,
@@ -420,16 +422,29 @@ class DSTModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        try:
-            return exchange.check_and_name(model, config, adapter_name, state_dict)
-        except DeltaError:
-            # An adapter that was added for this file is taken away again.
-            if isinstance(model, PeftModel) and any(adapter_name in marker.awaited for _, marker in markers(model)):
-                if len(model.peft_config) > 1:
-                    model.delete_adapter(adapter_name)
-                else:
-                    model.base_model.unload()
-            raise
+        return exchange.check_and_name(model, config, adapter_name, state_dict)
+
+
+def take_back(model: PeftModel, adapter_name: str, added: bool) -> None:
+    """After a load that failed, take an adapter away again that was added for it.
+
+    Args:
+        model: the model.
+        adapter_name: the adapter.
+        added: whether the load itself has added it. If not, it may have been added before, from the file's config (as
+            PeftModel.from_pretrained does), and then its tensors are still awaited.
+    """
+    if adapter_name not in constraints(model):
+        return
+    if added:
+        model.delete_adapter(adapter_name)
+    elif any(adapter_name in marker.awaited for _, marker in markers(model)):
+        if len(model.peft_config) > 1:
+            model.delete_adapter(adapter_name)
+        else:
+            base = model.base_model.unload()
+            # PEFT leaves it, and would warn of it where the base is wrapped again.
+            base.__dict__.pop("peft_config", None)
 
 
 def _train_as_before(trainable: dict[SparseLayer, bool], flags: list[tuple[nn.Parameter, bool]]) -> None:

@@ -172,6 +172,20 @@ class HostRecords(nn.Module):
         self._replace(adapter, parameter, record)
         self._stale = True
 
+    def make_room(self, adapter: str, records: Mapping[str, Record]) -> None:
+        """Give an adapter's records the sizes of those that are about to be loaded over them. So as not to leave positions
+        that are none they are those already.
+        """
+        self.refresh()
+        own = self._records(adapter)
+        if any(
+            parameter in own and own[parameter].indices.shape != r.indices.shape for parameter, r in records.items()
+        ):
+            for parameter, (indices, values) in records.items():
+                data = self.weights[parameter].data
+                copies = Record(indices.to(data.device, copy=True), values.to(data.device, data.dtype, copy=True))
+                self.write_record(adapter, parameter, copies)
+
     def _replace(self, adapter: str, parameter: str, record: Record) -> None:
         """Store what comes from outside. Values that are trained follow it, also after a step that never ended."""
         self._store(adapter, parameter, record.indices, record.values)
