@@ -11,7 +11,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_model, save_model
 
 from peft_dst import DSTConfig
-from tests.models import assert_same, train, tuned_model, weights
+from tests.models import assert_same, bert, train, tuned_model, weights
 
 
 def test_accelerate_s_state_right_after_a_step(build, tmp_path):
@@ -94,3 +94,31 @@ def test_hooks_for_other_names_are_registered_once(build):
         model.add_adapter("default", DSTConfig(epsilon=0.02))
         assert len(head._load_state_dict_pre_hooks) == hooks
         model.delete_adapter("default")
+
+
+@pytest.mark.parametrize("state", ["trained", "fresh", "disabled"])
+def test_tuned_weights_without_what_belongs_to_them_are_refused(state, build):
+    """Put aside by whoever keeps the best of what is trained, and nothing else."""
+    model, _ = tuned_model(build, epsilon=0.05)
+    best = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    if state == "fresh":
+        model = get_peft_model(build("bert"), DSTConfig(epsilon=0.05))
+    else:
+        train(model, "bert", first=20)
+    if state == "disabled":
+        model.base_model.disable_adapter_layers()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"differs from the seed in 323 of 6,451 .*get_peft_model_state_dict"):
+        model.load_state_dict(best, strict=False)
+    assert_same(model.state_dict(), before)
+
+
+@pytest.mark.parametrize("epsilon", [0.05, 1.0])
+def test_another_base_is_loaded_under_an_adapter(epsilon, build):
+    model = get_peft_model(build("bert"), DSTConfig(epsilon=epsilon))
+    train(model, "bert")
+    torch.manual_seed(99)
+    for base in (bert(), build("bert")):
+        model.get_base_model().load_state_dict(base.state_dict(), strict=False)
+        with model.disable_adapter():
+            assert_same(weights(model.get_base_model()), weights(base))

@@ -341,7 +341,7 @@ def settle_before_forward(model: nn.Module) -> None:
 
 
 class _Whole:
-    """Stands for a model in what its modules hold: PEFT copies single ones (modules_to_save), and not the model with them."""
+    """Stands for a model in what its modules hold: PEFT copies single ones (modules_to_save), not the model with them."""
 
     def __init__(self, model: nn.Module):
         self.model = model

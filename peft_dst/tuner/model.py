@@ -21,6 +21,7 @@ from ..delta import MARKER
 from ..mixing import check_length, check_not_compiled, check_placeholders
 from ..tables import text_table
 from . import exchange, static, weighted
+from .bare import forget_loading, watch_loading
 from .constraints import CONSTRAINTS, constraints, in_all_processes
 from .layer import SparseLayer, markers
 from .mixed import copies_of, mixed_batch
@@ -232,6 +233,7 @@ class DSTModel(BaseTuner):
             for marker in found:
                 marker.served |= {adapter_name} & marker.tuned.keys()
         watch_forward(model)
+        watch_loading(model)
         if plan.config.fixed:
             for marker in found:
                 marker.static |= {adapter_name} & marker.tuned.keys()
@@ -353,6 +355,7 @@ class DSTModel(BaseTuner):
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         exchange.forget_to_settle(model)
         forget_forward(model)
+        forget_loading(model)
         for _, marker in found:
             marker.detach()
         for constraint in model.__dict__.pop(CONSTRAINTS).values():
