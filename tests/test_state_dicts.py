@@ -90,10 +90,13 @@ def test_hooks_for_other_names_are_registered_once(build):
     model.delete_adapter("default")
     model.delete_adapter("other")
     assert len(head._load_state_dict_pre_hooks) == hooks - 1
-    for _ in range(2):
-        model.add_adapter("default", DSTConfig(epsilon=0.02))
+    for name in ("default", "default", "another"):
+        model.add_adapter(name, DSTConfig(epsilon=0.02))
         assert len(head._load_state_dict_pre_hooks) == hooks
-        model.delete_adapter("default")
+        model.delete_adapter(name)
+    # Nor does anything else of an adapter stay.
+    notes = model.base_model.model.transformer.wte._sparse.sizes
+    assert not {"default", "another", "other"} & notes.__dict__.keys()
 
 
 @pytest.mark.parametrize("state", ["trained", "fresh", "disabled"])

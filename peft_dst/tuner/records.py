@@ -147,8 +147,13 @@ class HostRecords(nn.Module):
         if adapter in self.awaited:
             self.awaited.discard(adapter)
             self._keep_dtypes(adapter, False)
-            for parameter, (indices, values) in self._records(adapter).items():
-                self._store(adapter, parameter, indices, values.to(self.weights[parameter].data.dtype))
+            found = self._records(adapter)
+            for parameter in self.tuned[adapter]:
+                # Parameters without entries get an empty record, as in the model that was saved: optimizers over all of a
+                # model's parameters count them.
+                weight = self.weights[parameter]
+                indices, values = found.get(parameter) or no_entries(weight, weight.device)
+                self._store(adapter, parameter, indices, values.to(weight.data.dtype))
         self.fixed |= self.static & {adapter}
         self._stale = True
 
