@@ -15,7 +15,7 @@ from .core.distances import DISTANCES, NORMALIZATIONS, Distance, Normalization, 
 from .core.iterative import FLUCTUATION, ITERATIONS
 from .core.schedule import Schedule
 from .core.silos import SILOINGS, Siloing, compile_silo_patterns
-from .delta import FORMAT_VERSION, WEIGHTS_NAME, check_depth, read_metadata, reconcile, stamp
+from .delta import FORMAT_VERSION, WEIGHTS_NAME, check_depth, describes, read_metadata, reconcile, stamp
 
 
 DEFAULT_EPSILON = 1e-3
@@ -337,6 +337,9 @@ class DSTConfig(PeftConfig):
         """
         path = Path(save_directory) / CONFIG_NAME
         self.records = self.__dict__.pop(COLLECTED, None)
+        if self.records is not None and not describes(self.records, path.parent):
+            # They were collected for something else than what stands there.
+            self.records = None
         if self.records is None and (path.parent / WEIGHTS_NAME).is_file() and path.is_file():
             # Only the config is saved again; the tensors beside it are still those that the old one describes.
             self.records = json.loads(path.read_text()).get("records")

@@ -134,16 +134,20 @@ def _load(
     original: Any, model: PeftModel, model_id: str | os.PathLike[str], adapter_name: str, *args: Any, **options: Any
 ) -> Any:
     """Tensors that no saved config has announced (loaded again, or with a config of the caller's) announce themselves, so
-    that the base is compared with theirs.
+    that the base is compared with theirs. An adapter that cannot be loaded, for whatever reason, is not left half-way.
     """
+    from .tuner.model import take_back
+
     config = model.peft_config.get(adapter_name)
-    if config is None or config.records is not None:
-        return original(model, model_id, adapter_name, *args, **options)
-    config.records = _announced(model_id, options)
+    announces = config is not None and config.records is None
     try:
+        if announces:
+            config.records = _announced(model_id, options)
         return original(model, model_id, adapter_name, *args, **options)
     except BaseException:
-        config.records = None
+        if announces:
+            config.records = None
+        take_back(model, adapter_name, added=config is None)
         raise
 
 

@@ -42,6 +42,7 @@ IN_TUNER = [
     "states",
     "layer",
     "constraints",
+    "bare",
     "targets",
     "exchange",
     "parallel",

@@ -229,6 +229,16 @@ def test_an_adapter_that_nobody_would_apply_later_is_refused(build, served):
 
 
 @pytest.mark.parametrize("load", LOADERS)
+def test_serving_a_bfloat16_base_that_is_loaded_after_the_float32_adapter(load, build, served):
+    folder, _, tuned = served
+    base = on_meta().bfloat16()
+    model = PeftModel.from_pretrained(base, folder)
+    load(base, build("bert").bfloat16())
+    logits(model, "bert")
+    assert_same(weights(base), {name: tensor.bfloat16() for name, tensor in tuned.items()})
+
+
+@pytest.mark.parametrize("load", LOADERS)
 def test_another_base_is_refused_also_when_it_comes_later(load, served):
     folder, _, _ = served
     model = PeftModel.from_pretrained(on_meta(), folder)

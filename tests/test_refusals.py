@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from peft_dst import DSTConfig
@@ -219,3 +219,21 @@ def test_a_failed_stamp_leaves_the_file(saved, monkeypatch):
         model.peft_config["default"].save_pretrained(folder)
     assert (folder / "adapter_model.safetensors").read_bytes() == before
     assert {f.name for f in folder.iterdir()} == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_config_does_not_describe_newer_tensors_than_those_beside_it(packed, build, saved):
+    folder, output, model = saved(packed=packed)
+    before = json.loads((folder / "adapter_config.json").read_text())["records"]
+    train(model, "bert", first=20)
+    get_peft_model_state_dict(model)
+    config = model.peft_config["default"]
+    config.base_model_name_or_path = "org/base"
+    config.save_pretrained(folder)
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "org/base"
+    assert json.loads((folder / "adapter_config.json").read_text())["records"] == before
+    assert read_metadata(folder / "adapter_model.safetensors")["records"] == before
+    assert torch.equal(logits(PeftModel.from_pretrained(build("bert"), folder), "bert"), output)
+    model.save_pretrained(folder)
+    assert json.loads((folder / "adapter_config.json").read_text())["records"] != before
+    assert torch.equal(logits(PeftModel.from_pretrained(build("bert"), folder), "bert"), logits(model, "bert"))

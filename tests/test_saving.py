@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from peft_dst import DSTConfig
 from peft_dst.delta import DeltaError, read_metadata
-from tests.models import assert_same, checkpoint_layers, compile_layers, logits, native, train, weights
+from tests.models import assert_same, checkpoint_layers, compile_layers, logits, loss, native, train, weights
 
 
 def test_logits_come_back_bit_for_bit(architecture, build, saved):
@@ -324,3 +324,31 @@ def test_the_base_is_compared_whatever_config_is_given(build, saved):
         assert torch.equal(logits(loaded, "bert"), output)
         with pytest.raises(DeltaError, match="the base model's values differ"):
             PeftModel.from_pretrained(copy.deepcopy(other), folder, config=given)
+
+
+@pytest.mark.parametrize("native_loader", [False, True])
+def test_an_optimizer_over_all_parameters_is_resumed(native_loader, tmp_path):
+    """Frozen ones among them: records are parameters too, as many of them where an adapter was loaded."""
+    load = native(tmp_path)
+    model = get_peft_model(load(), DSTConfig(epsilon=0.001))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for step in range(3):
+        loss(model, "bert", step).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(tmp_path / "adapter")
+    if native_loader:
+        again = load()
+        again.load_adapter(tmp_path / "adapter", is_trainable=True)
+        logits(again, "bert")
+    else:
+        again = PeftModel.from_pretrained(load(), tmp_path / "adapter", is_trainable=True)
+    resumed = torch.optim.AdamW(again.parameters(), lr=1e-2)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for own, twin in zip(optimizer.param_groups[0]["params"], resumed.param_groups[0]["params"], strict=True):
+        assert own in optimizer.state or twin not in resumed.state
+        assert own not in optimizer.state or resumed.state[twin]["exp_avg"].shape == own.shape == twin.shape
+    for one, opt in ((model, optimizer), (again, resumed)):
+        loss(one, "bert", 7).backward()
+        opt.step()
+    assert_same(weights(model.get_base_model()), weights(again.get_base_model() if not native_loader else again))

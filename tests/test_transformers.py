@@ -8,6 +8,7 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
 from peft_dst import DSTConfig
+from peft_dst.core import Constraint
 from peft_dst.delta import DeltaError
 from tests.models import assert_same, bert, logits, native, train, weights
 
@@ -98,3 +99,52 @@ def test_transformers_load_onto_another_base_is_refused(tmp_path):
     with pytest.raises(DeltaError, match="belongs to another base"):
         logits(other, "bert")
     assert_same(weights(other), seed)
+
+
+def widths_of_a_saved_adapter(tmp_path, name="bert"):
+    """An adapter of a base in float32, and its tuned weights in bfloat16."""
+    load = native(tmp_path, name)
+    model = get_peft_model(load(), DSTConfig(epsilon=0.02))
+    train(model, name)
+    model.save_pretrained(tmp_path / "adapter")
+    return load, {n: p.bfloat16() for n, p in weights(model.get_base_model()).items()}
+
+
+@pytest.mark.parametrize("when", ["before", "between", "at once"])
+def test_transformers_loads_a_float32_adapter_onto_a_bfloat16_base(when, tmp_path):
+    load, tuned = widths_of_a_saved_adapter(tmp_path)
+    if when == "at once":
+        base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "adapter", dtype=torch.bfloat16)
+    else:
+        base = load().bfloat16() if when == "before" else load()
+        base.load_adapter(tmp_path / "adapter")
+        base.bfloat16()
+    logits(base, "bert")
+    assert_same(weights(base), tuned)
+    assert {p.dtype for n, p in base.named_parameters()} == {torch.bfloat16}
+    base.disable_adapters()
+    assert_same(weights(base), weights(load().bfloat16()))
+
+
+def test_a_deleted_adapter_no_longer_constrains(tmp_path):
+    """Transformers deletes it from the layers, and knows no tuner."""
+    base = native(tmp_path)()
+    live = set(Constraint.live)
+    base.add_adapter(DSTConfig(epsilon=0.02), "a")
+    train(base, "bert")
+    assert len(set(Constraint.live) - live) == 1
+    base.delete_adapter("a")
+    assert set(Constraint.live) == live
+    assert not base.dst_constraints
+    base.requires_grad_(True)
+    before = weights(base)
+    train(base, "bert")
+    changed = sum(int((p != before[n]).sum()) for n, p in weights(base).items())
+    assert changed > sum(p.numel() for p in before.values()) // 2
+    # What was trained meanwhile is the seed of the next one.
+    seed = weights(base)
+    base.add_adapter(DSTConfig(epsilon=0.02), "b")
+    train(base, "bert")
+    base.save_pretrained(tmp_path / "b")
+    base.disable_adapters()
+    assert_same(weights(base), seed)

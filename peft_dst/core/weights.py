@@ -101,8 +101,10 @@ class SparseWeight:
         self.requires_grad_before = self.parameter.requires_grad
         self._watched = False
         self._checksum: tuple[torch.dtype, torch.Size, int] | None = None
-        #: Of the whole seed, where that was noted before it was divided, or by all processes (`join_checksums`).
+        #: Of the whole seed, where that was noted before it was divided, or by all processes (`join_checksums`); and the
+        #: dtype that the seed had.
         self.whole_checksum: int | None = None
+        self._whole_dtype: torch.dtype | None = None
         #: The outermost optimizer step that has begun over this weight and has not come to its end.
         self.under_way: Undoable | None = None
         self._live: Tensor | None = None
@@ -255,6 +257,11 @@ class SparseWeight:
         self._noted_in = None
         self._checksum = self.whole_checksum = None
 
+    def let_go(self) -> None:
+        """No adapter tunes the weight any more: it may change as it will."""
+        self.forget()
+        self._watched = False
+
     def place(self, indices: Tensor, seeds: Tensor) -> None:
         """Take note of a subset that has already been written."""
         self.indices, self.seeds = indices, seeds
@@ -374,7 +381,11 @@ class SparseWeight:
             data = self._follow()
             self._checksum = data.dtype, self.shape, self._sum(data, self.seeds, self.values())
             if not self.is_divided:
-                self.whole_checksum = self._checksum[2]
+                self.note_whole(self._checksum[2])
+
+    def note_whole(self, checksum: int | None) -> None:
+        """Note the checksum of the whole seed, in the dtype of that of what is held here."""
+        self.whole_checksum, self._whole_dtype = checksum, None if self._checksum is None else self._checksum[0]
 
     @property
     def own_checksum(self) -> int | None:
@@ -400,7 +411,7 @@ class SparseWeight:
             self.generation += 1
             new = cast(self._follow())
             self._checksum = new.dtype, self.shape, self._sum(new, cast(self.seeds), cast(self.values()))
-            self.whole_checksum = None if self.is_divided else self._checksum[2]
+            self.note_whole(None if self.is_divided else self._checksum[2])
 
     def check_shape(self) -> None:
         """Check that the weight has the shape it had when its seed was noted.
@@ -415,7 +426,8 @@ class SparseWeight:
             )
 
     def seed_is_intact(self) -> bool:
-        """Whether everything outside the subset still has the seed's bits; True if the seed was never noted.
+        """Whether everything outside the subset still has the seed's bits, or its values in a wider dtype, where somebody
+        has given `.data` of the parameter another one; True if the seed was never noted.
 
         Raises:
             RuntimeError: if the weight has no memory.
@@ -424,7 +436,14 @@ class SparseWeight:
             return True
         self.check_memory()
         data = self._follow()
-        return self._checksum == (data.dtype, self.shape, self._sum(data, self.seeds, self.values()))
+        dtype, shape, checksum = self._checksum
+        return shape == self.shape and checksum == self._sum_in(dtype, data, self.seeds, self.values())
+
+    def was_narrowed(self) -> bool:
+        """Whether the weight has come to a dtype that does not hold all values of the one its seed was noted in, so that
+        nobody can tell whether it is still that seed.
+        """
+        return self._checksum is not None and not _holds(self.data.dtype, self._checksum[0])
 
     def whole_is_intact(self, whole: Tensor, positions: Tensor, seeds: Tensor) -> bool:
         """The same of the whole weight, gathered from all processes that hold it together.
@@ -435,11 +454,21 @@ class SparseWeight:
             seeds: the seed's values there, (k,).
 
         Returns:
-            True also if the whole seed was never noted, or in another dtype.
+            True also if the whole seed was never noted, or if it was gathered in another dtype than it has.
         """
         if self.whole_checksum is None or whole.dtype != self.data.dtype:
             return True
-        return self.whole_checksum == self._sum(whole, seeds, gather(whole, positions))
+        dtype = self._whole_dtype or whole.dtype
+        return self.whole_checksum == self._sum_in(dtype, whole, seeds, gather(whole, positions))
+
+    @classmethod
+    def _sum_in(cls, dtype: torch.dtype, live: Tensor, seeds: Tensor, values: Tensor) -> int | None:
+        """The checksum that the seed had in a dtype which does not round any of it; None if it has not come from there."""
+        if dtype == live.dtype:
+            return cls._sum(live, seeds, values)
+        if not _holds(live.dtype, dtype) or _rounded(live, dtype) != _rounded(values, dtype):
+            return None
+        return cls._sum(live.to(dtype), seeds.to(dtype), values.to(dtype))
 
     @staticmethod
     def _sum(live: Tensor, seeds: Tensor, values: Tensor) -> int:
@@ -457,4 +486,14 @@ def join_checksums(weights: Iterable[SparseWeight]) -> None:
         missing = [weight.own_checksum is None for weight in found]
         message = torch.tensor([own, missing], dtype=torch.int64, device=processes.mesh.device_type)
         for weight, total, unknown in zip(found, *processes.reduce(message).tolist(), strict=True):
-            weight.whole_checksum = None if unknown else total
+            weight.note_whole(None if unknown else total)
+
+
+def _holds(wide: torch.dtype, dtype: torch.dtype) -> bool:
+    """Whether a dtype has all values of another one."""
+    return torch.promote_types(wide, dtype) == wide
+
+
+def _rounded(tensor: Tensor, dtype: torch.dtype) -> int:
+    """The number of values of a tensor that a narrower dtype does not have."""
+    return int((bits(tensor.to(dtype).to(tensor.dtype)) != bits(tensor)).sum())

@@ -77,6 +77,26 @@ def stamp(directory: str | os.PathLike[str]) -> None:
         write_file(path, kept, config, records)
 
 
+def describes(records: Any, directory: str | os.PathLike[str]) -> bool:
+    """Whether `records` of a config may be of the tensors in a folder: they are, or there is no adapter_model.safetensors.
+
+    Raises:
+        DeltaError: if they, or the tensors, are malformed.
+    """
+    path = Path(directory) / WEIGHTS_NAME
+    if not path.is_file():
+        return True
+    summaries, (found, _) = parse_summaries(records), find_records(load_file(path))
+    if found.keys() != summaries.keys():
+        return False
+    try:
+        for name, parts in found.items():
+            check_entries(name, summaries[name], pair(name, parts))
+    except DeltaError:
+        return False
+    return True
+
+
 def is_wrapper_s_copy(key: str, tensors: Mapping[str, Tensor], adapter: str = "") -> bool:
     """Whether a key is what PEFT saves a second and a third time of an embedding in modules_to_save that was resized.
 

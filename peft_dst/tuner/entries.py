@@ -15,32 +15,47 @@ class Entries(nn.Module):
 
     Attributes:
         shown: what state dicts get of each tensor: all of it, an empty one in its place, or nothing.
+        keeps_dtype: whether they keep their dtypes where the model is cast.
     """
 
     shown: Literal["all", "empty", "nothing"] = "all"
+    keeps_dtype = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        # What was put, twice over the same memory: as it stands in the module, and as nobody finds it who casts what
+        # stands there (`for p in model.parameters(): p.data = p.to(dtype)`), as if it were a weight that has a seed.
+        self._kept: dict[str, tuple[Tensor, Tensor]] = {}
 
     def put(self, parameter: str, tensor: Tensor) -> None:
         """Add or replace one: a frozen parameter if it is floating, which is what PEFT looks for, else a buffer."""
-        if tensor.dtype.is_floating_point and parameter in self._parameters:
-            self.replace(parameter, nn.Parameter(tensor, requires_grad=False))
-        elif tensor.dtype.is_floating_point:
-            self.register_parameter(parameter, nn.Parameter(tensor, requires_grad=False))
-        else:
+        if not tensor.dtype.is_floating_point:
             self.register_buffer(parameter, tensor)
+        elif parameter in self._parameters:
+            self.replace(parameter, nn.Parameter(tensor, requires_grad=False))
+        else:
+            self.register_parameter(parameter, nn.Parameter(tensor, requires_grad=False))
+        self._kept[parameter] = self._found()[parameter], tensor.detach()
 
     def replace(self, parameter: str, value: nn.Parameter) -> None:
         """Add or replace a parameter as it is, also where PEFT makes new ones on "meta" (low_cpu_mem_usage)."""
         self._parameters[parameter] = value
 
     def tensors(self) -> dict[str, Tensor]:
-        return {
-            name: tensor.data
-            for name, tensor in [*self._parameters.items(), *self._buffers.items()]
-            if tensor is not None
-        }
+        """All of them, in the dtypes in which they were put."""
+        found = self._found()
+        for name, (own, kept) in self._kept.items():
+            if found.get(name) is own and own.dtype != kept.dtype:
+                own.data = kept.to(own.device)
+        return {name: tensor.data for name, tensor in found.items()}
+
+    def _found(self) -> dict[str, Tensor]:
+        everything = [*self._parameters.items(), *self._buffers.items()]
+        return {name: tensor for name, tensor in everything if tensor is not None}
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         if self.shown == "all":
+            self.tensors()
             super()._save_to_state_dict(destination, prefix, keep_vars)
         elif self.shown == "empty":
             destination |= {f"{prefix}{name}": tensor[:0] for name, tensor in self.tensors().items()}
@@ -50,10 +65,12 @@ class Entries(nn.Module):
         # (`to_empty`): their weights are about to be loaded, and they may have been already.
         for name, tensor in self.tensors().items():
             like = fn(tensor[:0])
+            # `module.type(dtype)` casts whatever there is, positions too.
+            dtype = like.dtype if tensor.is_floating_point() and not self.keeps_dtype else tensor.dtype
             if tensor.is_meta:
-                self.put(name, fn(tensor))
+                self.put(name, fn(tensor).to(dtype))
             elif not like.is_meta:
-                self.put(name, tensor.to(like))
+                self.put(name, tensor.to(like.device, dtype))
         return self
 
 
@@ -66,6 +83,11 @@ class Notes(nn.Module):
         """Announce a key."""
         if not hasattr(self, key):
             self.__dict__[key] = None
+
+    def drop(self, key: str) -> None:
+        """Announce it no longer."""
+        if self.__dict__.get(key, self) is None:
+            del self.__dict__[key]
 
     def _load_from_state_dict(self, *unused: Any) -> None:
         return

@@ -51,6 +51,8 @@ from .states import EXTRA_STATE, expanded
 
 
 _HANDLES = "dst_settle_handles"
+# The adapters that were active when it was last looked whether they are awaited.
+_LOOKED = "dst_settled_for"
 # Stands in a state dict where all processes that hold a model together collect from it: what it lacks is asked of all.
 TOGETHER = "dst_together"
 
@@ -61,7 +63,7 @@ def collect(
     """The adapter's records with any entries, as found in a model's state dict; their summaries go into the config.
 
     Raises:
-        RuntimeError: if weights were changed that the constraint never saw.
+        RuntimeError: if weights were changed that the constraint never saw, or the adapter's tensors were never loaded.
         ValueError: if the state dict holds the model, but not the adapter's records; or has entries of a quantised weight
             whose seed nobody has named.
     """
@@ -69,6 +71,8 @@ def collect(
     records: dict[str, Record] = {}
     summaries: dict[str, Summary] = {}
     _check_complete(model, adapter_name)
+    if any(adapter_name in m.awaited and not m.has_arrived(adapter_name) for _, m in markers(model)):
+        raise _not_loaded(model, adapter_name)
     # torch's own functions leave out what wrappers put into names, and modules do not.
     state_dict = {plain_name(key): tensor for key, tensor in state_dict.items()}
     asks = state_dict.pop(TOGETHER, None) is not None
@@ -118,6 +122,9 @@ def check_and_name(
 ) -> dict[str, Tensor]:
     """Check every record of an adapter's state dict against the model, and give its keys the adapter's name.
 
+    Records of an adapter that has others get the new ones' sizes: PEFT's option `ignore_mismatched_sizes` would leave out
+    those that have another.
+
     Raises:
         DeltaError: if a record is malformed or the base is another one; nothing has been changed by then.
     """
@@ -130,7 +137,7 @@ def check_and_name(
     summaries = parse_summaries(config.records)
     # An adapter that is loaded again (Trainer: resume, best checkpoint) was not announced by a config.
     announced = config.records is not None
-    entries = 0
+    records: dict[SparseLayer, dict[str, Record]] = {}
     for name, marker in markers(model):
         for parameter in marker.tuned.get(adapter_name, ()):
             weight = marker.weights[parameter]
@@ -144,7 +151,7 @@ def check_and_name(
                     f"{weight.name!r} has entries in adapter_model.safetensors but none according to "
                     "adapter_config.json. The two files come from different saves; copy or download both again."
                 )
-            entries += record.indices.numel()
+            records.setdefault(marker, {})[parameter] = record
             named |= {f"{name}.{p}.{adapter_name}.{parameter}": t for p, t in zip(PARTS, record, strict=True)}
     if loaded:
         raise DeltaError(
@@ -152,7 +159,7 @@ def check_and_name(
             "have or the adapter's config does not tune. Load it onto the base named in adapter_config.json."
         )
     constraint = constraints(model)[adapter_name]
-    budget = constraint.budget
+    budget, entries = constraint.budget, sum(r.indices.numel() for found in records.values() for r in found.values())
     # A tracked threshold may keep more.
     if entries > budget and not constraint.tracking:
         raise DeltaError(
@@ -165,6 +172,9 @@ def check_and_name(
     if all(marker.has_memory(adapter_name) for _, marker in markers(model) if adapter_name in marker.tuned):
         # Otherwise the base is still to be loaded, and is compared when it is there.
         config.records = None
+    for marker, own in records.items():
+        if adapter_name not in marker.awaited and marker.has_memory(adapter_name):
+            marker.make_room(adapter_name, own)
     # What is loaded was trained already.
     constraint.begun = False
     return named
@@ -235,8 +245,15 @@ def _check_seen(hosted: Sequence[tuple[str, SparseLayer]], state_dict: Mapping[s
         found = int(processes.reduce(first, torch.distributed.ReduceOp.MIN))
         changed = found if found < len(weights) else None
     if changed is not None:
+        culprit = list(weights.values())[changed]
+        if culprit.was_narrowed():
+            raise RuntimeError(
+                f"{culprit.name!r} was cast to a narrower dtype behind the adapter's back (`.data` of a parameter was "
+                "replaced, or a module that only shares it was cast), so nobody can tell whether it is still the seed "
+                "outside the subset, and it cannot be saved as a delta. Cast the whole model, with model.to(dtype)."
+            )
         raise RuntimeError(
-            f"{list(weights.values())[changed].name!r} differs from the seed outside the subset: its weights were changed "
+            f"{culprit.name!r} differs from the seed outside the subset: its weights were changed "
             "without the constraint being enforced, so they cannot be saved as a delta. Train with a torch.optim "
             "optimizer, whose step the constraint hooks (what steps copies of the weights, or is no torch.optim.Optimizer, "
             "is not reached), and do not edit the weights otherwise."
@@ -317,20 +334,39 @@ def settle_before_forward(model: nn.Module) -> None:
 
     Any part, since `generate` calls the encoder before the model, and a module may share another's weight.
     """
-    look = functools.partial(_look, model)
+    model.__dict__.pop(_LOOKED, None)
+    look = functools.partial(_look, _Whole(model))
     handles = [module.register_forward_pre_hook(look) for module in model.modules()]
     model.__dict__.setdefault(_HANDLES, []).extend(handles)
+
+
+class _Whole:
+    """Stands for a model in what its modules hold: PEFT copies single ones (modules_to_save), not the model with them."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Whole:
+        return _Whole(memo.get(id(self.model), self.model))
 
 
 def forget_to_settle(model: nn.Module) -> None:
     """Take away what `settle_before_forward` registered: nothing is awaited any more."""
     for handle in model.__dict__.pop(_HANDLES, []):
         handle.remove()
+    model.__dict__.pop(_LOOKED, None)
 
 
 @torch.compiler.disable  # looks at values, and changes weights
-def _look(model: nn.Module, *unused: Any) -> None:
-    check_loaded(model, {name for _, marker in markers(model) for name in marker.active_adapters})
+def _look(whole: _Whole, *unused: Any) -> None:
+    model = whole.model
+    # The first marker tells for all of them, without a walk through the model at every call of a module.
+    active = next((tuple(marker.active_adapters) for _, marker in markers(model)), ())
+    if model.__dict__.get(_LOOKED) != active:
+        check_loaded(model, set(active))
+        if _HANDLES in model.__dict__:
+            # Adapters that are not active may still be awaited.
+            model.__dict__[_LOOKED] = active
 
 
 def check_loaded(model: nn.Module, adapters: Set[str]) -> None:
@@ -342,13 +378,18 @@ def check_loaded(model: nn.Module, adapters: Set[str]) -> None:
     settle(model)
     for _, marker in markers(model):
         if missing := sorted(adapters & marker.awaited):
-            for weight in marker.weights.values():
-                weight.check_memory()
-            raise RuntimeError(
-                f"adapter {missing[0]!r} was added from a saved config, but its tensors were not loaded. Load them "
-                "with load_adapter; or, to start a new adapter from that config, set its `records` to None first. A packed "
-                "file is opened by peft's PeftModel.from_pretrained and load_adapter, not by transformers' own."
-            )
+            raise _not_loaded(model, missing[0])
+
+
+def _not_loaded(model: nn.Module, adapter: str) -> RuntimeError:
+    for _, marker in markers(model):
+        for weight in marker.weights.values() if adapter in marker.awaited else ():
+            weight.check_memory()
+    return RuntimeError(
+        f"adapter {adapter!r} was added from a saved config, but its tensors were not loaded. Load them with load_adapter; "
+        "or, to start a new adapter from that config, set its `records` to None first; or delete_adapter. A packed file is "
+        "opened by peft's PeftModel.from_pretrained and load_adapter, not by transformers' own."
+    )
 
 
 def _check(weight: SparseWeight, record: Record, summary: Summary | None) -> None:

@@ -16,6 +16,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
+from ..core import Constraint
 from ..delta import MARKER
 from .overlay import OverlayWeight
 from .states import StatefulRecords
@@ -36,6 +37,8 @@ class SparseLayer(StatefulRecords, BaseTunerLayer):
         super().__init__(host, name)
         #: Adapters that have values for quantised weights somewhere in the model, and so cannot be trained.
         self.served: set[str] = set()
+        #: The constraints of all adapters of the model, which keeps them.
+        self.constraints: dict[str, Constraint] = {}
 
     def __repr__(self) -> str:
         return f"dst.{type(self).__name__}({', '.join(self.weights)})"
@@ -163,7 +166,10 @@ class SparseLayer(StatefulRecords, BaseTunerLayer):
         self.scale = self._next_scale
 
     def delete_adapter(self, adapter_name: str) -> None:
-        self.tuned.pop(adapter_name, None)
+        """Remove an adapter, and with it its constraint: transformers asks the markers alone."""
+        if adapter_name in self.constraints:
+            self.constraints.pop(adapter_name).retire()
+        self.drop_adapter(adapter_name)
         self.awaited.discard(adapter_name)
         self.fixed.discard(adapter_name)
         self.static.discard(adapter_name)
@@ -174,6 +180,9 @@ class SparseLayer(StatefulRecords, BaseTunerLayer):
                 weight.summaries.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
         self.sync()
+        tuned = {parameter for parameters in self.tuned.values() for parameter in parameters}
+        for parameter in self.weights.keys() - tuned:
+            self.weights[parameter].let_go()
 
 
 def markers(model: nn.Module) -> Iterator[tuple[str, SparseLayer]]:

@@ -17,10 +17,11 @@ from torch.distributed.tensor import DTensor
 
 from ..core import Constraint, SparseWeight
 from ..core.shards import check_held_alone
-from ..delta import MARKER, DeltaError
+from ..delta import MARKER
 from ..mixing import check_length, check_not_compiled, check_placeholders
 from ..tables import text_table
 from . import exchange, static, weighted
+from .bare import forget_loading, watch_loading
 from .constraints import CONSTRAINTS, constraints, in_all_processes
 from .layer import SparseLayer, markers
 from .mixed import copies_of, mixed_batch
@@ -206,8 +207,9 @@ class DSTModel(BaseTuner):
             marker.set_adapter(self.active_adapters, inference_mode=plan.config.inference_mode)
         for target in plan.targets:
             marker = getattr(model.get_submodule(target.host), MARKER)
-            for alias in target.aliases if adapter_name == next(iter(marker.tuned)) else ():
-                marker.share(target.parameter, model.get_submodule(alias.host), alias.parameter)
+            if target.aliases:
+                owners = [(model.get_submodule(alias.host), alias.parameter) for alias in target.aliases]
+                marker.share(target.parameter, owners)
         self.targeted_module_names = [marker.name for _, marker in markers(model) if marker.name]
 
     def _refers(self, adapter_name: str) -> bool:
@@ -222,12 +224,16 @@ class DSTModel(BaseTuner):
         found = [marker for _, marker in markers(model)]
         weights = {weight.name: weight for marker in found for weight in marker.weights.values()}
         constraint = plan.constraint(adapter_name, weights)
-        model.__dict__.setdefault(CONSTRAINTS, {})[adapter_name] = constraint
+        of_all = model.__dict__.setdefault(CONSTRAINTS, {})
+        of_all[adapter_name] = constraint
+        for marker in found:
+            marker.constraints = of_all
         if any(target.quantised for target in plan.targets):
             warn_of_unchecked(plan, adapter_name)
             for marker in found:
                 marker.served |= {adapter_name} & marker.tuned.keys()
         watch_forward(model)
+        watch_loading(model)
         if plan.config.fixed:
             for marker in found:
                 marker.static |= {adapter_name} & marker.tuned.keys()
@@ -270,7 +276,7 @@ class DSTModel(BaseTuner):
             host.add_module(MARKER, SparseLayer(host, name))
         marker = getattr(host, MARKER)
         if adapter_name not in marker.tuned:
-            marker.add_adapter(adapter_name, self._placing.hosts[name], self._placing.entries(name))
+            marker.add_adapter(adapter_name, self._placing.hosts[name], self._placing.summaries_of(name))
         return marker
 
     @staticmethod
@@ -326,7 +332,8 @@ class DSTModel(BaseTuner):
     def delete_adapter(self, adapter_name: str) -> None:
         self._check_memory()
         super().delete_adapter(adapter_name)
-        constraints(self.model).pop(adapter_name).retire()
+        if not any(marker.awaited for _, marker in markers(self.model)):
+            exchange.forget_to_settle(self.model)
 
     def _unload_and_optionally_merge(
         self,
@@ -348,6 +355,7 @@ class DSTModel(BaseTuner):
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         exchange.forget_to_settle(model)
         forget_forward(model)
+        forget_loading(model)
         for _, marker in found:
             marker.detach()
         for constraint in model.__dict__.pop(CONSTRAINTS).values():
@@ -417,16 +425,29 @@ class DSTModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        try:
-            return exchange.check_and_name(model, config, adapter_name, state_dict)
-        except DeltaError:
-            # An adapter that was added for this file is taken away again.
-            if isinstance(model, PeftModel) and any(adapter_name in marker.awaited for _, marker in markers(model)):
-                if len(model.peft_config) > 1:
-                    model.delete_adapter(adapter_name)
-                else:
-                    model.base_model.unload()
-            raise
+        return exchange.check_and_name(model, config, adapter_name, state_dict)
+
+
+def take_back(model: PeftModel, adapter_name: str, added: bool) -> None:
+    """After a load that failed, take an adapter away again that was added for it.
+
+    Args:
+        model: the model.
+        adapter_name: the adapter.
+        added: whether the load itself has added it. If not, it may have been added before, from the file's config (as
+            PeftModel.from_pretrained does), and then its tensors are still awaited.
+    """
+    if adapter_name not in constraints(model):
+        return
+    if added:
+        model.delete_adapter(adapter_name)
+    elif any(adapter_name in marker.awaited for _, marker in markers(model)):
+        if len(model.peft_config) > 1:
+            model.delete_adapter(adapter_name)
+        else:
+            base = model.base_model.unload()
+            # PEFT leaves it, and would warn of it where the base is wrapped again.
+            base.__dict__.pop("peft_config", None)
 
 
 def _train_as_before(trainable: dict[SparseLayer, bool], flags: list[tuple[nn.Parameter, bool]]) -> None:
@@ -447,7 +468,6 @@ def _train_as_before(trainable: dict[SparseLayer, bool], flags: list[tuple[nn.Pa
 
 
 def _remove_adapter(model: nn.Module, adapter_name: str) -> None:
-    constraints(model).pop(adapter_name).retire()
     for _, marker in list(markers(model)):
         if adapter_name in marker.tuned:
             marker.unmerge_silently()

@@ -46,12 +46,12 @@ class Plan:
             found.setdefault(target.host, []).append(target.parameter)
         return found
 
-    def entries(self, host: str) -> dict[str, int] | None:
-        """Number of entries of each parameter of a host that a saved adapter has any in; None for a new adapter."""
+    def summaries_of(self, host: str) -> dict[str, Summary] | None:
+        """What is said of each parameter of a host that a saved adapter has entries in; None for a new adapter."""
         if self.config.records is None:
             return None
         names = {parameter: Target(host, parameter).name for parameter in self.hosts[host]}
-        return {parameter: self.summaries[name].entries for parameter, name in names.items() if name in self.summaries}
+        return {parameter: self.summaries[name] for parameter, name in names.items() if name in self.summaries}
 
     def constraint(self, adapter_name: str, weights: Mapping[str, SparseWeight]) -> Constraint:
         """The constraint that the adapter is trained under.

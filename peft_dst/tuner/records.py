@@ -24,7 +24,7 @@ from torch.distributed._composable.contract import REGISTRY_KEY, RegistryItem
 from ..core import SparseWeight
 from ..core.distances import wide_dtype
 from ..core.free import free_values, unwatch, watch
-from ..delta import MARKER, Record, index_dtype, plain_name
+from ..delta import DTYPES, MARKER, Record, Summary, index_dtype, plain_name
 from .entries import Entries, FreeValues
 from .overlay import sparse_weight
 from .sums import add_up, own_part, scaled
@@ -81,30 +81,36 @@ class HostRecords(nn.Module):
 
     # Records
 
-    def add_adapter(self, adapter: str, parameters: Sequence[str], entries: Mapping[str, int] | None = None) -> None:
+    def add_adapter(
+        self, adapter: str, parameters: Sequence[str], summaries: Mapping[str, Summary] | None = None
+    ) -> None:
         """Make room for an adapter.
 
         Args:
             adapter: its name.
             parameters: names of the host's parameters that it tunes.
-            entries: for a saved adapter whose tensors are still to come, the number of entries of each parameter that
-                has any. Its records then have their size before they are loaded, since transformers' own loader checks
-                shapes, and parameters without entries have no record, since they have none on disk either.
+            summaries: for a saved adapter whose tensors are still to come, what its config says of each parameter that
+                has entries. Its records then have their size and dtype before they are loaded, since transformers' own
+                loader checks the one and casts to the other; and parameters without entries have no record, since they
+                have none on disk either.
         """
         self.dst_indices[adapter] = Entries()
         self.dst_values[adapter] = Entries()
         self.tuned[adapter] = tuple(parameters)
-        if entries is not None:
+        if summaries is not None:
             self.awaited.add(adapter)
+            self._keep_dtypes(adapter, True)
         for parameter in parameters:
             if parameter not in self.weights:
                 name = f"{self.name}.{parameter}" if self.name else parameter
                 self.weights[parameter] = sparse_weight(self.host, parameter, plain_name(name))
             weight, device = self.weights[parameter], self.weights[parameter].device
-            if entries is None or parameter in entries:
-                size = entries[parameter] if entries else 0
+            if summaries is None:
+                self._store(adapter, parameter, *no_entries(weight, device))
+            elif parameter in summaries:
+                size, dtype = summaries[parameter].entries, DTYPES[summaries[parameter].dtype]
                 indices = torch.full((size,), NOT_LOADED, dtype=index_dtype(weight.shape.numel()), device=device)
-                self._store(adapter, parameter, indices, torch.zeros(size, dtype=weight.data.dtype, device=device))
+                self._store(adapter, parameter, indices, torch.zeros(size, dtype=dtype, device=device))
 
     def has_arrived(self, adapter: str) -> bool:
         """Whether the tensors of an awaited adapter are there, for `accept` to take in once they have been checked, and
@@ -138,9 +144,23 @@ class HostRecords(nn.Module):
 
     def _take_in(self, adapter: str) -> None:
         """The same, but the next `sync` writes them."""
-        self.awaited.discard(adapter)
+        if adapter in self.awaited:
+            self.awaited.discard(adapter)
+            self._keep_dtypes(adapter, False)
+            found = self._records(adapter)
+            for parameter in self.tuned[adapter]:
+                # Parameters without entries get an empty record, as in the model that was saved: optimizers over all of a
+                # model's parameters count them.
+                weight = self.weights[parameter]
+                indices, values = found.get(parameter) or no_entries(weight, weight.device)
+                self._store(adapter, parameter, indices, values.to(weight.data.dtype))
         self.fixed |= self.static & {adapter}
         self._stale = True
+
+    def _keep_dtypes(self, adapter: str, kept: bool) -> None:
+        """Whether values stay in the dtype that they have in the file, whose digests they are to be compared with."""
+        for part in (self.dst_indices, self.dst_values):
+            cast(Entries, part[adapter]).keeps_dtype = kept
 
     def records(self, adapter: str) -> dict[str, Record]:
         """The adapter's records, parameter → Record, brought up to date with the live weights."""
@@ -156,6 +176,20 @@ class HostRecords(nn.Module):
         self.refresh()
         self._replace(adapter, parameter, record)
         self._stale = True
+
+    def make_room(self, adapter: str, records: Mapping[str, Record]) -> None:
+        """Give an adapter's records the sizes of those that are about to be loaded over them. So as not to leave positions
+        that are none they are those already.
+        """
+        self.refresh()
+        own = self._records(adapter)
+        if any(
+            parameter in own and own[parameter].indices.shape != r.indices.shape for parameter, r in records.items()
+        ):
+            for parameter, (indices, values) in records.items():
+                data = self.weights[parameter].data
+                copies = Record(indices.to(data.device, copy=True), values.to(data.device, data.dtype, copy=True))
+                self.write_record(adapter, parameter, copies)
 
     def _replace(self, adapter: str, parameter: str, record: Record) -> None:
         """Store what comes from outside. Values that are trained follow it, also after a step that never ended."""
@@ -345,10 +379,10 @@ class HostRecords(nn.Module):
         return super()._apply(fn, recurse)
 
 
-def no_entries(weight: SparseWeight) -> Record:
+def no_entries(weight: SparseWeight, device: torch.device | str = "cpu") -> Record:
     """The record of a parameter in which an adapter has no entries."""
     dtype = index_dtype(weight.shape.numel())
-    return Record(torch.empty(0, dtype=dtype, device="cpu"), torch.empty(0, dtype=weight.data.dtype, device="cpu"))
+    return Record(torch.empty(0, dtype=dtype, device=device), torch.empty(0, dtype=weight.data.dtype, device=device))
 
 
 def _keep_from_fsdp(marker: nn.Module) -> None:

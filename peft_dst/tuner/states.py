@@ -13,19 +13,40 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX as EXTRA_STATE
+from torch.utils.hooks import RemovableHandle
 
 from ..core.shards import local
 from ..core.tiles import bits
-from ..delta import MARKER, PARTS, DeltaError, Record, check_record
+from ..delta import MARKER, PARTS, DeltaError, Record, Summary, check_record
 from .entries import Entries, Notes
 from .records import HostRecords, no_entries
 from .sums import own_part
+
+
+# What a marker's notes on the seed begin with.
+_SEED = ("seed_indices", "seed_values")
+
+
+@dataclass
+class _Loading:
+    """What one call of `load_state_dict` has brought for a host's shared parameters; other owners may get them too.
+
+    Attributes:
+        errors: the call's list of errors, by which it is known: every module is given the same one.
+        sums: of each parameter that came under the host's name, the sum of its bits.
+        notes: of each parameter that differed from its seed where it was saved, positions and the seed's values there.
+    """
+
+    errors: list[str]
+    sums: dict[str, int] = field(default_factory=dict)
+    notes: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 class StatefulRecords(HostRecords):
@@ -41,17 +62,29 @@ class StatefulRecords(HostRecords):
         self.sizes, self.seed_indices, self.seed_values = Notes(), Notes(), Notes()
         #: Parameters over which dense weights are being loaded.
         self._overwritten: set[str] = set()
-        self._load_hooks = [host.register_load_state_dict_pre_hook(_before_host_loads)]
-        # Of shared parameters: what was last loaded under the host's name, to know it under another.
-        self._shared: dict[str, int | None] = {}
+        self._load_hook = host.register_load_state_dict_pre_hook(_before_host_loads)
+        # Of shared parameters: the hooks on their other owners.
+        self._shared: dict[str, list[RemovableHandle]] = {}
+        self._loading = _Loading([])
 
-    def add_adapter(self, adapter: str, parameters: Sequence[str], entries: Mapping[str, int] | None = None) -> None:
+    def add_adapter(
+        self, adapter: str, parameters: Sequence[str], summaries: Mapping[str, Summary] | None = None
+    ) -> None:
         """Make room for an adapter, and announce its notes: see `HostRecords.add_adapter`."""
-        super().add_adapter(adapter, parameters, entries)
+        super().add_adapter(adapter, parameters, summaries)
         self.sizes.name(adapter)
         for parameter in parameters:
             self.seed_indices.name(parameter)
             self.seed_values.name(parameter)
+
+    def drop_adapter(self, adapter: str) -> None:
+        """Let go of an adapter's notes, and of parameters that no other one tunes."""
+        self.tuned.pop(adapter, None)
+        self.sizes.drop(adapter)
+        tuned = {parameter for parameters in self.tuned.values() for parameter in parameters}
+        for parameter in self._shared.keys() - tuned:
+            for hook in self._shared.pop(parameter):
+                hook.remove()
 
     # Into state dicts
 
@@ -80,8 +113,9 @@ class StatefulRecords(HostRecords):
         for parameter, weight in self.weights.items():
             indices, seeds = weight.joined(*weight.noted())
             if indices.numel():
-                notes[f"seed_indices.{parameter}"] = indices
-                notes[f"seed_values.{parameter}"] = seeds
+                # Those of a silo may lie in one storage, of which savers keep one tensor.
+                notes[f"seed_indices.{parameter}"] = indices.clone()
+                notes[f"seed_values.{parameter}"] = seeds.clone()
         return notes
 
     def get_extra_state(self) -> bytes:
@@ -116,7 +150,7 @@ class StatefulRecords(HostRecords):
                 keys = _keys(prefix, adapter, parameter)
                 if all(key in state_dict for key in keys):
                     self._load_record(adapter, parameter, Record(*(state_dict[key] for key in keys)), lists[-1])
-        self._load_seeds(state_dict, prefix)
+        self._load_seeds(state_dict, prefix, lists[-1])
 
     def _complete(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Have a state dict hold everything that the children, which load next and are strict, look for."""
@@ -149,7 +183,9 @@ class StatefulRecords(HostRecords):
             return
         # No aliases: the caller keeps the tensors of a state dict and may change them.
         indices = record.indices.to(weight.device, copy=True)
-        values = record.values.to(weight.device, weight.data.dtype, copy=True)
+        # Compared with what the config says of them, values are to be in their own dtype.
+        dtype = record.values.dtype if adapter in self.awaited else weight.data.dtype
+        values = record.values.to(weight.device, dtype, copy=True)
         self._replace(adapter, parameter, Record(indices, values))
         if self.has_memory(adapter):
             self._take_in(adapter)
@@ -159,48 +195,104 @@ class StatefulRecords(HostRecords):
                 "adapter with PeftModel.from_pretrained."
             )
 
-    def _load_seeds(self, state_dict: Mapping[str, Tensor], prefix: str) -> None:
+    def _load_seeds(self, state_dict: Mapping[str, Tensor], prefix: str, errors: list[str]) -> None:
         """Take dense weights that were loaded for the seed, but for the seed's values where an adapter stood in them."""
-        overwritten = [self.weights[parameter] for parameter in self._overwritten]
-        for weight in overwritten:
-            seeds = state_dict.get(f"{prefix}seed_values.{weight.attribute}")
-            if seeds is not None:
-                positions = state_dict[f"{prefix}seed_indices.{weight.attribute}"]
-                inside, own = weight.box.inwards(positions.to(seeds.device))
-                weight.place(own, seeds[inside])
-        self._overwritten.clear()
+        notes = {p: found for p in self.weights if (found := self._noted(state_dict, prefix, p)) is not None}
+        self._in_call(errors).notes = {parameter: notes[parameter] for parameter in notes.keys() & self._shared.keys()}
+        overwritten, self._overwritten = self._overwritten, set()
+        for parameter in overwritten & notes.keys():
+            self._place(parameter, *notes[parameter])
         self.sync()
-        for weight in overwritten:
-            weight.remember_seed_again()
+        for parameter in overwritten:
+            self.weights[parameter].remember_seed_again()
+
+    def _noted(self, state_dict: Mapping[str, Tensor], prefix: str, parameter: str) -> tuple[Tensor, Tensor] | None:
+        """Where a parameter that was saved differs from its seed, int64 (k,), and the seed's values there, (k,).
+
+        Raises:
+            ValueError: if there is one of the two alone.
+        """
+        found = {f"{part}.{parameter}": state_dict.get(f"{prefix}{part}.{parameter}") for part in _SEED}
+        positions, seeds = found.values()
+        if positions is not None and seeds is not None:
+            return positions, seeds
+        if positions is not None or seeds is not None:
+            missing = next(key for key, tensor in found.items() if tensor is None)
+            raise ValueError(
+                f"{missing!r} of {self.name!r} (under {MARKER!r}) is missing in the state dict, which has what belongs to "
+                "it, so the seed would be lost. What saved it has left tensors out; save the model's state_dict() whole."
+            )
+        return None
+
+    def _place(self, parameter: str, positions: Tensor, seeds: Tensor) -> None:
+        weight = self.weights[parameter]
+        inside, own = weight.box.inwards(positions.to(seeds.device))
+        weight.place(own, seeds[inside])
 
     # New dense weights
 
-    def forget_seed(self, parameters: Sequence[str]) -> None:
-        """Dense weights are about to be loaded over these parameters: keep what training made, let go of the seed."""
+    def _in_call(self, errors: list[str]) -> _Loading:
+        if self._loading.errors is not errors:
+            self._loading = _Loading(errors)
+        return self._loading
+
+    def await_dense(self, state_dict: Mapping[str, Tensor], prefix: str, errors: list[str]) -> None:
+        """The host is about to load: save what training made of its parameters that are among it, and let go of the seed.
+
+        Args:
+            state_dict: what is loaded.
+            prefix: the host's name there, with a point at its end.
+            errors: the list that stands for this call of `load_state_dict`.
+
+        Raises:
+            ValueError: if the state dict has half of what it takes to know a seed; nothing has been changed by then.
+        """
+        for parameter in self.weights:
+            self._noted(state_dict, f"{prefix}{MARKER}.", parameter)
+        # Of another shape torch loads none.
+        loaded = [p for p, w in self.weights.items() if getattr(state_dict.get(prefix + p), "shape", None) == w.shape]
+        if loaded:
+            self._forget_seeds(loaded)
+        for parameter in self._shared.keys() & set(loaded):
+            self._in_call(errors).sums[parameter] = _bit_sum(state_dict[prefix + parameter])
+
+    def _forget_seeds(self, parameters: Sequence[str]) -> None:
         self.refresh()
         for parameter in parameters:
             self.weights[parameter].forget()
         self._overwritten.update(parameters)
         self._stale = True
 
-    def share(self, parameter: str, owner: nn.Module, attribute: str) -> None:
-        """Take note that another module owns a parameter too, under a name of its own."""
+    def share(self, parameter: str, owners: Sequence[tuple[nn.Module, str]]) -> None:
+        """Take note of who else owns a parameter: modules, each with its own name of it."""
         if parameter not in self._shared:
-            self._shared[parameter] = None
-        hook = functools.partial(_before_other_owner_loads, self, parameter, attribute)
-        self._load_hooks.append(owner.register_load_state_dict_pre_hook(hook))
+            self._shared[parameter] = [
+                owner.register_load_state_dict_pre_hook(
+                    functools.partial(_before_other_owner_loads, self, parameter, attribute)
+                )
+                for owner, attribute in owners
+            ]
 
-    def load_dense(self, parameter: str, tensor: Tensor) -> None:
-        """Take new dense weights for the seed, under the active adapters."""
-        self.forget_seed([parameter])
+    def load_dense(self, parameter: str, tensor: Tensor, errors: list[str]) -> None:
+        """Take a shared parameter that came under another name for its seed, under the active adapters; but for what the
+        same call of `load_state_dict` has said of the seed.
+        """
+        came = self._in_call(errors)
+        sum_of_bits = _bit_sum(tensor)
+        if came.sums.get(parameter) == sum_of_bits:
+            return
+        self._forget_seeds([parameter])
         self.weights[parameter].data.copy_(local(tensor))
+        if parameter in came.notes:
+            self._place(parameter, *came.notes[parameter])
+        came.sums[parameter] = sum_of_bits
         self._overwritten.clear()
         self.sync()
         self.weights[parameter].remember_seed_again()
 
     def detach(self) -> None:
         """Leave the host, whose weights stay as they are."""
-        for hook in self._load_hooks:
+        for hook in [self._load_hook, *(hook for hooks in self._shared.values() for hook in hooks)]:
             hook.remove()
         super().detach()
 
@@ -221,16 +313,10 @@ def _keys(prefix: str, adapter: str, parameter: str) -> list[str]:
     return [f"{prefix}{part}.{adapter}.{parameter}" for part in PARTS]
 
 
-def _before_host_loads(host: nn.Module, state_dict: Mapping[str, Any], prefix: str, *unused: Any) -> None:
-    """Before new dense weights are loaded over a host's: save what training made, and let go of the old seed."""
+def _before_host_loads(host: nn.Module, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
     marker = getattr(host, MARKER, None)
     if isinstance(marker, StatefulRecords):
-        # Of another shape torch loads none.
-        loaded = [p for p, w in marker.weights.items() if getattr(state_dict.get(prefix + p), "shape", None) == w.shape]
-        if loaded:
-            marker.forget_seed(loaded)
-        for parameter in marker._shared.keys() & set(loaded):
-            marker._shared[parameter] = _bit_sum(state_dict[prefix + parameter])
+        marker.await_dense(state_dict, prefix, rest[-1])
 
 
 def _before_other_owner_loads(
@@ -240,15 +326,14 @@ def _before_other_owner_loads(
     module: nn.Module,
     state_dict: dict[str, Any],
     prefix: str,
-    *_: Any,
+    *rest: Any,
 ) -> None:
     """A shared parameter comes again under another name: if with other values, then as new dense weights."""
     key = prefix + attribute
     weight = marker.weights.get(parameter)
     if weight is None or key not in state_dict or state_dict[key].shape != weight.shape:
         return
-    if _bit_sum(state_dict[key]) != marker._shared[parameter]:
-        marker.load_dense(parameter, state_dict[key])
+    marker.load_dense(parameter, state_dict[key], rest[-1])
     # The copy that follows changes nothing.
     state_dict[key] = weight.parameter.data
 

@@ -33,12 +33,13 @@ def environment(rank: int, world: int) -> Iterator[None]:
 
 
 @contextmanager
-def accelerator(rank: int, world: int, **options: Any) -> Iterator[Accelerator]:
+def accelerator(rank: int, world: int, mixed_precision: str = "no", **options: Any) -> Iterator[Accelerator]:
     """An Accelerator that divides BERT's layers over the processes, or of one process.
 
     Args:
         rank: of this process.
         world: number of processes.
+        mixed_precision: as Accelerator takes it.
         **options: of the plugin.
     """
     with environment(rank, world):
@@ -52,4 +53,4 @@ def accelerator(rank: int, world: int, **options: Any) -> Iterator[Accelerator]:
             transformer_cls_names_to_wrap=["BertLayer"],
             **options,
         )
-        yield Accelerator(fsdp_plugin=plugin)
+        yield Accelerator(fsdp_plugin=plugin, mixed_precision=mixed_precision)

@@ -85,6 +85,29 @@ def test_agrees_with_one_process(together, tmp_path, kind):
     assert sum(tensor.numel() for name, tensor in files[0].items() if "dst_values" in name) > 0
 
 
+def widened(rank, world, folder):
+    """Accelerate has mixed precision's weights in float32, through `.data`, before it divides them."""
+    with accelerator(rank, world, "bf16", state_dict_type=FULL, cpu_ram_efficient_loading=False) as made:
+        torch.manual_seed(0)
+        model = get_peft_model(BUILDERS["bert"]().bfloat16(), DSTConfig(epsilon=0.02))
+        model, optimizer = made.prepare(model, optimizer_of(model, "hook"))
+        train(made, model, optimizer, range(2))
+        assert {weight.data.dtype for weight in model.constraint().weights} == {torch.float32}
+        state = made.get_state_dict(model)
+        model.save_pretrained(folder, is_main_process=made.is_main_process, state_dict=state)
+        made.wait_for_everyone()
+        if made.is_main_process:
+            key = "base_model.model.bert.pooler.dense.weight"
+            state[key] = state[key] * (1 + 2**-12)
+            with pytest.raises(RuntimeError, match="weight' differs from the seed outside the subset"):
+                model.save_pretrained(folder, state_dict=state)
+
+
+def test_a_base_that_is_widened_before_it_is_divided(together, tmp_path):
+    together(2, widened, str(tmp_path))
+    assert len(load_file(tmp_path / "adapter_model.safetensors")) > 0
+
+
 def begin(rank, world, kind, state_dict_type, folder, efficient):
     with accelerator(rank, world, state_dict_type=state_dict_type, cpu_ram_efficient_loading=efficient) as made:
         # Where only the first process loads the base, whatever the others have is to be replaced.
