@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from peft_dst import DSTConfig
 from peft_dst.core import Constraint
-from peft_dst.tuner import exchange
+from peft_dst.tuner import settling
 from tests.models import assert_same, logits, train, tuned_model, weights
 
 
@@ -75,8 +75,8 @@ def test_an_adapter_that_is_awaited_harms_no_other(saved, build, tmp_path, monke
     model, output = tuned_model(build)
     model.add_adapter("b", DSTConfig.from_pretrained(folder))
     looks = []
-    settle = exchange.settle
-    monkeypatch.setattr(exchange, "settle", lambda model: looks.append(1) or settle(model))
+    settle = settling.settle
+    monkeypatch.setattr(settling, "settle", lambda model: looks.append(1) or settle(model))
     for _ in range(3):
         assert torch.equal(logits(model, "bert"), output["default"])
     assert len(looks) == 1

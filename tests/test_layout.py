@@ -44,6 +44,7 @@ IN_TUNER = [
     "constraints",
     "bare",
     "targets",
+    "settling",
     "exchange",
     "parallel",
     "mixed",

@@ -20,9 +20,9 @@ from ..core.shards import check_held_alone
 from ..core.silos import compile_silo_patterns, read_names
 from ..delta import SparseDelta, plain_name
 from ..tables import text_table
-from ..tuner.exchange import settle
 from ..tuner.layer import markers
 from ..tuner.overlay import can_edit, can_overlay, original_shape
+from ..tuner.settling import settle
 
 
 Subset: TypeAlias = "str | PathLike[str] | SparseDelta | tuple[nn.Module, str] | Mapping[str, Tensor | Sequence[int]]"

@@ -19,7 +19,7 @@ from transformers.integrations import is_tensorboard_available
 from ..core import Constraint, SparseWeight
 from ..core.shards import Together, together
 from ..tuner.constraints import active_constraints, set_training_steps
-from ..tuner.exchange import settle
+from ..tuner.settling import settle
 from .optimizer import DSTOptimizer
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ..tuner.exchange import settle
 from ..tuner.layer import markers
+from ..tuner.settling import settle
 
 
 def parameter_groups(

@@ -14,7 +14,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from ..mixing import BASE, Changes, Entries, Host, Reader, Readers, Subsets, changes_of, mixed
-from . import exchange
+from . import settling
 from .constraints import constraints
 from .layer import SparseLayer
 from .overlay import OverlayWeight
@@ -105,4 +105,4 @@ def _check(model: nn.Module, markers: Sequence[SparseLayer], adapters: set[str])
             "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
         )
     if any(marker.awaited for marker in markers):
-        exchange.check_loaded(model, adapters)
+        settling.check_loaded(model, adapters)

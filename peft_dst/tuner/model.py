@@ -20,7 +20,7 @@ from ..core.shards import check_held_alone
 from ..delta import MARKER
 from ..mixing import check_length, check_not_compiled, check_placeholders
 from ..tables import text_table
-from . import exchange, static, weighted
+from . import exchange, settling, static, weighted
 from .bare import forget_loading, watch_loading
 from .constraints import CONSTRAINTS, constraints, in_all_processes
 from .layer import SparseLayer, markers
@@ -138,7 +138,7 @@ class DSTModel(BaseTuner):
             "Combine the saved adapters on a model that one process holds, and save the result.",
         )
         weighted.check(self.model, adapters, weights, adapter_name, combination_type, density, majority_sign_method)
-        exchange.check_loaded(self.model, set(adapters))
+        settling.check_loaded(self.model, set(adapters))
         records = weighted.combined_records(
             self.model, adapters, weights, combination_type, density, majority_sign_method
         )
@@ -243,7 +243,7 @@ class DSTModel(BaseTuner):
         """Choose what a subset by seed is, place a start that is wanted, or wait for what is to be loaded."""
         config = plan.config
         if config.records is not None:
-            exchange.settle_before_forward(model)
+            settling.settle_before_forward(model)
         elif self._refers(constraint.adapter):
             # TRL copies values, but no positions.
             static.make_room(model, constraint, REFERRED_TO, config.fixed)
@@ -308,7 +308,7 @@ class DSTModel(BaseTuner):
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # Values stay in the base's dtype. PEFT calls this after loading: the loaded values go into the weights.
-        exchange.settle(self.model)
+        settling.settle(self.model)
 
     # Serving
 
@@ -333,7 +333,7 @@ class DSTModel(BaseTuner):
         self._check_memory()
         super().delete_adapter(adapter_name)
         if not any(marker.awaited for _, marker in markers(self.model)):
-            exchange.forget_to_settle(self.model)
+            settling.forget_to_settle(self.model)
 
     def _unload_and_optionally_merge(
         self,
@@ -353,7 +353,7 @@ class DSTModel(BaseTuner):
             if merge:
                 marker.merge(safe_merge=safe_merge, adapter_names=names)
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-        exchange.forget_to_settle(model)
+        settling.forget_to_settle(model)
         forget_forward(model)
         forget_loading(model)
         for _, marker in found:
