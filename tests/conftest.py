@@ -117,3 +117,12 @@ def saved(build, tmp_path):
         return tmp_path / "adapter", logits(model, name), model
 
     return make
+
+
+@pytest.fixture
+def served(saved):
+    """A saved adapter for the tiny BERT: its folder, logits, and the tuned weights."""
+    from tests.models import weights
+
+    folder, output, model = saved(epsilon=0.05)
+    return folder, output, weights(model.get_base_model())
