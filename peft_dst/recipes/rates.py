@@ -17,7 +17,7 @@ BY_EPSILON = {
     "moving": {1e-5: 5e-2, 1e-4: 2e-2, 1e-3: 1e-2, 1e-2: 5e-3, 1.0: 1e-4},
     "random": {1e-5: 5e-1, 1e-4: 1e-1, 1e-3: 2e-2, 1e-2: 1e-2, 1.0: 1e-4},
     "scored": {1e-5: 1e-2, 1e-4: 2e-3, 1e-3: 1e-3, 1e-2: 5e-4, 1.0: 1e-4},
-    "lora": {1e-5: 5e-3, 1e-4: 5e-3, 1e-3: 5e-3, 1e-2: 2e-3},
+    "lora": {1e-5: 5e-3, 1e-4: 2e-3, 1e-3: 2e-3, 1e-2: 2e-3},
 }
 KINDS = {
     **dict.fromkeys(("dynamic", "first_step", "magnitude", "transfer"), "moving"),
@@ -28,7 +28,7 @@ KINDS = {
 FULL = 1e-4
 # Of methods whose rate does not go by the budget.
 FIXED = {
-    "bitfit": 5e-3,
+    "bitfit": 2e-3,
     "prompt_tuning": 2e-1,
     "l2": 2e-4,
     # Of l1 nothing has been measured.
