@@ -17,7 +17,7 @@ import functools
 import importlib.util
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType, ModuleType
 from typing import Any, NamedTuple
@@ -195,7 +195,12 @@ def block_size(n: int, budget: int) -> int:
 
 
 @torch.no_grad()
-def adamw_step(silos: Sequence[Sequence[AdamWTensor]], budgets: Sequence[int], kind: str) -> list[SiloStep]:
+def adamw_step(
+    silos: Sequence[Sequence[AdamWTensor]],
+    budgets: Sequence[int],
+    kind: str,
+    note: Callable[[list[SiloStep]], None] = lambda steps: None,
+) -> list[SiloStep]:
     """Make one AdamW step of some silos under the constraint, and write their live weights.
 
     The number of kernel launches and of waits for the device does not grow with that of tensors or silos, but for one
@@ -206,10 +211,12 @@ def adamw_step(silos: Sequence[Sequence[AdamWTensor]], budgets: Sequence[int], k
         silos: for each silo its tensors, in the order in which ties are decided.
         budgets: k of each silo, 0 <= k < its size. Where k is the size nothing competes: use the optimizer itself.
         kind: name of the distance.
+        note: called with what is returned while all live weights are the seed, before the new subset is written. Whatever
+            interrupts the call from then on, seeds put back where they are noted are the whole seed.
 
     Raises:
         NonFiniteStepError: if a Δ is NaN or infinite, be it the update or a weight that was so before. The live weights
-            are then as before the call; the moments are updated.
+            are then as before the call, as after whatever else is raised before `note` is called; the moments are updated.
         ValueError: if a budget is not less than its silo, or the distance is unknown.
     """
     if kind not in DISTANCES:
@@ -221,16 +228,21 @@ def adamw_step(silos: Sequence[Sequence[AdamWTensor]], budgets: Sequence[int], k
     if not any(silos):
         return [SiloStep(Selection([], torch.zeros(())), [], []) for _ in silos]
     batch = _Batch(silos, budgets, kind)
-    live = batch.exchange(batch.tensor, batch.position, torch.full_like(batch.seed_bits, -1))
+    live = batch.read(batch.tensor, batch.position)
     try:
+        batch.write(batch.tensor, batch.position, torch.full_like(live, -1))
         maxima, updated = batch.first_pass()
         batch.check_finite(maxima)
         winners, threshold = batch.choose(maxima, updated)
+        rounded = batch.rounded(winners.tensor, winners.updated)
+        batch.write(batch.tensor, batch.position, batch.seed_bits)
+        steps = batch.divide(winners, threshold)
     except BaseException:
-        batch.exchange(batch.tensor, batch.position, live)
+        batch.write(batch.tensor, batch.position, live)
         raise
-    batch.exchange(batch.tensor, batch.position, batch.seed_bits)
-    return batch.commit(winners, threshold)
+    note(steps)
+    batch.write(winners.tensor, winners.position, rounded)
+    return steps
 
 
 class _Entries(NamedTuple):
@@ -315,7 +327,7 @@ class _Batch:
         self.position = torch.cat([t.indices for t in self.tensors])
         # Joining tensors of several dtypes widens to one that holds all of them exactly.
         self.seeds = torch.cat([t.seeds for t in self.tensors]).float()
-        self.seed_bits = self._rounded(self.tensor, self.seeds)
+        self.seed_bits = self.rounded(self.tensor, self.seeds)
         self.values = torch.cat([t.values for t in self.tensors])
 
     def _to_device(self, rows: Sequence[object], dtype: torch.dtype = torch.int64) -> Tensor:
@@ -325,7 +337,7 @@ class _Batch:
         """Each item as often as its count says, int64; without waiting for the device."""
         return self._to_device(items).repeat_interleave(self._to_device(counts), output_size=sum(counts))
 
-    def _rounded(self, tensor: Tensor, values: Tensor) -> Tensor:
+    def rounded(self, tensor: Tensor, values: Tensor) -> Tensor:
         """Bits, int32 (c,), that float32 values (c,) have in the dtype of the tensors they are for."""
         dtypes = [t.weight.dtype for t in self.tensors]
         present = list(dict.fromkeys(dtypes))
@@ -336,11 +348,17 @@ class _Batch:
                 result = torch.where(kinds == kind, bits(values.to(dtype)).int(), result)
         return result
 
-    def exchange(self, tensor: Tensor, position: Tensor, new: Tensor) -> Tensor:
-        """Write bits (c,) over live weights, and return those they replace, int32 (c,)."""
-        old = torch.empty_like(new)
-        self._launch("exchange", _lanes(new), (tensor, position, self.wide, self.table, new, old, new.numel()))
-        return old
+    def read(self, tensor: Tensor, position: Tensor) -> Tensor:
+        """Bits of live weights, int32 (c,)."""
+        found = torch.empty(position.shape, dtype=torch.int32, device=self.device)
+        where = (tensor, position, self.wide, self.table)
+        self._launch("read_weights", _lanes(found), (*where, found, found.numel()))
+        return found
+
+    def write(self, tensor: Tensor, position: Tensor, new: Tensor) -> None:
+        """Write bits, int32 (c,), over live weights."""
+        where = (tensor, position, self.wide, self.table)
+        self._launch("write_weights", _lanes(new), (*where, new, new.numel()))
 
     def first_pass(self) -> tuple[Tensor, Tensor]:
         """Update all moments.
@@ -432,10 +450,9 @@ class _Batch:
         threshold = threshold.scatter_reduce(0, silo[kept], winners.delta, "amin")
         return winners, threshold.masked_fill(threshold == _NOTHING, 0)
 
-    def commit(self, winners: _Entries, threshold: Tensor) -> list[SiloStep]:
-        """Write the new subset over live weights that hold the seed, and divide what is known of it by tensor."""
-        rounded = self._rounded(winners.tensor, winners.updated)
-        seed_bits = self.exchange(winners.tensor, winners.position, rounded)
+    def divide(self, winners: _Entries, threshold: Tensor) -> list[SiloStep]:
+        """Divide what is known of the new subset by tensor. The live weights are the seed now."""
+        seed_bits = self.read(winners.tensor, winners.position)
         ends = torch.searchsorted(winners.tensor, torch.arange(len(self.tensors), device=self.device), right=True)
         counts = torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
         indices, values = winners.position.split(counts), winners.updated.split(counts)

@@ -74,15 +74,17 @@ def step(
     constraint: Constraint,
     silos: list[Silo],
     values: Callable[[SparseWeight], Tensor],
-) -> list[SiloStep]:
+    note: Callable[[list[SiloStep]], None],
+) -> None:
     """Step some silos, all of them supported.
 
     Args:
         groups: the parameter group of each parameter.
         state: the state of each, which is updated.
         constraint: the constraint.
-        silos: some of its silos. Their live weights are written; what is noted of them is the caller's to write.
+        silos: some of its silos.
         values: the float32 values (k,) of a weight's current subset.
+        note: takes note of their new subsets, right before these are written (`adamw_step`).
 
     Raises:
         FloatingPointError: if an update is NaN or infinite. The live weights are then as before, the state is not.
@@ -99,7 +101,7 @@ def step(
             [_tensor(w, groups[w.parameter], state[w.parameter], next(counts), values(w)) for w in silo.weights]
         )
     try:
-        return adamw_step(batch, [silo.budget for silo in silos], constraint.distance)
+        adamw_step(batch, [silo.budget for silo in silos], constraint.distance, note)
     except NonFiniteStepError as error:
         raise constraint.non_finite(silos[error.silo], error.position) from error
 

@@ -12,6 +12,7 @@ from ..core import Constraint, FixedStep, Silo, SparseWeight, Subset, concerned,
 from ..core.choice import Choice
 from ..core.distances import wide_dtype
 from ..core.free import VALUES
+from ..core.kernels import SiloStep
 from ..core.shards import like, local
 from ..core.weights import widened
 from . import fused
@@ -96,15 +97,16 @@ class SiloBySilo:
 
     def _by_kernels(self, constraint: Constraint, silos: list[Silo]) -> None:
         before = [self._remember(silo) for silo in silos]
-        state = self.optimizer.state
-        steps = fused.step(self.groups, state, constraint, silos, self._subset_values)
-        for silo, subsets, made in zip(silos, before, steps, strict=True):
-            silo.note(made.selection, subsets)
-            made_of = zip(silo.weights, made.selection.indices, made.seeds, made.values, strict=True)
-            for weight, indices, seeds, values in made_of:
-                weight.place(indices, seeds)
-                if weight.data.dtype in HALF:
-                    state[weight.parameter][VALUES] = values
+
+        def note(steps: list[SiloStep]) -> None:
+            for silo, subsets, made in zip(silos, before, steps, strict=True):
+                silo.note(made.selection, subsets)
+                made_of = zip(silo.weights, made.selection.indices, made.seeds, made.values, strict=True)
+                for weight, indices, seeds, values in made_of:
+                    weight.place(indices, seeds)
+                    self._keep_exact(weight, values)
+
+        fused.step(self.groups, self.optimizer.state, constraint, silos, self._subset_values, note)
 
     def _suits_kernels(self, constraint: Constraint, silo: Silo) -> bool:
         wanted = self.optimizer.kernels

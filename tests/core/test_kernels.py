@@ -313,8 +313,8 @@ def test_offsets_beyond_two_to_the_31(device, aligned):
     assert_same_bits(maxima.view(F32), wanted)
     # The kernels for single weights, and for marked blocks.
     index = torch.tensor([far, far + n - 1], device=device)
-    old = batch.exchange(torch.zeros_like(index), index, torch.tensor([5, -1], dtype=torch.int32, device=device))
-    assert old.tolist() == [int(bits(tensor.seed)[0]), int(bits(tensor.seed)[-1])]
+    assert batch.read(torch.zeros_like(index), index).tolist() == bits(tensor.seed)[[0, -1]].tolist()
+    batch.write(torch.zeros_like(index), index, torch.tensor([5, -1], dtype=torch.int32, device=device))
     assert bits(t.weight)[[0, -1]].tolist() == [5, -1]
     entries = batch.second_look(maxima, maxima.max().view(1))
     assert (int(entries[0].position[0]) - far) // batch.block == int(maxima.argmax())

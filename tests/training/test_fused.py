@@ -1,0 +1,79 @@
+"""The fused step within a DSTOptimizer: what becomes of a step that is interrupted."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+
+from peft_dst import DSTConfig, DSTOptimizer
+from peft_dst.core import SparseWeight, kernels
+from tests.models import assert_same, weights
+
+
+@pytest.fixture(autouse=True)
+def interpreted():
+    if not kernels.available(torch.empty(1)):
+        pytest.skip("Triton is not installed, or not to be interpreted")
+
+
+def trained(steps=2, **options):
+    """Two linear layers, each tensor a silo of its own, after some steps; with their seed."""
+    torch.manual_seed(0)
+    base = nn.ModuleDict({name: nn.Linear(8, 8) for name in "ab"}).to(options.pop("dtype", torch.float32))
+    seed = weights(base)
+    model = get_peft_model(base, DSTConfig(epsilon=0.25, target_modules=["a", "b"], siloing="parameter"))
+    optimizer = DSTOptimizer([p for p in model.parameters() if p.requires_grad], lr=1e-2, **options)
+    for _ in range(steps):
+        step(base, optimizer)
+    return model, base, seed, optimizer
+
+
+def step(base, optimizer):
+    for parameter in base.parameters():
+        parameter.grad = torch.randn_like(parameter) if parameter.requires_grad else None
+    optimizer.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_that_is_interrupted_anywhere_is_undone(dtype, monkeypatch):
+    """Ctrl-C before or after any of the kernels, and of the notes that are taken of what they wrote."""
+    model, base, seed, optimizer = trained(kernels=True, dtype=dtype)
+    left = -1
+
+    def interruptible(function):
+        def call(*args, **kwargs):
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise KeyboardInterrupt
+            result = function(*args, **kwargs)
+            left -= 1
+            if left == 0:
+                raise KeyboardInterrupt
+            return result
+
+        return call
+
+    monkeypatch.setattr(kernels._Batch, "_launch", interruptible(kernels._Batch._launch))
+    monkeypatch.setattr(kernels, "_from_bits", interruptible(kernels._from_bits))
+    monkeypatch.setattr(SparseWeight, "place", interruptible(SparseWeight.place))
+    before = weights(base)
+    for moment in itertools.count(1):
+        left = moment
+        try:
+            step(base, optimizer)
+            break
+        except KeyboardInterrupt:
+            left = -1
+        assert_same(weights(base), before)
+        with model.disable_adapter():
+            assert_same(weights(base), seed)
+    assert moment > 24
+    assert sum(silo.free() for silo in model.constraint().silos) == model.constraint().budget
+    left = -1
+    with model.disable_adapter():
+        assert_same(weights(base), seed)
