@@ -141,18 +141,42 @@ def _device_code() -> ModuleType | None:
     return kernels_triton if kernels_triton.rounds_as_torch() else None
 
 
-def available(tensor: Tensor) -> bool:
-    """Whether the kernels run where a tensor is: on CUDA with Triton, or on the CPU under `TRITON_INTERPRET=1`.
-
-    That variable must be set before anything imports triton.
-    """
+def _meant_for(device: torch.device) -> bool:
+    """Whether there are kernels for a device, if they can be compiled."""
     code = _device_code()
     if code is None:
         return False
     # Interpreted kernels would read device addresses from the host. A mixture of both, as arises when the variable is
     # set between the import of triton and that of the kernels, runs nowhere.
     interpreted = {type(kernel).__name__ == "InterpretedFunction" for kernel in (code.adamw_maxima, code.tl.max)}
-    return interpreted == {tensor.device.type == "cpu"} and tensor.device.type in ("cpu", "cuda")
+    return interpreted == {device.type == "cpu"} and device.type in ("cpu", "cuda")
+
+
+@functools.cache
+def failure(device: torch.device) -> Exception | None:
+    """What went wrong when a kernel was tried on a device, as without a C compiler. None if nothing did, or if there is no
+    kernel for that device.
+    """
+    if not _meant_for(device):
+        return None
+    one, none = torch.zeros(1, device=device), torch.empty(0, device=device)
+    tensor = AdamWTensor(one, one, one, one, adamw_scalars(0.0, (0.0, 0.0), 0.0, 0.0, 1), none.long(), none, none)
+    batch, first = _Batch([[tensor]], [0], "absolute"), torch.zeros(1, dtype=torch.int64, device=device)
+    try:
+        batch.read(first, first)
+    except Exception as error:
+        # Whose frames hold tensors.
+        return error.with_traceback(None)
+    return None
+
+
+def available(tensor: Tensor) -> bool:
+    """Whether the kernels run where a tensor is: on CUDA with Triton, if that can compile them, or on the CPU under
+    `TRITON_INTERPRET=1`.
+
+    That variable must be set before anything imports triton.
+    """
+    return _meant_for(tensor.device) and failure(tensor.device) is None
 
 
 def supports_group(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
@@ -16,6 +18,7 @@ from ..core.kernels import (
     SiloStep,
     adamw_scalars,
     adamw_step,
+    failure,
     supports_group,
     supports_tensors,
 )
@@ -25,6 +28,41 @@ Groups = Mapping[nn.Parameter, Mapping[str, Any]]
 State = MutableMapping[Any, dict[str, Any]]
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+# Where the kernels are used unasked.
+BY_DEFAULT = "cuda"
+
+
+def wanted(kernels: bool | None, device: torch.device) -> bool:
+    """Whether the kernels are to step what is on a device, wherever they can.
+
+    Args:
+        kernels: what `DSTOptimizer` was told.
+        device: the device. The first time that it is met, a kernel is tried there.
+
+    Raises:
+        RuntimeError: if they were asked for and cannot be compiled.
+    """
+    if not (device.type == BY_DEFAULT if kernels is None else kernels):
+        return False
+    error = failure(device)
+    if error is not None and kernels:
+        raise RuntimeError(_remedy(device, error)) from error
+    if error is not None:
+        warn_once(device, error)
+    return error is None
+
+
+@functools.cache
+def warn_once(device: torch.device, error: Exception) -> None:
+    warnings.warn(f"{_remedy(device, error)} Until then steps go that way.", RuntimeWarning, stacklevel=2)
+
+
+def _remedy(device: torch.device, error: Exception) -> str:
+    return (
+        f"Triton cannot compile a kernel for {device}: {str(error).rstrip('.')}. It needs a C compiler (gcc or clang, or "
+        "what CC names) and Python's headers, which slim images lack. Install them, or make the DSTOptimizer with "
+        "kernels=False, which steps on working copies."
+    )
 
 
 def supports(engine: Optimizer, groups: Groups, state: State, constraint: Constraint, silo: Silo) -> bool:
@@ -91,15 +129,15 @@ def step(
     """
     weights = [weight for silo in silos for weight in silo.weights]
     counters = [state[weight.parameter]["step"] for weight in weights]
-    torch._foreach_add_(counters, 1)
     # On the host the counters cost nothing to read; where an optimizer keeps them on the device, one wait reads them all.
     one_place = len({counter.device for counter in counters}) == 1
     counts = iter(torch.stack(counters).tolist() if one_place else [float(counter) for counter in counters])
     batch = []
     for silo in silos:
         batch.append(
-            [_tensor(w, groups[w.parameter], state[w.parameter], next(counts), values(w)) for w in silo.weights]
+            [_tensor(w, groups[w.parameter], state[w.parameter], next(counts) + 1, values(w)) for w in silo.weights]
         )
+    torch._foreach_add_(counters, 1)
     try:
         adamw_step(batch, [silo.budget for silo in silos], constraint.distance, note)
     except NonFiniteStepError as error:

@@ -109,10 +109,10 @@ class SiloBySilo:
         fused.step(self.groups, self.optimizer.state, constraint, silos, self._subset_values, note)
 
     def _suits_kernels(self, constraint: Constraint, silo: Silo) -> bool:
-        wanted = self.optimizer.kernels
-        if wanted is None:
-            wanted = silo.weights[0].data.is_cuda
-        return wanted and fused.supports(self.optimizer.engine, self.groups, self.optimizer.state, constraint, silo)
+        optimizer = self.optimizer
+        return fused.wanted(optimizer.kernels, silo.weights[0].data.device) and fused.supports(
+            optimizer.engine, self.groups, optimizer.state, constraint, silo
+        )
 
     def _gradient(self, weight: SparseWeight) -> Tensor | None:
         return gradient(weight.parameter) if weight.parameter in self.groups else None

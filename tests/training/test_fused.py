@@ -1,4 +1,4 @@
-"""The fused step within a DSTOptimizer: what becomes of a step that is interrupted."""
+"""The fused step within a DSTOptimizer: what becomes of a step that is interrupted, or cannot be made."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import nn
 
 from peft_dst import DSTConfig, DSTOptimizer
 from peft_dst.core import SparseWeight, kernels
+from peft_dst.training import fused
 from tests.models import assert_same, weights
 
 
@@ -77,3 +78,59 @@ def test_a_step_that_is_interrupted_anywhere_is_undone(dtype, monkeypatch):
     left = -1
     with model.disable_adapter():
         assert_same(weights(base), seed)
+
+
+@pytest.fixture
+def no_compiler(monkeypatch):
+    """Every kernel fails to be compiled, as without a C compiler; the number of attempts is told."""
+    attempts = []
+
+    def fail(*args):
+        attempts.append(args)
+        raise RuntimeError("Failed to find C compiler.")
+
+    monkeypatch.setattr(kernels._Batch, "_launch", fail)
+    kernels.failure.cache_clear()
+    fused.warn_once.cache_clear()
+    yield attempts
+    kernels.failure.cache_clear()
+    fused.warn_once.cache_clear()
+
+
+def test_kernels_that_were_asked_for_and_cannot_be_compiled(no_compiler):
+    model, base, _, optimizer = trained(0, kernels=True)
+    before = weights(base)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"(?s)Failed to find C compiler.*kernels=False"):
+            step(base, optimizer)
+    assert len(no_compiler) == 1
+    assert not optimizer.state
+    assert_same(weights(base), before)
+    assert not kernels.available(base["a"].weight)
+    optimizer.kernels = False
+    step(base, optimizer)
+    assert model.constraint().silos[0].free() == 16
+
+
+def test_kernels_that_cannot_be_compiled_are_left_out(no_compiler, monkeypatch):
+    """On CUDA nobody asked for them."""
+    model, base, _, optimizer = trained(0)
+    monkeypatch.setattr(fused, "BY_DEFAULT", "cpu")
+    with pytest.warns(RuntimeWarning, match=r"(?s)Failed to find C compiler.*C compiler.*kernels=False") as caught:
+        step(base, optimizer)
+    step(base, optimizer)
+    assert len(caught) == len(no_compiler) == 1
+    assert model.constraint().steps == 2
+    assert {int(state["step"]) for state in optimizer.state.values()} == {2}
+
+
+def test_a_step_that_cannot_be_prepared_is_not_counted(monkeypatch):
+    _, base, _, optimizer = trained(1, kernels=True)
+
+    def fail(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(fused, "adamw_scalars", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        step(base, optimizer)
+    assert {int(state["step"]) for state in optimizer.state.values()} == {1}
