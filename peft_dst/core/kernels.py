@@ -119,7 +119,7 @@ def adamw_scalars(lr: float, betas: tuple[float, float], eps: float, weight_deca
     """The factors of a step, in Python floats as `torch.optim` computes them; `step` counts from 1."""
     beta1, beta2 = betas
     # torch takes the complement of a weight that is already rounded.
-    weight = float(torch.tensor(1 - beta1, dtype=torch.float32))
+    weight = float(torch.tensor(1 - beta1, dtype=torch.float32, device="cpu"))
     return AdamWScalars(
         decay=1 - lr * weight_decay,
         lerp=weight if weight < 0.5 else weight - 1,
@@ -250,7 +250,7 @@ def adamw_step(
         if not (0 <= budget < size or budget == size == 0):
             raise ValueError(f"silo {position} has a budget of {budget} for {size} components: nothing competes in it")
     if not any(silos):
-        return [SiloStep(Selection([], torch.zeros(())), [], []) for _ in silos]
+        return [SiloStep(Selection([], torch.zeros((), device="cpu")), [], []) for _ in silos]
     batch = _Batch(silos, budgets, kind)
     live = batch.read(batch.tensor, batch.position)
     try:
@@ -315,19 +315,18 @@ class _Batch:
         """Give every tensor, and the current subset of every silo, its slots."""
         self.first_slots: list[int] = []
         self.regions: list[int] = []
-        counts: list[int] = []
-        blocks = 0
+        blocks, counts, end = [], [], 0
         for silo in silos:
-            begin = blocks + sum(counts)
-            counts.append(sum(tensor.indices.numel() for tensor in silo))
+            begin = end
             for tensor in silo:
-                self.first_slots.append(begin)
-                begin += -(-tensor.weight.numel() // self.block)
-                blocks += -(-tensor.weight.numel() // self.block)
-            self.regions.append(blocks + sum(counts) - sum(self.regions))
+                self.first_slots.append(end)
+                end += -(-tensor.weight.numel() // self.block)
+            blocks.append(end - begin)
+            counts.append(sum(tensor.indices.numel() for tensor in silo))
+            end += counts[-1]
+            self.regions.append(end - begin)
         # The e-th component of the subset stands behind the blocks of its silo, and of all silos before.
-        own = [region - count for region, count in zip(self.regions, counts, strict=True)]
-        behind = self._spread(list(itertools.accumulate(own)), counts)
+        behind = self._spread(list(itertools.accumulate(blocks)), counts)
         self.entry_slots = torch.arange(sum(counts), device=self.device) + behind
 
     def _tabulate(self) -> None:
@@ -355,7 +354,7 @@ class _Batch:
         self.values = torch.cat([t.values for t in self.tensors])
 
     def _to_device(self, rows: Sequence[object], dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.tensor(rows, dtype=dtype).to(self.device, non_blocking=True)
+        return torch.tensor(rows, dtype=dtype, device="cpu").to(self.device, non_blocking=True)
 
     def _spread(self, items: list[int], counts: list[int]) -> Tensor:
         """Each item as often as its count says, int64; without waiting for the device."""
@@ -423,10 +422,10 @@ class _Batch:
         found = []
         for slots, budget in zip(maxima.split(self.regions), self.budgets, strict=True):
             if 0 < budget < slots.numel():
-                found.append(slots.topk(budget, sorted=False).values.min().clamp_min(1))
+                found.append(slots.topk(budget, sorted=False).values.amin())
             else:
-                found.append(maxima.new_tensor(1 if budget else _NOTHING))
-        return torch.stack(found)
+                found.append(maxima.new_full((), 1 if budget else _NOTHING))
+        return torch.stack(found).clamp_min_(1)
 
     def second_look(self, maxima: Tensor, bounds: Tensor) -> list[_Entries]:
         """Components outside the current subset that reach their silo's bound, in order."""

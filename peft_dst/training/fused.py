@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from ..core import Constraint, Silo, SparseWeight
 from ..core.kernels import (
+    AdamWScalars,
     AdamWTensor,
     NonFiniteStepError,
     SiloStep,
@@ -111,7 +112,7 @@ def step(
     state: State,
     constraint: Constraint,
     silos: list[Silo],
-    values: Callable[[SparseWeight], Tensor],
+    values: Mapping[SparseWeight, Tensor],
     note: Callable[[list[SiloStep]], None],
 ) -> None:
     """Step some silos, all of them supported.
@@ -121,7 +122,7 @@ def step(
         state: the state of each, which is updated.
         constraint: the constraint.
         silos: some of its silos.
-        values: the float32 values (k,) of a weight's current subset.
+        values: the float32 values (k,) of each weight's current subset.
         note: takes note of their new subsets, right before these are written (`adamw_step`).
 
     Raises:
@@ -132,11 +133,18 @@ def step(
     # On the host the counters cost nothing to read; where an optimizer keeps them on the device, one wait reads them all.
     one_place = len({counter.device for counter in counters}) == 1
     counts = iter(torch.stack(counters).tolist() if one_place else [float(counter) for counter in counters])
-    batch = []
+    # Of each group's tensors they are the same, unless some of them began later.
+    scalars: dict[tuple[int, float], AdamWScalars] = {}
+    batch: list[list[AdamWTensor]] = []
     for silo in silos:
-        batch.append(
-            [_tensor(w, groups[w.parameter], state[w.parameter], next(counts) + 1, values(w)) for w in silo.weights]
-        )
+        batch.append([])
+        for weight in silo.weights:
+            group, count = groups[weight.parameter], next(counts) + 1
+            own = scalars.get((id(group), count))
+            if own is None:
+                own = adamw_scalars(group["lr"], group["betas"], group["eps"], group["weight_decay"], count)
+                scalars[id(group), count] = own
+            batch[-1].append(_tensor(weight, own, state[weight.parameter], values[weight]))
     torch._foreach_add_(counters, 1)
     try:
         adamw_step(batch, [silo.budget for silo in silos], constraint.distance, note)
@@ -144,10 +152,7 @@ def step(
         raise constraint.non_finite(silos[error.silo], error.position) from error
 
 
-def _tensor(
-    weight: SparseWeight, group: Mapping[str, Any], state: Mapping[str, Any], count: float, values: Tensor
-) -> AdamWTensor:
-    scalars = adamw_scalars(group["lr"], group["betas"], group["eps"], group["weight_decay"], count)
+def _tensor(weight: SparseWeight, scalars: AdamWScalars, state: Mapping[str, Any], values: Tensor) -> AdamWTensor:
     gradient = weight.parameter.grad
     assert gradient is not None
     first, second = (state[name] for name in MOMENTS)

@@ -97,16 +97,21 @@ class SiloBySilo:
 
     def _by_kernels(self, constraint: Constraint, silos: list[Silo]) -> None:
         before = [self._remember(silo) for silo in silos]
+        values = {
+            weight: self._subset_values(weight, subset.values)
+            for silo, subsets in zip(silos, before, strict=True)
+            for weight, subset in zip(silo.weights, subsets, strict=True)
+        }
 
         def note(steps: list[SiloStep]) -> None:
             for silo, subsets, made in zip(silos, before, steps, strict=True):
                 silo.note(made.selection, subsets)
                 made_of = zip(silo.weights, made.selection.indices, made.seeds, made.values, strict=True)
-                for weight, indices, seeds, values in made_of:
+                for weight, indices, seeds, exact in made_of:
                     weight.place(indices, seeds)
-                    self._keep_exact(weight, values)
+                    self._keep_exact(weight, exact)
 
-        fused.step(self.groups, self.optimizer.state, constraint, silos, self._subset_values, note)
+        fused.step(self.groups, self.optimizer.state, constraint, silos, values, note)
 
     def _suits_kernels(self, constraint: Constraint, silo: Silo) -> bool:
         optimizer = self.optimizer
@@ -122,13 +127,13 @@ class SiloBySilo:
         self._before += [(w, b, self._values(w.parameter)) for w, b in zip(silo.weights, before, strict=True)]
         return before
 
-    def _subset_values(self, weight: SparseWeight) -> Tensor:
-        """Float32 values (k,) of a weight's current subset."""
+    def _subset_values(self, weight: SparseWeight, live: Tensor) -> Tensor:
+        """Float32 values (k,) of a weight's current subset, of which the live ones are the roundings."""
         values = self._values(weight.parameter)
         if values is not None and values.dim() and values.shape == weight.shape != weight.noted()[0].shape:
             # Loaded, with the whole weight (`DSTOptimizer.state_dict`).
             values = gather(local(values), weight.noted()[0])
-        return widened(weight.values(), values)
+        return widened(live, values)
 
     def _step_rest(self) -> None:
         """Step the parameters under no constraint."""
@@ -166,7 +171,7 @@ class SiloBySilo:
         for weight, flat in zip(silo.weights, self._stretch(silo, dtype, data[0].device), strict=True):
             copy = _with_strides_of(weight.data, flat).copy_(weight.data)
             if weight.data.dtype in HALF:
-                scatter(copy, weight.noted()[0], self._subset_values(weight))
+                scatter(copy, weight.noted()[0], self._subset_values(weight, weight.values()))
             copies.append(copy)
         return copies
 

@@ -392,6 +392,25 @@ def test_wrong_arguments_are_refused_before_anything_is_changed():
     assert_same_bits(tensor.fused.weight, tensor.seed)
 
 
+def test_nothing_follows_the_default_device(device):
+    """Which may be a GPU, where a factor of the step would be computed and waited for, or one without memory."""
+    silo = [make((300,), F32, device), make((), BF16, device)]
+    grads = [torch.ones_like(t.seed) for t in silo]
+    with torch.device("meta"):
+        rates = [scalars(1), scalars(1, betas=(0.3, 0.9))]
+        steps = fused_step([silo, []], [grads, []], [rates, []], [30, 0], "absolute")
+        assert fused_step([[]], [[]], [[]], [0], "absolute")[0].selection.threshold == 0
+    assert sum(indices.numel() for indices in steps[0].selection.indices) == 30
+    assert steps[1].selection.threshold == 0
+
+
+def test_silos_without_competition_cost_no_wait(device, monkeypatch):
+    """`new_tensor` waits for the device until its number is there."""
+    silos = [[make((n,), F32, device)] for n in (9, 700, 40, 0)]
+    monkeypatch.setattr(torch.Tensor, "new_tensor", None)
+    run(silos, [8, 50, 0, 0], "absolute", steps=2)
+
+
 def test_block_sizes():
     assert [K.block_size(10**8, k) for k in (0, 10**2, 10**4, 10**5, 10**6, 10**8)] == [1024, 1024, 256, 64, 16, 8]
     assert K.block_size(0, 0) == 8

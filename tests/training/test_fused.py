@@ -134,3 +134,26 @@ def test_a_step_that_cannot_be_prepared_is_not_counted(monkeypatch):
     with pytest.raises(torch.OutOfMemoryError):
         step(base, optimizer)
     assert {int(state["step"]) for state in optimizer.state.values()} == {1}
+
+
+def test_the_factors_of_a_step_are_computed_once_for_a_group(monkeypatch):
+    _, base, _, optimizer = trained(1, kernels=True)
+    own = [base["b"].bias]
+    optimizer.param_groups[0]["params"] = [p for p in optimizer.param_groups[0]["params"] if p is not own[0]]
+    optimizer.add_param_group({"params": own, "lr": 0.1})
+    made = []
+    monkeypatch.setattr(fused, "adamw_scalars", lambda *args: made.append(args) or kernels.adamw_scalars(*args))
+    step(base, optimizer)
+    assert [args[0] for args in made] == [1e-2, 0.1]
+    optimizer.state[base["a"].bias]["step"] += 5
+    step(base, optimizer)
+    assert [(args[0], args[-1]) for args in made[2:]] == [(1e-2, 3), (1e-2, 8), (0.1, 3)]
+
+
+def test_the_live_values_of_a_subset_are_gathered_once(monkeypatch):
+    _, base, _, optimizer = trained(1, kernels=True)
+    gathered = []
+    values = SparseWeight.values
+    monkeypatch.setattr(SparseWeight, "values", lambda weight: gathered.append(weight) or values(weight))
+    step(base, optimizer)
+    assert len(gathered) == len(set(gathered)) == 4
