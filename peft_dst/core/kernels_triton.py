@@ -48,7 +48,8 @@ def _remaining(table, tensor, start, LIMIT: tl.constexpr, ALIGNED: tl.constexpr)
     """Components of a tensor from `start` (int64) on, at most LIMIT, int32."""
     left = tl.minimum(tl.load(table + tensor * COLUMNS + NUMEL) - start, LIMIT).to(tl.int32)
     if ALIGNED:
-        left = tl.multiple_of(left, 16)
+        # Blocks may be shorter than 16.
+        left = tl.multiple_of(left, min(16, LIMIT))
     return left
 
 

@@ -411,6 +411,21 @@ def test_silos_without_competition_cost_no_wait(device, monkeypatch):
     run(silos, [8, 50, 0, 0], "absolute", steps=2)
 
 
+@pytest.mark.parametrize("budget", [2, 400], ids=["long blocks", "short blocks"])
+def test_the_compiler_is_told_the_truth_about_alignment(budget, monkeypatch):
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("the kernels are not interpreted")
+    told = []
+
+    def check(handle, name, values):
+        told.append(name)
+        assert not (handle.data % values[0]).any()
+
+    monkeypatch.setattr("triton.runtime.interpreter.TensorHandle.set_attr", check)
+    run([[make((1040,), F32), make((1000, 2), BF16)]], [budget], "absolute", steps=2)
+    assert set(told) == {"tt.divisibility"}
+
+
 def test_block_sizes():
     assert [K.block_size(10**8, k) for k in (0, 10**2, 10**4, 10**5, 10**6, 10**8)] == [1024, 1024, 256, 64, 16, 8]
     assert K.block_size(0, 0) == 8
