@@ -18,6 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from .constraint import Constraint, check_moment, concerned
 from .free import FixedStep
 from .step import StepInProgress
+from .tiled_step import TiledStep
 from .wrappers import check_wrappers
 from .wrappers import install as watch_wrappers
 
@@ -27,6 +28,7 @@ from .wrappers import install as watch_wrappers
 # undoes.
 _under_way: weakref.WeakKeyDictionary[Optimizer, list[tuple[Constraint, StepInProgress]]] = weakref.WeakKeyDictionary()
 _fixed: weakref.WeakKeyDictionary[Optimizer, FixedStep] = weakref.WeakKeyDictionary()
+_tiled: weakref.WeakKeyDictionary[Optimizer, TiledStep] = weakref.WeakKeyDictionary()
 # Optimizers that keep the constraint by themselves.
 _exempt: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 # Optimizers whose states are saved and loaded with all of their parameters, also after a step that raised.
@@ -53,29 +55,31 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
     if _is_inherited(optimizer):
         return
     _undo(_under_way.pop(optimizer, []))
-    if (unfinished := _fixed.pop(optimizer, None)) is not None:
-        unfinished.restore()
+    _give_back(optimizer)
+    _tiled.pop(optimizer, None)
+    _fixed.pop(optimizer, None)
     check_wrappers(optimizer)
     if optimizer in _exempt or _is_skipped(optimizer):
         return
     fixed = _fixed[optimizer] = FixedStep(optimizer)
-    if fixed.hides and optimizer not in _whole_states:
-        _whole_states.add(optimizer)
-        optimizer.register_state_dict_pre_hook(_end_unfinished)
-        optimizer.register_load_state_dict_pre_hook(_end_unfinished)
+    tiled = _tiled[optimizer] = TiledStep(optimizer, (*args[1:], *kwargs.values()))
     steps: list[tuple[Constraint, StepInProgress]] = []
     try:
         found = concerned(optimizer.param_groups)
         check_moment(found, optimizer.param_groups)
         for constraint, silos in found:
-            step = constraint.before_step(silos)
-            steps.append((constraint, step))
-            if step.is_outermost:
+            if all(weight.under_way is None for silo in silos for weight in silo.weights):
                 constraint.recall(optimizer.param_groups)
+            steps.append((constraint, constraint.before_step(tiled.take(constraint, silos))))
+        tiled.begin()
     except BaseException:
         _undo(steps)
-        fixed.restore()
+        _give_back(optimizer)
         raise
+    if (fixed.hides or tiled.hides) and optimizer not in _whole_states:
+        _whole_states.add(optimizer)
+        optimizer.register_state_dict_pre_hook(_give_back)
+        optimizer.register_load_state_dict_pre_hook(_give_back)
     if steps:
         _under_way[optimizer] = steps
 
@@ -84,16 +88,21 @@ def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, A
     if _is_inherited(optimizer):
         return
     steps = _under_way.pop(optimizer, [])
-    fixed = _fixed.pop(optimizer, None)
+    _give_back(optimizer)
+    fixed, tiled = _fixed.pop(optimizer, None), _tiled.pop(optimizer, None)
     try:
         for constraint, step in steps:
             constraint.after_step(step)
+        if tiled is not None:
+            tiled.end()
         if fixed is not None:
             fixed.end()
     except BaseException:
         # An update that is not finite, memory that ran out, Ctrl-C: no weight keeps an update that was not projected, nor
         # one beside others that are undone.
         _undo(steps)
+        if tiled is not None:
+            tiled.undo()
         if fixed is not None:
             fixed.undo()
         raise
@@ -119,9 +128,11 @@ def _is_inherited(optimizer: Optimizer) -> bool:
     return False
 
 
-def _end_unfinished(optimizer: Optimizer, *unused: Any) -> None:
-    if (fixed := _fixed.get(optimizer)) is not None:
-        fixed.restore()
+def _give_back(optimizer: Optimizer, *unused: Any) -> None:
+    """Give an optimizer all of its parameters back, in the order in which they were hidden."""
+    for hidden in (_tiled.get(optimizer), _fixed.get(optimizer)):
+        if hidden is not None:
+            hidden.restore()
 
 
 def _is_skipped(optimizer: Optimizer) -> bool:

@@ -195,9 +195,14 @@ def supports_group(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -
 
 
 def supports_tensors(weight: Tensor, grad: Tensor, *moments: Tensor) -> bool:
-    """Whether one parameter's tensors suit the kernels: layout, dtypes, shapes, one device where they run. Its moments are
-    given if there are any yet.
+    """Whether one parameter's tensors suit the kernels, and these run where they are. Its moments are given if there are any
+    yet.
     """
+    return suit(weight, grad, *moments) and available(weight)
+
+
+def suit(weight: Tensor, grad: Tensor, *moments: Tensor) -> bool:
+    """Whether one parameter's tensors are what the fused steps work on: layout, dtypes, shapes, one device."""
     tensors = (weight, grad, *moments)
     return (
         all(t.layout == torch.strided and t.is_contiguous() and t.device == weight.device for t in tensors)
@@ -205,7 +210,6 @@ def supports_tensors(weight: Tensor, grad: Tensor, *moments: Tensor) -> bool:
         and weight.dtype in _DTYPES
         and grad.dtype in _DTYPES
         and all(moment.dtype == torch.float32 for moment in moments)
-        and available(weight)
     )
 
 

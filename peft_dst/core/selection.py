@@ -26,7 +26,7 @@ from .tiles import Tiles, bits, count_above, positions_above
 # Blocks shorter than this are slow to reduce, longer ones make the second look longer than the first is shorter.
 _SHORTEST_BLOCK, _LONGEST_BLOCK = 64, 1024
 # Up to one free component in this many, block maxima are the faster way.
-_SPARSE = 200
+SPARSE = 200
 # Up to one in this many, everything above the bracket is kept as well, which saves the second pass that finds it.
 _FEW = 16
 _SAMPLE = 1 << 16
@@ -73,7 +73,7 @@ def select(
         silo.check_finite([delta.amax() for _, _, delta in silo.tiles()])
         everything = [_moved(*pair) if budget else pair[0].new_empty(0, dtype=torch.int64) for pair in silo.pairs]
         return Selection(everything, torch.zeros((), dtype=silo.dtype, device=silo.device))
-    return _by_block_maxima(silo, budget) if budget * _SPARSE <= silo.size else _by_bracket(silo, budget)
+    return _by_block_maxima(silo, budget) if budget * SPARSE <= silo.size else _by_bracket(silo, budget)
 
 
 def _moved(seed: Tensor, updated: Tensor) -> Tensor:
@@ -81,10 +81,10 @@ def _moved(seed: Tensor, updated: Tensor) -> Tensor:
 
 
 def _by_block_maxima(silo: Tiles, budget: int) -> Selection:
-    block = _block_size(silo.size, budget)
+    block = block_size(silo.size, budget)
     maxima = silo.block_maxima(block)
-    bound = float(_kth_largest(maxima, budget)) if budget < maxima.numel() else 0.0
-    below = _just_below(bound, silo.dtype)
+    bound = float(kth_largest(maxima, budget)) if budget < maxima.numel() else 0.0
+    below = just_below(bound, silo.dtype)
     blocks = positions_above(maxima, below)
     if blocks.numel() > 2 * budget:
         # Many maxima tie at the bound. Each is a tie at the threshold or below it, of which the first are enough.
@@ -92,12 +92,12 @@ def _by_block_maxima(silo: Tiles, budget: int) -> Selection:
         blocks = torch.cat([positions_above(maxima, bound), ties]).sort().values
     # The blocks are looked at in tiles as well: what is gathered then never has to be fetched from the system.
     distances, positions = silo.find_in_blocks(blocks, block, below)
-    keep, threshold = _largest(torch.cat(distances), budget)
+    keep, threshold = largest(torch.cat(distances), budget)
     kept = keep.split([delta.numel() for delta in distances])
     return Selection([at[mask] for at, mask in zip(positions, kept, strict=True)], threshold)
 
 
-def _block_size(n: int, budget: int) -> int:
+def block_size(n: int, budget: int) -> int:
     """About 1 / (32 ε) components, a power of two: then a thirtieth of the silo is looked at twice."""
     return min(_LONGEST_BLOCK, max(_SHORTEST_BLOCK, 1 << max(0, (n // (32 * budget)).bit_length() - 1)))
 
@@ -115,7 +115,7 @@ def _by_bracket(silo: Tiles, budget: int) -> Selection:
         if above < budget and (budget <= above + found or (low == 0.0 and (found or high == math.inf))):
             break
         margin *= 8
-    keep, threshold = _largest(torch.cat(distances), budget - above)
+    keep, threshold = largest(torch.cat(distances), budget - above)
     kept = keep.split([d.numel() for d in distances])
     if high == math.inf:
         return Selection([at[mask] for at, mask in zip(positions, kept, strict=True)], threshold)
@@ -157,7 +157,7 @@ def _look(silo: Tiles, low: float, high: float, enough: int) -> tuple[int, list[
     Returns:
         (count, distances, flat positions), the last two with one tensor (m_i,) for each of the silo's.
     """
-    maxima, above, found, below = [], 0, 0, _just_below(low, silo.dtype)
+    maxima, above, found, below = [], 0, 0, just_below(low, silo.dtype)
     distances, positions = silo.nothing(silo.dtype), silo.nothing(torch.int64)
     for i, start, delta in silo.tiles():
         maxima.append(delta.amax())
@@ -182,7 +182,7 @@ def _reach(silo: Tiles, threshold: float, last: tuple[int, int], count: int) -> 
         count: how many there are. They are joined as they are found: fetching the memory for them twice takes its time.
     """
     everywhere = torch.empty(count, dtype=torch.int64, device=silo.device)
-    counts, below = [0] * len(silo.pairs), _just_below(threshold, silo.dtype)
+    counts, below = [0] * len(silo.pairs), just_below(threshold, silo.dtype)
     for i, start, delta in silo.tiles():
         ties = 0 if i > last[0] else delta.numel() if i < last[0] else min(max(last[1] + 1 - start, 0), delta.numel())
         for part, bound, offset in ((delta[:ties], below, start), (delta[ties:], threshold, start + ties)):
@@ -195,18 +195,18 @@ def _reach(silo: Tiles, threshold: float, last: tuple[int, int], count: int) -> 
     return list(everywhere.split(counts))
 
 
-def _just_below(bound: float, dtype: torch.dtype) -> float:
+def just_below(bound: float, dtype: torch.dtype) -> float:
     """The next smaller value of a dtype, or zero: what is above it reaches the bound and is not zero."""
     return max(
         0.0, float(torch.nextafter(*(torch.tensor(value, dtype=dtype, device="cpu") for value in (bound, -math.inf))))
     )
 
 
-def _kth_largest(values: Tensor, k: int) -> Tensor:
+def kth_largest(values: Tensor, k: int) -> Tensor:
     return values.topk(k, sorted=False).values.amin()
 
 
-def _largest(distances: Tensor, budget: int) -> tuple[Tensor, Tensor]:
+def largest(distances: Tensor, budget: int) -> tuple[Tensor, Tensor]:
     """Mark the `budget` largest entries of a 1-d tensor of positive ones, the earlier first where they tie.
 
     Returns:
@@ -217,7 +217,7 @@ def _largest(distances: Tensor, budget: int) -> tuple[Tensor, Tensor]:
         return keep, distances.new_zeros(())
     if distances.numel() <= budget:
         return ~keep, distances.min()
-    threshold = _kth_largest(distances, budget)
+    threshold = kth_largest(distances, budget)
     keep = distances > threshold
     ties = (distances == threshold).nonzero().flatten()
     keep[ties[: budget - int(keep.sum())]] = True

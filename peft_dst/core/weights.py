@@ -93,6 +93,7 @@ class SparseWeight:
         self.stepping: weakref.ref[object] | None = None
         #: How often the seed was replaced.
         self.generation = 0
+        self._seed_bound: tuple[object, float] | None = None
         #: The parameter where it is divided over processes: FSDP2 puts whole ones in its place for a forward pass.
         self._divided: DTensor | None = None
         self._box: tuple[object, Box] | None = None
@@ -364,6 +365,15 @@ class SparseWeight:
         entries = processes.join(torch.stack((self.box.outwards(positions), bits(values).long()), 1))
         everywhere, order = entries[:, 0].sort()
         return everywhere, entries[order, 1].to(bits(values).dtype).view(values.dtype)
+
+    def seed_bound(self) -> float:
+        """A number that no absolute value of the seed exceeds. It is computed once for each seed."""
+        data = self._follow()
+        known = (self.generation, data.dtype, self.shape)
+        if self._seed_bound is None or self._seed_bound[0] != known:
+            largest = [part.abs().max() for part in (data, self.seeds) if part.numel()]
+            self._seed_bound = known, float(torch.stack(largest).max()) if largest else 0.0
+        return self._seed_bound[1]
 
     def flat(self) -> Tensor:
         """The live weight, flat, shape (n,); a view wherever its layout allows."""

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
-from ..core import Constraint, Silo, SparseWeight
+from ..core import Constraint, Silo, SparseWeight, adamw
+from ..core.adamw import MOMENTS, Groups, State
 from ..core.kernels import (
     AdamWScalars,
     AdamWTensor,
@@ -20,15 +21,10 @@ from ..core.kernels import (
     adamw_scalars,
     adamw_step,
     failure,
-    supports_group,
     supports_tensors,
 )
 
 
-Groups = Mapping[nn.Parameter, Mapping[str, Any]]
-State = MutableMapping[Any, dict[str, Any]]
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 # Where the kernels are used unasked.
 BY_DEFAULT = "cuda"
 
@@ -67,44 +63,8 @@ def _remedy(device: torch.device, error: Exception) -> str:
 
 
 def supports(engine: Optimizer, groups: Groups, state: State, constraint: Constraint, silo: Silo) -> bool:
-    """Whether the kernels can make an optimizer's step of one silo and the exact selection after it. If so, it is prepared.
-
-    Args:
-        engine: the optimizer.
-        groups: the parameter group of each of its parameters.
-        state: the state of those that have been stepped before; that of the others in the silo is begun if they can.
-        constraint: the constraint.
-        silo: one of its silos.
-    """
-    if constraint.tracking or constraint.normalization or silo.budget >= silo.size:
-        return False
-    if any(weight.is_divided for weight in silo.weights):
-        return False
-    if not constraint.chooses(not silo.free()):
-        return False
-    for weight in silo.weights:
-        parameter = weight.parameter
-        if parameter not in groups or parameter.grad is None or not supports_group(engine, groups[parameter]):
-            return False
-        own = state.get(parameter, {})
-        moments = [own[name] for name in MOMENTS] if "step" in own else []
-        if not supports_tensors(weight.data, parameter.grad, *moments):
-            return False
-    # Not before all of them suit: working copies of the silo may be float64, and so would be their moments.
-    for weight in silo.weights:
-        start_state(weight.parameter, groups[weight.parameter], state)
-    return True
-
-
-def start_state(parameter: nn.Parameter, group: Mapping[str, Any], state: State) -> None:
-    """Give a parameter the state that torch's AdamW begins with, in float32, if it has none yet."""
-    if "step" not in state[parameter]:
-        device = parameter.device if group.get("fused") else "cpu"
-        state[parameter]["step"] = torch.zeros((), dtype=torch.float32, device=device)
-        for name in MOMENTS:
-            state[parameter][name] = torch.zeros_like(
-                parameter, dtype=torch.float32, memory_format=torch.preserve_format
-            )
+    """Whether the kernels can make an optimizer's step of one silo and the selection after it (`core.adamw.supports`)."""
+    return adamw.supports(engine, groups, state, constraint, silo, supports_tensors)
 
 
 def step(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import Constraint, FixedStep, Silo, SparseWeight, Subset, concerned, gather, scatter
+from ..core import tiled_step
 from ..core.choice import Choice
 from ..core.distances import wide_dtype
 from ..core.free import VALUES
@@ -70,7 +71,11 @@ class SiloBySilo:
         by_kernels = [silo for silo in silos if self._suits_kernels(constraint, silo)]
         for device in dict.fromkeys(silo.weights[0].data.device for silo in by_kernels):
             self._by_kernels(constraint, [silo for silo in by_kernels if silo.weights[0].data.device == device])
-        done = set(by_kernels)
+        rest = [silo for silo in silos if silo not in by_kernels]
+        by_tiles = [silo for silo in rest if self._suits_tiles(constraint, silo)]
+        if by_tiles:
+            self._by_tiles(constraint, by_tiles)
+        done = {*by_kernels, *by_tiles}
         for silo in silos:
             if silo not in done:
                 self._by_working_copies(constraint, silo)
@@ -95,13 +100,26 @@ class SiloBySilo:
         if weight.data.dtype in HALF:
             self.optimizer.state[weight.parameter][VALUES] = values
 
-    def _by_kernels(self, constraint: Constraint, silos: list[Silo]) -> None:
+    def _by_tiles(self, constraint: Constraint, silos: list[Silo]) -> None:
+        before, values = self._remember_all(silos)
+        chosen = tiled_step.choose(self.groups, self.optimizer.state, constraint, silos, values)
+        for silo, subsets, made in zip(silos, before, chosen, strict=True):
+            silo.write(made.selection, made.values, subsets)
+            for weight, exact in zip(silo.weights, made.values, strict=True):
+                self._keep_exact(weight, exact)
+
+    def _remember_all(self, silos: list[Silo]) -> tuple[list[list[Subset]], dict[SparseWeight, Tensor]]:
+        """The subsets of some silos, and their float32 values."""
         before = [self._remember(silo) for silo in silos]
         values = {
             weight: self._subset_values(weight, subset.values)
             for silo, subsets in zip(silos, before, strict=True)
             for weight, subset in zip(silo.weights, subsets, strict=True)
         }
+        return before, values
+
+    def _by_kernels(self, constraint: Constraint, silos: list[Silo]) -> None:
+        before, values = self._remember_all(silos)
 
         def note(steps: list[SiloStep]) -> None:
             for silo, subsets, made in zip(silos, before, steps, strict=True):
@@ -116,6 +134,12 @@ class SiloBySilo:
     def _suits_kernels(self, constraint: Constraint, silo: Silo) -> bool:
         optimizer = self.optimizer
         return fused.wanted(optimizer.kernels, silo.weights[0].data.device) and fused.supports(
+            optimizer.engine, self.groups, optimizer.state, constraint, silo
+        )
+
+    def _suits_tiles(self, constraint: Constraint, silo: Silo) -> bool:
+        optimizer = self.optimizer
+        return optimizer.kernels is not False and tiled_step.suits_tiles(
             optimizer.engine, self.groups, optimizer.state, constraint, silo
         )
 

@@ -1,0 +1,158 @@
+"""Between optimizers and `adamw_tiles`: which silos are stepped there, and how that is done in an optimizer's place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .adamw import MOMENTS, Groups, State, supports
+from .adamw_tiles import AdamWOptions, Chosen, TiledTensor, rounds_as_torch, step_and_select
+from .constraint import Constraint
+from .kernels import NonFiniteStepError, suit
+from .selection import SPARSE
+from .subset import Silo, Subset
+from .weights import SparseWeight
+
+
+def suits_tiles(engine: Optimizer, groups: Groups, state: State, constraint: Constraint, silo: Silo) -> bool:
+    """Whether `choose` makes an optimizer's step of one silo, to the last bit. If so, it is prepared.
+
+    That is: torch's fused AdamW of weights on the CPU, and a budget small enough for block maxima to be of use.
+    """
+    return (
+        silo.budget * SPARSE <= silo.size
+        and silo.weights[0].data.device.type == "cpu"
+        and all(groups.get(weight.parameter, {}).get("fused") for weight in silo.weights)
+        and supports(engine, groups, state, constraint, silo, suit)
+        and rounds_as_torch()
+    )
+
+
+def choose(
+    groups: Groups, state: State, constraint: Constraint, silos: list[Silo], values: Mapping[SparseWeight, Tensor]
+) -> list[Chosen]:
+    """Update the moments of some silos, all of which suit, and choose their subsets. Nothing else is changed.
+
+    Args:
+        groups: the parameter group of each parameter.
+        state: the state of each, which is updated.
+        constraint: the constraint.
+        silos: some of its silos.
+        values: the float32 values (k,) of each weight's current subset.
+
+    Raises:
+        FloatingPointError: if an update is NaN or infinite.
+    """
+    counters = [state[weight.parameter]["step"] for silo in silos for weight in silo.weights]
+    torch._foreach_add_(counters, 1)
+    batch = [
+        [_tensor(weight, groups[weight.parameter], state[weight.parameter], values[weight]) for weight in silo.weights]
+        for silo in silos
+    ]
+    try:
+        return step_and_select(batch, [silo.budget for silo in silos], constraint.distance)
+    except NonFiniteStepError as error:
+        raise constraint.non_finite(silos[error.silo], error.position) from error
+
+
+def _tensor(weight: SparseWeight, group: Mapping[str, Any], state: Mapping[str, Any], values: Tensor) -> TiledTensor:
+    grad = weight.parameter.grad
+    assert grad is not None
+    options = AdamWOptions(group["lr"], *group["betas"], group["eps"], group["weight_decay"], float(state["step"]))
+    first, second = (state[name] for name in MOMENTS)
+    indices, seeds = weight.noted()
+    return TiledTensor(weight.data, grad, first, second, options, indices, seeds, values, weight.seed_bound())
+
+
+class TiledStep:
+    """The step of some silos in an optimizer's place: what it would make of them is known before it steps the rest.
+
+    Their parameters are out of its groups meanwhile, and written when its step has come to its end. So nothing is to be
+    undone if it does not.
+
+    Args:
+        optimizer: the optimizer.
+        arguments: those of its step.
+    """
+
+    def __init__(self, optimizer: Optimizer, arguments: tuple[Any, ...]):
+        self.optimizer = optimizer
+        self.groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
+        # A closure computes the gradients within the step; other hooks may still clip them, or look at what the step made.
+        # A GradScaler may leave it to a fused optimizer to unscale them.
+        self._may = (
+            all(argument is None for argument in arguments)
+            and not optimizer._optimizer_step_pre_hooks
+            and not optimizer._optimizer_step_post_hooks
+            and getattr(optimizer, "grad_scale", None) is None
+        )
+        self._silos: dict[Constraint, list[Silo]] = {}
+        self._chosen: list[tuple[Silo, list[Subset], Chosen]] = []
+        self._hidden: list[tuple[dict[str, Any], list[Any]]] = []
+
+    def take(self, constraint: Constraint, silos: list[Silo]) -> list[Silo]:
+        """Take on those of a constraint's silos that suit, and return the others."""
+        mine = [silo for silo in silos if self._may and self._suits(constraint, silo)]
+        if mine:
+            self._silos[constraint] = mine
+        return [silo for silo in silos if silo not in mine]
+
+    def _suits(self, constraint: Constraint, silo: Silo) -> bool:
+        # What is float32 here is so in a plain step, too, and what another step holds is a working copy.
+        return all(
+            weight.under_way is None
+            and weight.data.dtype == torch.float32
+            and (weight.parameter.grad is None or weight.parameter.grad.dtype == torch.float32)
+            for weight in silo.weights
+        ) and suits_tiles(self.optimizer, self.groups, self.optimizer.state, constraint, silo)
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Choose the subsets, and hide the parameters from the optimizer.
+
+        Raises:
+            FloatingPointError: if an update is NaN or infinite.
+        """
+        for constraint, silos in self._silos.items():
+            before = [[Subset.of(weight) for weight in silo.weights] for silo in silos]
+            values = {
+                weight: subset.values
+                for silo, subsets in zip(silos, before, strict=True)
+                for weight, subset in zip(silo.weights, subsets, strict=True)
+            }
+            chosen = choose(self.groups, self.optimizer.state, constraint, silos, values)
+            self._chosen += zip(silos, before, chosen, strict=True)
+        mine = {id(weight.parameter) for silo, _, _ in self._chosen for weight in silo.weights}
+        for group in self.optimizer.param_groups if mine else []:
+            self._hidden.append((group, group["params"]))
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in mine]
+
+    @property
+    def hides(self) -> bool:
+        """Whether parameters are missing in the optimizer's groups meanwhile."""
+        return bool(self._hidden)
+
+    def restore(self) -> None:
+        """Give the optimizer its parameters back."""
+        for group, parameters in self._hidden:
+            group["params"] = parameters
+        self._hidden.clear()
+
+    @torch.no_grad()
+    def end(self) -> None:
+        """Write the new subsets."""
+        self.restore()
+        for silo, before, chosen in self._chosen:
+            silo.write(chosen.selection, chosen.values, before)
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """Write the former subsets."""
+        self.restore()
+        for silo, before, _ in self._chosen:
+            for weight, subset in zip(silo.weights, before, strict=True):
+                subset.restore(weight)
