@@ -187,11 +187,16 @@ class Choice:
 
     def _keep(self, silo: Silo, updates: Sequence[Tensor], before: Sequence[Subset]) -> Selection:
         """The subset from before, unless an update in it is not finite."""
-        for i, (updated, subset) in enumerate(zip(updates, before, strict=True)):
+        finite, moved = [], []
+        for updated, subset in zip(updates, before, strict=True):
             values = gather(updated, subset.indices)
-            if not torch.isfinite(values).all():
-                raise NonFiniteDistanceError(i)
-            self._moved = self._moved or not torch.equal(values.to(subset.values.dtype), subset.values)
+            finite.append(torch.isfinite(values).all())
+            moved.append((values.to(subset.values.dtype) != subset.values).any())
+        # One wait reads them all.
+        found = torch.stack([*finite, *moved]).tolist()
+        if not all(found[: len(finite)]):
+            raise NonFiniteDistanceError(found.index(False))
+        self._moved = self._moved or any(found[len(finite) :])
         return Selection([subset.indices for subset in before], silo.threshold)
 
 

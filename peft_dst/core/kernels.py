@@ -17,7 +17,7 @@ import functools
 import importlib.util
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType, ModuleType
 from typing import Any, NamedTuple
@@ -119,7 +119,7 @@ def adamw_scalars(lr: float, betas: tuple[float, float], eps: float, weight_deca
     """The factors of a step, in Python floats as `torch.optim` computes them; `step` counts from 1."""
     beta1, beta2 = betas
     # torch takes the complement of a weight that is already rounded.
-    weight = float(torch.tensor(1 - beta1, dtype=torch.float32))
+    weight = float(torch.tensor(1 - beta1, dtype=torch.float32, device="cpu"))
     return AdamWScalars(
         decay=1 - lr * weight_decay,
         lerp=weight if weight < 0.5 else weight - 1,
@@ -141,18 +141,42 @@ def _device_code() -> ModuleType | None:
     return kernels_triton if kernels_triton.rounds_as_torch() else None
 
 
-def available(tensor: Tensor) -> bool:
-    """Whether the kernels run where a tensor is: on CUDA with Triton, or on the CPU under `TRITON_INTERPRET=1`.
-
-    That variable must be set before anything imports triton.
-    """
+def _meant_for(device: torch.device) -> bool:
+    """Whether there are kernels for a device, if they can be compiled."""
     code = _device_code()
     if code is None:
         return False
     # Interpreted kernels would read device addresses from the host. A mixture of both, as arises when the variable is
     # set between the import of triton and that of the kernels, runs nowhere.
     interpreted = {type(kernel).__name__ == "InterpretedFunction" for kernel in (code.adamw_maxima, code.tl.max)}
-    return interpreted == {tensor.device.type == "cpu"} and tensor.device.type in ("cpu", "cuda")
+    return interpreted == {device.type == "cpu"} and device.type in ("cpu", "cuda")
+
+
+@functools.cache
+def failure(device: torch.device) -> Exception | None:
+    """What went wrong when a kernel was tried on a device, as without a C compiler. None if nothing did, or if there is no
+    kernel for that device.
+    """
+    if not _meant_for(device):
+        return None
+    one, none = torch.zeros(1, device=device), torch.empty(0, device=device)
+    tensor = AdamWTensor(one, one, one, one, adamw_scalars(0.0, (0.0, 0.0), 0.0, 0.0, 1), none.long(), none, none)
+    batch, first = _Batch([[tensor]], [0], "absolute"), torch.zeros(1, dtype=torch.int64, device=device)
+    try:
+        batch.read(first, first)
+    except Exception as error:
+        # Whose frames hold tensors.
+        return error.with_traceback(None)
+    return None
+
+
+def available(tensor: Tensor) -> bool:
+    """Whether the kernels run where a tensor is: on CUDA with Triton, if that can compile them, or on the CPU under
+    `TRITON_INTERPRET=1`.
+
+    That variable must be set before anything imports triton.
+    """
+    return _meant_for(tensor.device) and failure(tensor.device) is None
 
 
 def supports_group(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> bool:
@@ -195,7 +219,12 @@ def block_size(n: int, budget: int) -> int:
 
 
 @torch.no_grad()
-def adamw_step(silos: Sequence[Sequence[AdamWTensor]], budgets: Sequence[int], kind: str) -> list[SiloStep]:
+def adamw_step(
+    silos: Sequence[Sequence[AdamWTensor]],
+    budgets: Sequence[int],
+    kind: str,
+    note: Callable[[list[SiloStep]], None] = lambda steps: None,
+) -> list[SiloStep]:
     """Make one AdamW step of some silos under the constraint, and write their live weights.
 
     The number of kernel launches and of waits for the device does not grow with that of tensors or silos, but for one
@@ -206,10 +235,12 @@ def adamw_step(silos: Sequence[Sequence[AdamWTensor]], budgets: Sequence[int], k
         silos: for each silo its tensors, in the order in which ties are decided.
         budgets: k of each silo, 0 <= k < its size. Where k is the size nothing competes: use the optimizer itself.
         kind: name of the distance.
+        note: called with what is returned while all live weights are the seed, before the new subset is written. Whatever
+            interrupts the call from then on, seeds put back where they are noted are the whole seed.
 
     Raises:
         NonFiniteStepError: if a Δ is NaN or infinite, be it the update or a weight that was so before. The live weights
-            are then as before the call; the moments are updated.
+            are then as before the call, as after whatever else is raised before `note` is called; the moments are updated.
         ValueError: if a budget is not less than its silo, or the distance is unknown.
     """
     if kind not in DISTANCES:
@@ -219,18 +250,23 @@ def adamw_step(silos: Sequence[Sequence[AdamWTensor]], budgets: Sequence[int], k
         if not (0 <= budget < size or budget == size == 0):
             raise ValueError(f"silo {position} has a budget of {budget} for {size} components: nothing competes in it")
     if not any(silos):
-        return [SiloStep(Selection([], torch.zeros(())), [], []) for _ in silos]
+        return [SiloStep(Selection([], torch.zeros((), device="cpu")), [], []) for _ in silos]
     batch = _Batch(silos, budgets, kind)
-    live = batch.exchange(batch.tensor, batch.position, torch.full_like(batch.seed_bits, -1))
+    live = batch.read(batch.tensor, batch.position)
     try:
+        batch.write(batch.tensor, batch.position, torch.full_like(live, -1))
         maxima, updated = batch.first_pass()
         batch.check_finite(maxima)
         winners, threshold = batch.choose(maxima, updated)
+        rounded = batch.rounded(winners.tensor, winners.updated)
+        batch.write(batch.tensor, batch.position, batch.seed_bits)
+        steps = batch.divide(winners, threshold)
     except BaseException:
-        batch.exchange(batch.tensor, batch.position, live)
+        batch.write(batch.tensor, batch.position, live)
         raise
-    batch.exchange(batch.tensor, batch.position, batch.seed_bits)
-    return batch.commit(winners, threshold)
+    note(steps)
+    batch.write(winners.tensor, winners.position, rounded)
+    return steps
 
 
 class _Entries(NamedTuple):
@@ -279,19 +315,18 @@ class _Batch:
         """Give every tensor, and the current subset of every silo, its slots."""
         self.first_slots: list[int] = []
         self.regions: list[int] = []
-        counts: list[int] = []
-        blocks = 0
+        blocks, counts, end = [], [], 0
         for silo in silos:
-            begin = blocks + sum(counts)
-            counts.append(sum(tensor.indices.numel() for tensor in silo))
+            begin = end
             for tensor in silo:
-                self.first_slots.append(begin)
-                begin += -(-tensor.weight.numel() // self.block)
-                blocks += -(-tensor.weight.numel() // self.block)
-            self.regions.append(blocks + sum(counts) - sum(self.regions))
+                self.first_slots.append(end)
+                end += -(-tensor.weight.numel() // self.block)
+            blocks.append(end - begin)
+            counts.append(sum(tensor.indices.numel() for tensor in silo))
+            end += counts[-1]
+            self.regions.append(end - begin)
         # The e-th component of the subset stands behind the blocks of its silo, and of all silos before.
-        own = [region - count for region, count in zip(self.regions, counts, strict=True)]
-        behind = self._spread(list(itertools.accumulate(own)), counts)
+        behind = self._spread(list(itertools.accumulate(blocks)), counts)
         self.entry_slots = torch.arange(sum(counts), device=self.device) + behind
 
     def _tabulate(self) -> None:
@@ -315,17 +350,17 @@ class _Batch:
         self.position = torch.cat([t.indices for t in self.tensors])
         # Joining tensors of several dtypes widens to one that holds all of them exactly.
         self.seeds = torch.cat([t.seeds for t in self.tensors]).float()
-        self.seed_bits = self._rounded(self.tensor, self.seeds)
+        self.seed_bits = self.rounded(self.tensor, self.seeds)
         self.values = torch.cat([t.values for t in self.tensors])
 
     def _to_device(self, rows: Sequence[object], dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.tensor(rows, dtype=dtype).to(self.device, non_blocking=True)
+        return torch.tensor(rows, dtype=dtype, device="cpu").to(self.device, non_blocking=True)
 
     def _spread(self, items: list[int], counts: list[int]) -> Tensor:
         """Each item as often as its count says, int64; without waiting for the device."""
         return self._to_device(items).repeat_interleave(self._to_device(counts), output_size=sum(counts))
 
-    def _rounded(self, tensor: Tensor, values: Tensor) -> Tensor:
+    def rounded(self, tensor: Tensor, values: Tensor) -> Tensor:
         """Bits, int32 (c,), that float32 values (c,) have in the dtype of the tensors they are for."""
         dtypes = [t.weight.dtype for t in self.tensors]
         present = list(dict.fromkeys(dtypes))
@@ -336,11 +371,17 @@ class _Batch:
                 result = torch.where(kinds == kind, bits(values.to(dtype)).int(), result)
         return result
 
-    def exchange(self, tensor: Tensor, position: Tensor, new: Tensor) -> Tensor:
-        """Write bits (c,) over live weights, and return those they replace, int32 (c,)."""
-        old = torch.empty_like(new)
-        self._launch("exchange", _lanes(new), (tensor, position, self.wide, self.table, new, old, new.numel()))
-        return old
+    def read(self, tensor: Tensor, position: Tensor) -> Tensor:
+        """Bits of live weights, int32 (c,)."""
+        found = torch.empty(position.shape, dtype=torch.int32, device=self.device)
+        where = (tensor, position, self.wide, self.table)
+        self._launch("read_weights", _lanes(found), (*where, found, found.numel()))
+        return found
+
+    def write(self, tensor: Tensor, position: Tensor, new: Tensor) -> None:
+        """Write bits, int32 (c,), over live weights."""
+        where = (tensor, position, self.wide, self.table)
+        self._launch("write_weights", _lanes(new), (*where, new, new.numel()))
 
     def first_pass(self) -> tuple[Tensor, Tensor]:
         """Update all moments.
@@ -381,10 +422,10 @@ class _Batch:
         found = []
         for slots, budget in zip(maxima.split(self.regions), self.budgets, strict=True):
             if 0 < budget < slots.numel():
-                found.append(slots.topk(budget, sorted=False).values.min().clamp_min(1))
+                found.append(slots.topk(budget, sorted=False).values.amin())
             else:
-                found.append(maxima.new_tensor(1 if budget else _NOTHING))
-        return torch.stack(found)
+                found.append(maxima.new_full((), 1 if budget else _NOTHING))
+        return torch.stack(found).clamp_min_(1)
 
     def second_look(self, maxima: Tensor, bounds: Tensor) -> list[_Entries]:
         """Components outside the current subset that reach their silo's bound, in order."""
@@ -432,10 +473,9 @@ class _Batch:
         threshold = threshold.scatter_reduce(0, silo[kept], winners.delta, "amin")
         return winners, threshold.masked_fill(threshold == _NOTHING, 0)
 
-    def commit(self, winners: _Entries, threshold: Tensor) -> list[SiloStep]:
-        """Write the new subset over live weights that hold the seed, and divide what is known of it by tensor."""
-        rounded = self._rounded(winners.tensor, winners.updated)
-        seed_bits = self.exchange(winners.tensor, winners.position, rounded)
+    def divide(self, winners: _Entries, threshold: Tensor) -> list[SiloStep]:
+        """Divide what is known of the new subset by tensor. The live weights are the seed now."""
+        seed_bits = self.read(winners.tensor, winners.position)
         ends = torch.searchsorted(winners.tensor, torch.arange(len(self.tensors), device=self.device), right=True)
         counts = torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
         indices, values = winners.position.split(counts), winners.updated.split(counts)

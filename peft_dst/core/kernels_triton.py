@@ -48,7 +48,8 @@ def _remaining(table, tensor, start, LIMIT: tl.constexpr, ALIGNED: tl.constexpr)
     """Components of a tensor from `start` (int64) on, at most LIMIT, int32."""
     left = tl.minimum(tl.load(table + tensor * COLUMNS + NUMEL) - start, LIMIT).to(tl.int32)
     if ALIGNED:
-        left = tl.multiple_of(left, 16)
+        # Blocks may be shorter than 16.
+        left = tl.multiple_of(left, min(16, LIMIT))
     return left
 
 
@@ -209,26 +210,36 @@ def incumbents(tensors, indices, seeds, masters, table, scalars, slots, maxima, 
 
 
 @triton.jit
-def exchange(tensors, indices, tensor_wide, table, new, old, count):
-    """Write bit patterns over single weights, and tell those they replace.
+def _single_weights(tensors, indices, tensor_wide, table, inside):
+    """Where single weights stand, as 4 bytes and as 2, and which of the two they are (LANES,)."""
+    tensor = tl.load(tensors, mask=inside, other=0)
+    index = tl.load(indices, mask=inside, other=0)
+    address = tl.load(table + tensor * COLUMNS + WEIGHT)
+    is_wide = tl.load(tensor_wide + tensor) != 0
+    return address.to(tl.pointer_type(tl.int32)) + index, address.to(tl.pointer_type(tl.int16)) + index, is_wide
+
+
+@triton.jit
+def read_weights(tensors, indices, tensor_wide, table, found, count):
+    """Tell the bit patterns of single weights.
 
     * tensors, indices: tensor and flat position of each entry, int64 (count,)
     * tensor_wide: 1 for each tensor of 4 bytes a component, 0 for one of 2, int32 (T,)
-    * new: bits to write, int32 (count,), of which a narrow weight takes the lower half
-    * old: where the former bits go, likewise
+    * found: where the bits go, int32 (count,); of a narrow weight in the lower half
     """
     entry = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
     inside = entry < count
-    tensor = tl.load(tensors + entry, mask=inside, other=0)
-    index = tl.load(indices + entry, mask=inside, other=0)
-    address = tl.load(table + tensor * COLUMNS + WEIGHT)
-    is_wide = tl.load(tensor_wide + tensor) != 0
-    wide, narrow = inside & is_wide, inside & (is_wide == 0)
-    wide_at = address.to(tl.pointer_type(tl.int32)) + index
-    narrow_at = address.to(tl.pointer_type(tl.int16)) + index
-    replaced = tl.load(wide_at, mask=wide, other=0)
-    replaced = tl.where(is_wide, replaced, tl.load(narrow_at, mask=narrow, other=0).to(tl.int32))
-    tl.store(old + entry, replaced, mask=inside)
+    wide_at, narrow_at, is_wide = _single_weights(tensors + entry, indices + entry, tensor_wide, table, inside)
+    narrow = tl.load(narrow_at, mask=inside & (is_wide == 0), other=0).to(tl.int32)
+    tl.store(found + entry, tl.where(is_wide, tl.load(wide_at, mask=inside & is_wide, other=0), narrow), mask=inside)
+
+
+@triton.jit
+def write_weights(tensors, indices, tensor_wide, table, new, count):
+    """Write bit patterns over single weights: `new`, as `read_weights` tells them."""
+    entry = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
+    inside = entry < count
+    wide_at, narrow_at, is_wide = _single_weights(tensors + entry, indices + entry, tensor_wide, table, inside)
     written = tl.load(new + entry, mask=inside, other=0)
-    tl.store(wide_at, written, mask=wide)
-    tl.store(narrow_at, written.to(tl.int16), mask=narrow)
+    tl.store(wide_at, written, mask=inside & is_wide)
+    tl.store(narrow_at, written.to(tl.int16), mask=inside & (is_wide == 0))

@@ -46,7 +46,8 @@ class DSTOptimizer(Optimizer):
             are there, and free them. `step()` then finishes what is left. Nothing may look at the gradients in between,
             so gradient accumulation and clipping, gradient scaling and data parallelism are refused when they are met.
         kernels: step AdamW and selection by one Triton kernel, which never writes the dense update (docs/kernels.md).
-            None does so on CUDA, wherever the kernel is the step that was asked for; False never.
+            None does so on CUDA, wherever the kernel is the step that was asked for and Triton can compile it; True refuses
+            to step where it cannot; False never.
         separable: declare that an optimizer from outside `torch.optim` treats every parameter by itself.
         **kwargs: passed to `optimizer_cls`, e.g. lr.
 

@@ -7,6 +7,7 @@ pass unnoticed: a stand-in takes the place of a released gradient, and whoever t
 from __future__ import annotations
 
 import functools
+import threading
 import weakref
 from collections.abc import Callable, Iterable
 
@@ -22,7 +23,8 @@ from .silo_by_silo import SiloBySilo
 class Release:
     """Lets a DSTOptimizer step inside the backward pass.
 
-    A *round* is what happens from the first gradient to `step()`: each parameter may get one gradient in it.
+    A *round* is what happens from the first gradient to `step()`: each parameter may get one gradient in it. Autograd has
+    a thread for each device, so gradients may come at the same time; they are taken one after the other.
 
     Args:
         begin: makes a step over the optimizer's silos, at the first gradient of a round.
@@ -36,6 +38,7 @@ class Release:
         self._arrived: set[int] = set()
         self._homes: dict[int, tuple[Constraint, Silo]] = {}
         self._hooks: list[RemovableHandle] = []
+        self.lock = threading.Lock()
         # The parameters may live longer, and be scored or given to another optimizer.
         weakref.finalize(self, _remove, self._hooks).atexit = False
 
@@ -125,12 +128,13 @@ def _remove(hooks: list[RemovableHandle]) -> None:
 
 def _before_accumulation(release: weakref.ref[Release], parameter: nn.Parameter, unused: Tensor) -> None:
     if (found := release()) is not None:
-        found.check(parameter)
+        with found.lock:
+            found.check(parameter)
 
 
 def _after_accumulation(release: weakref.ref[Release], parameter: nn.Parameter) -> None:
     if (found := release()) is not None:
-        with torch.no_grad():
+        with found.lock, torch.no_grad():
             found.receive(parameter)
 
 

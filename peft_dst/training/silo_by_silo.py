@@ -12,6 +12,7 @@ from ..core import Constraint, FixedStep, Silo, SparseWeight, Subset, concerned,
 from ..core.choice import Choice
 from ..core.distances import wide_dtype
 from ..core.free import VALUES
+from ..core.kernels import SiloStep
 from ..core.shards import like, local
 from ..core.weights import widened
 from . import fused
@@ -96,21 +97,27 @@ class SiloBySilo:
 
     def _by_kernels(self, constraint: Constraint, silos: list[Silo]) -> None:
         before = [self._remember(silo) for silo in silos]
-        state = self.optimizer.state
-        steps = fused.step(self.groups, state, constraint, silos, self._subset_values)
-        for silo, subsets, made in zip(silos, before, steps, strict=True):
-            silo.note(made.selection, subsets)
-            made_of = zip(silo.weights, made.selection.indices, made.seeds, made.values, strict=True)
-            for weight, indices, seeds, values in made_of:
-                weight.place(indices, seeds)
-                if weight.data.dtype in HALF:
-                    state[weight.parameter][VALUES] = values
+        values = {
+            weight: self._subset_values(weight, subset.values)
+            for silo, subsets in zip(silos, before, strict=True)
+            for weight, subset in zip(silo.weights, subsets, strict=True)
+        }
+
+        def note(steps: list[SiloStep]) -> None:
+            for silo, subsets, made in zip(silos, before, steps, strict=True):
+                silo.note(made.selection, subsets)
+                made_of = zip(silo.weights, made.selection.indices, made.seeds, made.values, strict=True)
+                for weight, indices, seeds, exact in made_of:
+                    weight.place(indices, seeds)
+                    self._keep_exact(weight, exact)
+
+        fused.step(self.groups, self.optimizer.state, constraint, silos, values, note)
 
     def _suits_kernels(self, constraint: Constraint, silo: Silo) -> bool:
-        wanted = self.optimizer.kernels
-        if wanted is None:
-            wanted = silo.weights[0].data.is_cuda
-        return wanted and fused.supports(self.optimizer.engine, self.groups, self.optimizer.state, constraint, silo)
+        optimizer = self.optimizer
+        return fused.wanted(optimizer.kernels, silo.weights[0].data.device) and fused.supports(
+            optimizer.engine, self.groups, optimizer.state, constraint, silo
+        )
 
     def _gradient(self, weight: SparseWeight) -> Tensor | None:
         return gradient(weight.parameter) if weight.parameter in self.groups else None
@@ -120,13 +127,13 @@ class SiloBySilo:
         self._before += [(w, b, self._values(w.parameter)) for w, b in zip(silo.weights, before, strict=True)]
         return before
 
-    def _subset_values(self, weight: SparseWeight) -> Tensor:
-        """Float32 values (k,) of a weight's current subset."""
+    def _subset_values(self, weight: SparseWeight, live: Tensor) -> Tensor:
+        """Float32 values (k,) of a weight's current subset, of which the live ones are the roundings."""
         values = self._values(weight.parameter)
         if values is not None and values.dim() and values.shape == weight.shape != weight.noted()[0].shape:
             # Loaded, with the whole weight (`DSTOptimizer.state_dict`).
             values = gather(local(values), weight.noted()[0])
-        return widened(weight.values(), values)
+        return widened(live, values)
 
     def _step_rest(self) -> None:
         """Step the parameters under no constraint."""
@@ -164,7 +171,7 @@ class SiloBySilo:
         for weight, flat in zip(silo.weights, self._stretch(silo, dtype, data[0].device), strict=True):
             copy = _with_strides_of(weight.data, flat).copy_(weight.data)
             if weight.data.dtype in HALF:
-                scatter(copy, weight.noted()[0], self._subset_values(weight))
+                scatter(copy, weight.noted()[0], self._subset_values(weight, weight.values()))
             copies.append(copy)
         return copies
 

@@ -1,16 +1,13 @@
 """The fused step against a dense one: on the CPU through Triton's interpreter, and on a GPU where there is one.
 
 The interpreter runs each program of a kernel in numpy, so these tests need no GPU; what they cannot see is what the
-compiler makes of the same code, which `test_compiled_code…` looks at.
+compiler makes of the same code, which `test_compiled_kernels` looks at.
 """
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
@@ -313,8 +310,8 @@ def test_offsets_beyond_two_to_the_31(device, aligned):
     assert_same_bits(maxima.view(F32), wanted)
     # The kernels for single weights, and for marked blocks.
     index = torch.tensor([far, far + n - 1], device=device)
-    old = batch.exchange(torch.zeros_like(index), index, torch.tensor([5, -1], dtype=torch.int32, device=device))
-    assert old.tolist() == [int(bits(tensor.seed)[0]), int(bits(tensor.seed)[-1])]
+    assert batch.read(torch.zeros_like(index), index).tolist() == bits(tensor.seed)[[0, -1]].tolist()
+    batch.write(torch.zeros_like(index), index, torch.tensor([5, -1], dtype=torch.int32, device=device))
     assert bits(t.weight)[[0, -1]].tolist() == [5, -1]
     entries = batch.second_look(maxima, maxima.max().view(1))
     assert (int(entries[0].position[0]) - far) // batch.block == int(maxima.argmax())
@@ -392,6 +389,40 @@ def test_wrong_arguments_are_refused_before_anything_is_changed():
     assert_same_bits(tensor.fused.weight, tensor.seed)
 
 
+def test_nothing_follows_the_default_device(device):
+    """Which may be a GPU, where a factor of the step would be computed and waited for, or one without memory."""
+    silo = [make((300,), F32, device), make((), BF16, device)]
+    grads = [torch.ones_like(t.seed) for t in silo]
+    with torch.device("meta"):
+        rates = [scalars(1), scalars(1, betas=(0.3, 0.9))]
+        steps = fused_step([silo, []], [grads, []], [rates, []], [30, 0], "absolute")
+        assert fused_step([[]], [[]], [[]], [0], "absolute")[0].selection.threshold == 0
+    assert sum(indices.numel() for indices in steps[0].selection.indices) == 30
+    assert steps[1].selection.threshold == 0
+
+
+def test_silos_without_competition_cost_no_wait(device, monkeypatch):
+    """`new_tensor` waits for the device until its number is there."""
+    silos = [[make((n,), F32, device)] for n in (9, 700, 40, 0)]
+    monkeypatch.setattr(torch.Tensor, "new_tensor", None)
+    run(silos, [8, 50, 0, 0], "absolute", steps=2)
+
+
+@pytest.mark.parametrize("budget", [2, 400], ids=["long blocks", "short blocks"])
+def test_the_compiler_is_told_the_truth_about_alignment(budget, monkeypatch):
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("the kernels are not interpreted")
+    told = []
+
+    def check(handle, name, values):
+        told.append(name)
+        assert not (handle.data % values[0]).any()
+
+    monkeypatch.setattr("triton.runtime.interpreter.TensorHandle.set_attr", check)
+    run([[make((1040,), F32), make((1000, 2), BF16)]], [budget], "absolute", steps=2)
+    assert set(told) == {"tt.divisibility"}
+
+
 def test_block_sizes():
     assert [K.block_size(10**8, k) for k in (0, 10**2, 10**4, 10**5, 10**6, 10**8)] == [1024, 1024, 256, 64, 16, 8]
     assert K.block_size(0, 0) == 8
@@ -410,49 +441,6 @@ def test_constants_agree_with_the_device_code():
     assert code.FIRST_SLOT.value == K._FIRST_SLOT
     assert code.COLUMNS.value == K._FIRST_COMPONENT + 1
     assert code.SCALARS.value == len(K.AdamWScalars._fields)
-
-
-COMPILE = """
-import re, sys, types
-# Without the package's own imports, which take longer than all the rest.
-sys.modules["peft_dst"] = types.ModuleType("peft_dst")
-sys.modules["peft_dst"].__path__ = sys.argv[1:]
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from peft_dst.core import kernels_triton
-
-def ptx(kernel, signature, constants, warps=4):
-    names = kernel.arg_names
-    signature = {name: signature.get(name, "constexpr") for name in names}
-    attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name][0] == "*"}
-    source = ASTSource(kernel, signature, {(names.index(k),): v for k, v in constants.items()}, attributes)
-    options = {"num_warps": warps, "enable_fp_fusion": False}
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
-
-first = {"tile_tensor": "*i32", "table": "*i64", "scalars": "*fp32", "maxima": "*i32"}
-second = {"marked_tensor": "*i64", "marked_block": "*i64", "marked_bound": "*i32", "tensor_group": "*i32",
-          "table": "*i64", "scalars": "*fp32", "distances": "*i32", "values": "*fp32"}
-current = {"tensors": "*i64", "indices": "*i64", "seeds": "*fp32", "masters": "*fp32", "table": "*i64",
-           "scalars": "*fp32", "slots": "*i64", "maxima": "*i32", "values": "*fp32", "count": "i32"}
-own = {"KIND": "inverse_relative", "WEIGHTS": "bfloat16", "ALIGNED": True, "BLOCK": 64}
-codes = [
-    ptx(kernels_triton.adamw_maxima, first, {**own, "GRADS": "bfloat16", "ROWS": 32}),
-    ptx(kernels_triton.candidates, second, {**own, "GROUP": 0}, warps=1),
-    ptx(kernels_triton.incumbents, current, {"KIND": "inverse_relative"}),
-]
-for code in codes:
-    assert "fma." not in code and ".ftz" not in code and "approx" not in code, "rounding"
-    assert "sqrt.rn.f32" in code and "div.rn.f32" in code, "rounding"
-assert re.search(r"ld\\.global\\.v4", codes[0]) and re.search(r"st\\.global\\.v4", codes[0]), "width"
-"""
-
-
-def test_compiled_code_rounds_every_operation_and_moves_whole_vectors(tmp_path):
-    """Compiled for a GPU that need not be there: the interpreter cannot tell whether the compiler fuses operations."""
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    folder = str(Path(K.__file__).parent.parent)
-    subprocess.run([sys.executable, "-c", COMPILE, folder], check=True, env=environment)
 
 
 def test_the_plain_twin_is_the_method():

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import gc
+import threading
 import weakref
 
 import pytest
@@ -233,6 +236,48 @@ def test_gradients_of_another_optimizer_are_left_to_it(build):
     optimizer.step()
     plain.step()
     assert model.constraint().steps == 2
+
+
+@pytest.mark.parametrize("begun", [False, True], ids=["first", "later"])
+def test_gradients_that_come_in_several_threads_wait_for_one_another(begun):
+    """Autograd has a thread for each device, all within one backward pass; here two passes, each over silos of its own."""
+
+    def make():
+        torch.manual_seed(0)
+        base = torch.nn.ModuleDict({name: torch.nn.Linear(8, 8) for name in "abcd"})
+        model = get_peft_model(base, DSTConfig(epsilon=0.25, target_modules=list("abcd"), siloing="parameter"))
+        return base, DSTOptimizer([p for p in model.parameters() if p.requires_grad], lr=1e-2, release_gradients=True)
+
+    def backward(base, names):
+        for name in names:
+            base[name](torch.ones(2, 8)).square().sum().backward()
+
+    (one, alone), (base, optimizer) = make(), make()
+    backward(one, "abcd")
+    alone.step()
+    if begun:
+        backward(base, "a")
+    meeting = threading.Barrier(2)
+
+    def meet(inner, *args):
+        # Nobody else comes here meanwhile, or the two go on together.
+        with contextlib.suppress(threading.BrokenBarrierError):
+            meeting.wait(0.2)
+            met.append(inner)
+        return inner(*args)
+
+    met: list = []
+    run, begin = optimizer.run, optimizer._release._begin
+    optimizer.run = functools.partial(meet, run)
+    optimizer._release._begin = functools.partial(meet, begin)
+    threads = [threading.Thread(target=backward, args=(base, names)) for names in ("b" if begun else "ab", "cd")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not met
+    optimizer.step()
+    assert_same(weights(base), weights(one))
 
 
 @pytest.mark.parametrize("make", [torch.optim.AdamW, DSTOptimizer])

@@ -7,9 +7,11 @@ import copy
 import pytest
 import torch
 from peft import get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainerCallback
 
 from peft_dst import DSTCallback, DSTConfig, DSTOptimizer, set_training_steps, start_from
+from peft_dst.core.choice import Choice
 from peft_dst.core.reference import reference_step
 from peft_dst.core.silos import read_names
 from tests.models import assert_same, loss, weights
@@ -67,6 +69,31 @@ def test_equals_the_dense_reference(options, chosen, make, build):
             assert_same(weights(model.get_base_model()), wanted)
             churn = sum(silo.churn() for silo in model.constraint().silos)
             assert (churn > 0) == (step in chosen)
+
+
+def test_a_kept_subset_is_looked_at_by_one_wait_a_silo(build, monkeypatch):
+    """On a GPU each answer that the host asks for costs a wait, and layers have many tensors."""
+
+    class Waits(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            waits.append(function._opname) if function._opname in ("_local_scalar_dense", "equal") else None
+            return function(*args, **(kwargs or {}))
+
+    waits, lists, keep, tolist = [], [], Choice._keep, torch.Tensor.tolist
+
+    def watched(choice, silo, *args):
+        with Waits(), monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "tolist", lambda tensor: lists.append(silo) or tolist(tensor))
+            return keep(choice, silo, *args)
+
+    monkeypatch.setattr(Choice, "_keep", watched)
+    model = get_peft_model(build("bert"), DSTConfig(epsilon=0.02, selection="first_step"))
+    optimizer = adamw([p for p in model.parameters() if p.requires_grad])
+    for step in range(2):
+        loss(model, "bert", step).backward()
+        optimizer.step()
+    assert lists == model.constraint().silos
+    assert not waits
 
 
 def halves(model, make):
