@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -95,6 +97,24 @@ def test_an_adapter_that_is_awaited_harms_no_other(saved, build, tmp_path, monke
         with pytest.raises(RuntimeError, match="adapter 'b' was added from a saved config"):
             logits(model, "bert")
     model.load_adapter(folder, "b")
+    assert torch.equal(logits(model, "bert"), expected)
+
+
+@pytest.mark.parametrize("others", [[], ["other"]])
+def test_an_adapter_that_the_user_has_added_stays_awaited(others, saved, build, tmp_path):
+    """A load that fails takes away what it has added, and nothing else."""
+    folder, expected, _ = saved()
+    model = get_peft_model(build("bert"), DSTConfig.from_pretrained(folder))
+    for name in others:
+        model.add_adapter(name, DSTConfig(epsilon=0.05))
+    shutil.copytree(folder, tmp_path / "damaged")
+    without_weights(tmp_path / "damaged")
+    with pytest.raises(Exception):  # noqa: B017, PT011
+        model.load_adapter(tmp_path / "damaged", "default")
+    assert list(model.peft_config) == ["default", *others]
+    with pytest.raises(RuntimeError, match="adapter 'default' was added from a saved config"):
+        logits(model, "bert")
+    model.load_adapter(folder, "default")
     assert torch.equal(logits(model, "bert"), expected)
 
 

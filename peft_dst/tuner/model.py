@@ -428,26 +428,20 @@ class DSTModel(BaseTuner):
         return exchange.check_and_name(model, config, adapter_name, state_dict)
 
 
-def take_back(model: PeftModel, adapter_name: str, added: bool) -> None:
-    """After a load that failed, take an adapter away again that was added for it.
+def take_back(model: PeftModel, adapter_name: str, made: bool) -> None:
+    """After a load that failed, take away the adapter that was added for it.
 
     Args:
         model: the model.
         adapter_name: the adapter.
-        added: whether the load itself has added it. If not, it may have been added before, from the file's config (as
-            PeftModel.from_pretrained does), and then its tensors are still awaited.
+        made: whether the model was made for it, too. Then nothing is left on a base that has no other adapter.
     """
     if adapter_name not in constraints(model):
         return
-    if added:
+    if made and len(model.peft_config) == 1:
+        model.base_model.unload()
+    else:
         model.delete_adapter(adapter_name)
-    elif any(adapter_name in marker.awaited for _, marker in markers(model)):
-        if len(model.peft_config) > 1:
-            model.delete_adapter(adapter_name)
-        else:
-            base = model.base_model.unload()
-            # PEFT leaves it, and would warn of it where the base is wrapped again.
-            base.__dict__.pop("peft_config", None)
 
 
 def _train_as_before(trainable: dict[SparseLayer, bool], flags: list[tuple[nn.Parameter, bool]]) -> None:
