@@ -112,21 +112,27 @@ def collect_divided(model: nn.Module, adapter_name: str, state_dict: dict[str, T
 
 
 def check_and_name(
-    model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    model: nn.Module,
+    config: PeftConfig,
+    adapter_name: str,
+    state_dict: dict[str, Tensor],
+    ignore_mismatched_sizes: bool = False,
 ) -> dict[str, Tensor]:
-    """Check every record of an adapter's state dict against the model, and give its keys the adapter's name.
+    """Check every tensor of an adapter's state dict against the model, and give records' keys the adapter's name.
 
     Records of an adapter that has others get the new ones' sizes: PEFT's option `ignore_mismatched_sizes` would leave out
-    those that have another.
+    those that have another. It is for dense tensors alone.
 
     Raises:
-        DeltaError: if a record is malformed or the base is another one; nothing has been changed by then.
+        DeltaError: if a tensor is malformed or the base is another one; nothing has been changed by then.
     """
     divided = [key for key in state_dict if key.endswith(f".{MARKER}.{EXTRA_STATE}")]
     found = [expanded(state_dict, key.removesuffix(EXTRA_STATE)) for key in divided]
     rest = {key: tensor for key, tensor in state_dict.items() if key not in divided}
     loaded, others = find_records({**rest, **{k: t for one in found for k, t in one.items() if t.numel()}})
     named = _check_dense(model, adapter_name, others)
+    if not ignore_mismatched_sizes:
+        _check_shapes(model, named)
     dense = {key.removeprefix(PEFT_PREFIX) for key in named}
     summaries = parse_summaries(config.records)
     # An adapter that is loaded again (Trainer: resume, best checkpoint) was not announced by a config.
@@ -203,6 +209,28 @@ def _check_dense(model: nn.Module, adapter_name: str, tensors: dict[str, Tensor]
         check_dense_values(key, tensor)
         kept[key] = tensor
     return kept
+
+
+def _check_shapes(model: nn.Module, dense: Mapping[str, Tensor]) -> None:
+    everything = *model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)
+    for key, own in everything if dense else ():
+        if key in dense:
+            check_shape(key, own, dense[key])
+
+
+def check_shape(key: str, own: Tensor, loaded: Tensor | None) -> None:
+    """Check a dense tensor of an adapter, or None if there is none, against that of the model which it is loaded over.
+
+    Raises:
+        DeltaError: if it has another shape.
+    """
+    if loaded is None or loaded.shape != own.shape:
+        shape = "none" if loaded is None else str(tuple(loaded.shape))
+        raise DeltaError(
+            f"{key!r} has shape {tuple(own.shape)} in the model, and {shape} in the adapter file. Load it onto "
+            "a base with the num_labels (or the vocabulary) that it was trained with. Adapters that replace one another "
+            "need the widest head of them all."
+        )
 
 
 def _check_complete(model: nn.Module, adapter_name: str) -> None:

@@ -16,6 +16,7 @@ from ..config import DSTConfig
 from ..core import Constraint
 from ..delta import PARTS
 from .constraints import constraints
+from .exchange import check_shape
 from .layer import SparseLayer, markers
 from .model import DSTModel
 from .plan import plan_of
@@ -154,10 +155,5 @@ def _check_copies(
     for name, module in model.named_modules():
         if isinstance(module, ModulesToSaveWrapper):
             for saved, loaded in module.adapter_state_dict_load_map(adapter_name).items():
-                tensor, own = tensors.get(f"{name}.{saved}"), attrgetter(f"{name}.{loaded}")(model)
-                if tensor is None or tensor.shape != own.shape:
-                    shape = "none" if tensor is None else str(tuple(tensor.shape))
-                    raise ValueError(
-                        f"{name + '.' + saved!r} has shape {tuple(own.shape)} in the model, and {shape} in the adapter "
-                        "file. Give every task the widest head's num_labels."
-                    )
+                key = f"{name}.{saved}"
+                check_shape(key, attrgetter(f"{name}.{loaded}")(model), tensors.get(key))

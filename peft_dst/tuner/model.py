@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import sys
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -425,7 +426,9 @@ class DSTModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        return exchange.check_and_name(model, config, adapter_name, state_dict)
+        # PEFT leaves out what has another shape only afterwards, and does not hand on whether it is to.
+        ignored = sys._getframe(1).f_locals.get("ignore_mismatched_sizes", False)
+        return exchange.check_and_name(model, config, adapter_name, state_dict, ignored)
 
 
 def take_back(model: PeftModel, adapter_name: str, made: bool) -> None:
