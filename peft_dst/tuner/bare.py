@@ -15,8 +15,7 @@ from torch.distributed.tensor import DTensor
 from ..core import SparseWeight, gather
 from ..core.tiles import bits
 from ..delta import MARKER
-from .constraints import CONSTRAINTS
-from .layer import markers
+from .layer import CONSTRAINTS, markers
 from .overlay import OverlayWeight
 
 

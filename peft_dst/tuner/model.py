@@ -23,8 +23,8 @@ from ..mixing import check_length, check_not_compiled, check_placeholders
 from ..tables import text_table
 from . import exchange, settling, static, weighted
 from .bare import forget_loading, watch_loading
-from .constraints import CONSTRAINTS, constraints, in_all_processes
-from .layer import SparseLayer, markers
+from .constraints import constraints, in_all_processes
+from .layer import CONSTRAINTS, SparseLayer, markers
 from .mixed import copies_of, mixed_batch
 from .overlay import OverlayWeight
 from .parallel import forget_forward, watch_forward
@@ -225,10 +225,7 @@ class DSTModel(BaseTuner):
         found = [marker for _, marker in markers(model)]
         weights = {weight.name: weight for marker in found for weight in marker.weights.values()}
         constraint = plan.constraint(adapter_name, weights)
-        of_all = model.__dict__.setdefault(CONSTRAINTS, {})
-        of_all[adapter_name] = constraint
-        for marker in found:
-            marker.constraints = of_all
+        model.__dict__.setdefault(CONSTRAINTS, {})[adapter_name] = constraint
         if any(target.quantised for target in plan.targets):
             warn_of_unchecked(plan, adapter_name)
             for marker in found:
@@ -274,7 +271,7 @@ class DSTModel(BaseTuner):
     def _mark(self, host: nn.Module, name: str, adapter_name: str) -> SparseLayer:
         """Give a host its marker, and the marker this adapter."""
         if not hasattr(host, MARKER):
-            host.add_module(MARKER, SparseLayer(host, name))
+            host.add_module(MARKER, SparseLayer(host, name, self.model))
         marker = getattr(host, MARKER)
         if adapter_name not in marker.tuned:
             marker.add_adapter(adapter_name, self._placing.hosts[name], self._placing.summaries_of(name))
