@@ -35,11 +35,14 @@ def forget_loading(model: nn.Module) -> None:
 
 
 def _before_load(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *unused: Any) -> None:
-    """Refuse weights that differ from the seed in no more places than adapters may change.
+    """Refuse what lacks a part of the notes on the seed, and weights that differ from the seed in no more places than
+    adapters may change, and in less than half of all.
 
     Raises:
         ValueError: if these are such; nothing has been changed by then.
     """
+    for name, marker in markers(model):
+        marker.check_notes(state_dict, f"{prefix}{name}.")
     if any(MARKER in key.split(".") for key in state_dict if key.startswith(prefix)):
         return
     found = model.__dict__.get(CONSTRAINTS, {}).values()

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from ..config import DSTConfig
 from ..core import Constraint
-from ..delta import PARTS
 from .constraints import constraints
 from .exchange import check_shape
 from .layer import SparseLayer, markers
 from .model import DSTModel
 from .plan import plan_of
 from .records import no_entries
+from .states import record_keys
 from .targets import find_targets
 
 
@@ -101,7 +101,7 @@ def _tensors(model: PeftModel, adapter_name: str) -> dict[str, Tensor]:
         records = marker.records(adapter_name) if adapter_name in marker.tuned else {}
         for parameter in marker.tuned.get(adapter_name, ()):
             record = records.get(parameter) or no_entries(marker.weights[parameter])
-            found |= {f"{name}.{p}.{adapter_name}.{parameter}": t for p, t in zip(PARTS, record, strict=True)}
+            found |= zip(record_keys(f"{name}.", adapter_name, parameter), record, strict=True)
     for name, module in model.named_modules():
         if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
             copies = module.modules_to_save[adapter_name].state_dict(prefix=f"{name}.modules_to_save.{adapter_name}.")
