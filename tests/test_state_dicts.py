@@ -118,6 +118,19 @@ def test_tuned_weights_without_what_belongs_to_them_are_refused(state, build):
     assert_same(model.state_dict(), before)
 
 
+def test_tuned_weights_under_a_tracked_threshold_are_refused_however_many_differ(build):
+    """After a leap of the learning rate a step keeps several times the budget: the threshold moves by so much at most."""
+    model = get_peft_model(build("bert"), DSTConfig(epsilon=0.005, threshold="iterative", siloing="none"))
+    train(model, "bert", 2, lr=1e-2)
+    train(model, "bert", 1, lr=5e-2)
+    constraint = model.base_model.constraint()
+    assert constraint.silos[0].free() > constraint.tracking[1] * constraint.budget
+    best = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    train(model, "bert", first=20)
+    with pytest.raises(ValueError, match="has tuned weights and no records"):
+        model.load_state_dict(best, strict=False)
+
+
 @pytest.mark.parametrize("epsilon", [0.05, 1.0])
 def test_another_base_is_loaded_under_an_adapter(epsilon, build):
     model = get_peft_model(build("bert"), DSTConfig(epsilon=epsilon))

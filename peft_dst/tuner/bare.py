@@ -6,6 +6,7 @@ the records of another moment. But they differ from the seed in few places, and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,8 +47,8 @@ def _before_load(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *
     if any(MARKER in key.split(".") for key in state_dict if key.startswith(prefix)):
         return
     found = model.__dict__.get(CONSTRAINTS, {}).values()
-    # A tracked threshold may keep more.
-    limit = sum(constraint.budget * (constraint.tracking or (0, 1.0))[1] for constraint in found)
+    # A tracked threshold may keep any number.
+    limit = sum(math.inf if constraint.tracking else constraint.budget for constraint in found)
     differing = total = 0
     first = None
     for name, marker in markers(model):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
+import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -153,6 +156,26 @@ def test_a_given_subset_is_kept_by_two_optimizers(build):
     assert subset(model) == given
     both_step(model, optimizers, 2)
     assert subset(model) != given
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, functools.partial(DSTOptimizer, optimizer_cls=torch.optim.SGD)])
+def test_a_given_subset_outlives_a_step_that_was_undone(make, build):
+    """That one moved something, the next one nothing (a learning rate of 0), and only the third one counts."""
+    model, other = (get_peft_model(build("bert"), DSTConfig(epsilon=0.02, siloing="none")) for _ in range(2))
+    start_from(model, {"classifier.weight": torch.arange(3)})
+    optimizer = make([p for m in (model, other) for p in m.parameters() if p.requires_grad], lr=0.1)
+    before = subset(model)
+    for value in (torch.nan, 0.0, 1.0):
+        optimizer.zero_grad()
+        loss(model, "bert").backward()
+        loss(other, "bert").backward()
+        other.get_base_model().classifier.weight.grad[0, 0] = value
+        optimizer.param_groups[0]["lr"] = 0.1 if value else 0.0
+        with pytest.raises(FloatingPointError) if math.isnan(value) else nullcontext():
+            optimizer.step()
+        assert subset(model) == before
+    optimizer.step()
+    assert subset(model) != before
 
 
 def test_a_first_step_without_a_change_is_not_the_first_choice(build):
