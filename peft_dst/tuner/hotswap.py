@@ -18,6 +18,7 @@ from .constraints import constraints
 from .exchange import check_shape
 from .layer import SparseLayer, markers
 from .model import DSTModel
+from .overlay import OverlayWeight
 from .plan import plan_of
 from .records import no_entries
 from .states import record_keys
@@ -77,12 +78,15 @@ def hotswap_adapter(
     new = _new_constraint(model.base_model, adapter_name, config)
     new.total_steps = old[0].total_steps
     before = _tensors(model, adapter_name)
+    seeds = [(weight, dict(weight.summaries)) for weight in new.weights if isinstance(weight, OverlayWeight)]
     try:
         _put(model.base_model, new, config)
         set_peft_model_state_dict(model, tensors, adapter_name)
     except BaseException:
         _put(model.base_model, *old)
         model.load_state_dict(before, strict=False)
+        for weight, summaries in seeds:
+            weight.summaries = summaries
         _release(model, adapter_name)
         raise
     old[0].retire()
