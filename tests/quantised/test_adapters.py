@@ -199,6 +199,16 @@ def test_a_failed_load_leaves_what_is_known_of_the_seed(base, adapter, tmp_path)
     assert_same(*(load_file(f / "adapter_model.safetensors") for f in (folders["a"], tmp_path / "again")))
 
 
+def test_the_default_device_is_of_no_concern(base, adapter):
+    """As after torch.set_default_device("cuda"); here it is one on which nothing can be calculated."""
+    folder, _ = adapter()
+    model = base("stand-in")
+    with torch.device("meta"), pytest.warns(UserWarning, match="quantised here"):
+        model = get_peft_model(model, DSTConfig.from_pretrained(folder))
+    model.load_adapter(folder, "default")
+    assert torch.equal(logits(model, "bert"), logits(serve(base("stand-in"), folder), "bert"))
+
+
 def test_a_swap_that_is_interrupted_forgets_nothing_of_the_seed(base, adapter, monkeypatch, tmp_path):
     folders = {label: adapter(label=label, first=10 * i)[0] for i, label in enumerate("ab")}
     model = serve(base("stand-in"), folders["a"])
