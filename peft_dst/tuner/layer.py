@@ -184,7 +184,7 @@ class SparseLayer(StatefulRecords, BaseTunerLayer):
         constraints = self._whole.model.__dict__.get(CONSTRAINTS, {})
         if adapter_name in constraints:
             constraints.pop(adapter_name).retire()
-        self.drop_adapter(adapter_name)
+        left = self.drop_adapter(adapter_name)
         self.awaited.discard(adapter_name)
         self.fixed.discard(adapter_name)
         self.static.discard(adapter_name)
@@ -195,8 +195,7 @@ class SparseLayer(StatefulRecords, BaseTunerLayer):
                 weight.summaries.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
         self.sync()
-        tuned = {parameter for parameters in self.tuned.values() for parameter in parameters}
-        for parameter in self.weights.keys() - tuned:
+        for parameter in left:
             self.weights[parameter].let_go()
 
 

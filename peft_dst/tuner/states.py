@@ -77,14 +77,15 @@ class StatefulRecords(HostRecords):
             self.seed_indices.name(parameter)
             self.seed_values.name(parameter)
 
-    def drop_adapter(self, adapter: str) -> None:
-        """Let go of an adapter's notes, and of parameters that no other one tunes."""
+    def drop_adapter(self, adapter: str) -> set[str]:
+        """Let go of an adapter's notes, and of parameters that no other one tunes, which are returned."""
         self.tuned.pop(adapter, None)
         self.sizes.drop(adapter)
-        tuned = {parameter for parameters in self.tuned.values() for parameter in parameters}
-        for parameter in self._shared.keys() - tuned:
+        left = self.weights.keys() - {parameter for parameters in self.tuned.values() for parameter in parameters}
+        for parameter in self._shared.keys() & left:
             for hook in self._shared.pop(parameter):
                 hook.remove()
+        return left
 
     # Into state dicts
 

@@ -14,8 +14,8 @@ from transformers import Trainer, TrainerCallback
 
 from peft_dst import DSTCallback, DSTConfig, DSTOptimizer, set_training_steps, start_from
 from peft_dst.core.reference import reference_step
-from peft_dst.core.silos import read_names
 from tests.models import assert_same, loss, weights
+from tests.normalized import NORMALIZED, divisors_of
 from tests.training.test_trainer import Rows, arguments
 
 
@@ -204,31 +204,13 @@ def test_non_finite_updates_of_a_kept_subset(value, build):
     assert_same(weights(model.get_base_model()), before)
 
 
-@pytest.mark.parametrize(
-    ("siloing", "kind"),
-    [
-        ("module", "size"),
-        ("module", "mean"),
-        ("none", "size"),
-        ("none", "mean"),
-        ("none", "module_size"),
-        ("none", "module_mean"),
-    ],
-)
+@pytest.mark.parametrize(("siloing", "kind"), NORMALIZED)
 @pytest.mark.parametrize("epsilon", [0.003, 0.2])
 def test_normalised_distances_equal_the_dense_reference(epsilon, siloing, kind, build):
     for name in ("bert", "t5"):
         config = DSTConfig(epsilon=epsilon, siloing=siloing, distance_normalization=kind)
         model = get_peft_model(build(name), config)
-        seed = weights(build(name))
-        modules = {n: read[kind.startswith("module_") :] for n, read in read_names(list(seed)).items()}
-        members = {module: [n for n in seed if modules[n] == module] for module in modules.values()}
-
-        def divisor(key, seed=seed, modules=modules, members=members):
-            values = torch.cat([seed[n].flatten().double() for n in members[modules[key]]])
-            return float(values.numel() if kind.endswith("size") else values.abs().mean())
-
-        divisors = {key: divisor(key) for key in seed}
+        divisors = divisors_of(weights(build(name)), model.constraint())
         optimizer = adamw([p for p in model.parameters() if p.requires_grad])
         for step, wanted in enumerate(dense(build, name, model.constraint(), range(99), 3, divisors), 1):
             loss(model, name, step).backward()
