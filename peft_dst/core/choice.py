@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .across import Candidates, choose_across, find_candidates
-from .distances import RELATIVE_FLOOR, by_kind
+from .distances import RELATIVE_FLOOR, normalizer
 from .iterative import select_iteratively
 from .selection import Selection, select
 from .shards import Together, together
@@ -210,15 +210,15 @@ def divisors_of(silo: Silo, constraint: Constraint) -> list[float] | None:
     seeds = [weight.generation for weight in silo.weights]
     if silo.divisors is None or silo.divided != seeds:
         silo.divided = seeds
-        first = 1 if by_kind(constraint.normalization) else 0
-        modules = {weight.name: constraint.modules[weight.name][first:] for weight in silo.weights}
+        by_kind, figure = normalizer(constraint.normalization)
+        modules = {weight.name: constraint.modules[weight.name][by_kind:] for weight in silo.weights}
         members: dict[tuple[str, ...], list[SparseWeight]] = {}
         for weight in silo.weights:
             members.setdefault(modules[weight.name], []).append(weight)
         found = {}
         for module, weights in members.items():
             size = sum(weight.shape.numel() for weight in weights)
-            if constraint.normalization.endswith("size"):
+            if figure == "size":
                 found[module] = float(size)
             else:
                 mean = _total(weights) / size
