@@ -131,12 +131,17 @@ def interleaved(
             taken = seconds(functions[name])
             if turn >= warmup:
                 times[name].append(taken)
-    summary = {}
-    for name in names:
-        ratios = sorted(mine / base for mine, base in zip(times[name], times[names[0]], strict=True))
+    return summarised(times)
+
+
+def summarised(times: Mapping[str, list[float]]) -> dict[str, dict[str, float]]:
+    """What `interleaved` returns, from the seconds of each function in each round."""
+    first, summary = next(iter(times.values())), {}
+    for name, own in times.items():
+        ratios = sorted(mine / base for mine, base in zip(own, first, strict=True))
         low, high = ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
         ratio = statistics.median(ratios)
-        summary[name] = {"ms": 1000 * statistics.median(times[name]), "ratio": ratio, "low": low, "high": high}
+        summary[name] = {"ms": 1000 * statistics.median(own), "ratio": ratio, "low": low, "high": high}
     return summary
 
 

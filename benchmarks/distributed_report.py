@@ -128,7 +128,8 @@ def render(results: Results) -> str:
             time_table(results),
             "### Projected",
             projection_table(results),
-            "What each GPU computes for the choice, by memory traffic alone:",
+            "What each GPU computes for the choice, by memory traffic alone: arithmetic, not measured, and as if launching "
+            "kernels took no time:",
             local_table(results),
             "### Versions and machine",
             environments({NAME: results}),

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME, PeftType
 
-from .core.distances import DISTANCES, NORMALIZATIONS, Distance, Normalization, by_kind
+from .core.distances import DISTANCES, NORMALIZATIONS, Distance, Normalization, normalizer
 from .core.iterative import FLUCTUATION, ITERATIONS
 from .core.schedule import Schedule
 from .core.silos import SILOINGS, Siloing, compile_silo_patterns
@@ -247,7 +247,7 @@ class DSTConfig(PeftConfig):
                     "another selection."
                 )
         if self.distance_normalization:
-            wider = ("none",) if by_kind(self.distance_normalization) else ("module", "none")
+            wider = ("none",) if normalizer(self.distance_normalization)[0] else ("module", "none")
             if self.siloing not in wider:
                 raise ValueError(
                     f"distance_normalization={self.distance_normalization!r} changes nothing with "

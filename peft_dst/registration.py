@@ -9,7 +9,9 @@ LoRA's layers find DST's.
 from __future__ import annotations
 
 import functools
+import inspect
 import os
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -134,20 +136,24 @@ def _load(
     original: Any, model: PeftModel, model_id: str | os.PathLike[str], adapter_name: str, *args: Any, **options: Any
 ) -> Any:
     """Tensors that no saved config has announced (loaded again, or with a config of the caller's) announce themselves, so
-    that the base is compared with theirs. An adapter that cannot be loaded, for whatever reason, is not left half-way.
+    that the base is compared with theirs. Of an adapter that cannot be loaded, for whatever reason, nothing stays that the
+    load has added.
     """
     from .tuner.model import take_back
 
     config = model.peft_config.get(adapter_name)
-    announces = config is not None and config.records is None
+    records = config and config.records
     try:
-        if announces:
+        if config is not None and records is None:
             config.records = _announced(model_id, options)
         return original(model, model_id, adapter_name, *args, **options)
     except BaseException:
-        if announces:
-            config.records = None
-        take_back(model, adapter_name, added=config is None)
+        if config is not None:
+            config.records = records
+        # Who called this method of a PeftModel: whoever made one for it alone has added the adapter, too.
+        made = sys._getframe(2).f_code is inspect.unwrap(PeftModel.from_pretrained).__code__
+        if config is None or made:
+            take_back(model, adapter_name, made)
         raise
 
 

@@ -16,6 +16,7 @@ from benchmarks import (
     distributed,
     distributed_report,
     formulas,
+    gpu_step,
     load,
     memory,
     mixing,
@@ -26,6 +27,7 @@ from benchmarks import (
     step,
     switching,
 )
+from peft_dst.core import kernels
 from tests.models import BUILDERS
 
 
@@ -68,6 +70,21 @@ def test_the_constrained_step_is_constrained():
         changed = sum(int((old != new).sum()) for old, new in pairs if new.is_floating_point())
         free = round(0.01 * sum(p.numel() for p in compared["full"].model.parameters()))
         assert (changed > 10 * free) if name == "full" else (0 < changed <= 2 * free)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gpu_step(dtype, tmp_path):
+    """Without a GPU: the kernels interpreted, or left out."""
+    arguments = ("--device", "cpu", "--toy", "--epsilons", 0.005, "--dtypes", dtype)
+    found = run(gpu_step, tmp_path / "gpu_step.json", *arguments)
+    (row,) = found["training"]
+    names = {"full", "hook", "DSTOptimizer", "DSTOptimizer, kernels=False"}
+    assert row["step"].keys() == row["optimizer"].keys() == names
+    assert all(times.keys() == TIMES for what in ("step", "optimizer") for times in row[what].values())
+    assert row["n"] > 5000
+    assert len(found["rows"]) == row["kernels"] == kernels.available(torch.empty(0))
+    for kernel in found["rows"]:
+        assert {"dtype", "epsilon", "last_churn", "dst_ms", "full_float32_ms", "ratio_to_full_float32"} <= kernel.keys()
 
 
 def test_scaling(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from peft_dst import DSTConfig
+from peft_dst.tuner.entries import Entries
 from tests.models import assert_same, logits, train, tuned_model, weights
 
 
@@ -99,3 +101,18 @@ def test_casting_all_tensors_leaves_positions_whole_numbers(build):
     with model.disable_adapter(), reference.disable_adapter():
         assert_same(weights(model.get_base_model()), weights(reference.get_base_model()))
     assert_same(model.state_dict(), reference.state_dict())
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda entries: pickle.loads(pickle.dumps(entries))])
+def test_copies_of_records_keep_what_they_hold_and_hold_it_once(copied):
+    entries = Entries()
+    entries.put("weight", torch.full((1000,), 1 / 3))
+    entries.put("indices", torch.arange(1000))
+    other = copied(entries)
+    with torch.no_grad():
+        other.weight.fill_(2 / 3)
+    for one, value in ((entries, 1 / 3), (other, 2 / 3)):
+        one.weight.data = one.weight.data.half()
+        for found in (copied(one), one):
+            assert_same(found.tensors(), {"weight": torch.full((1000,), value), "indices": torch.arange(1000)})
+    assert len(pickle.dumps(other)) < 1.5 * 1000 * (4 + 8)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import shutil
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -10,7 +13,11 @@ from safetensors.torch import load_file, save_file
 from peft_dst import DSTConfig
 from peft_dst.core import Constraint
 from peft_dst.tuner import settling
-from tests.models import assert_same, logits, train, tuned_model, weights
+from tests.models import assert_same, bert, logits, train, tuned_model, weights
+
+
+def body(model):
+    return {name: tensor for name, tensor in weights(model.get_base_model()).items() if "classifier" not in name}
 
 
 def without_weights(folder):
@@ -95,6 +102,51 @@ def test_an_adapter_that_is_awaited_harms_no_other(saved, build, tmp_path, monke
         with pytest.raises(RuntimeError, match="adapter 'b' was added from a saved config"):
             logits(model, "bert")
     model.load_adapter(folder, "b")
+    assert torch.equal(logits(model, "bert"), expected)
+
+
+@pytest.mark.parametrize("add", ["trained", "awaited"])
+@pytest.mark.parametrize("load", [PeftModel.load_adapter, set_peft_model_state_dict])
+def test_a_head_of_another_width(load, add, saved, build, tmp_path):
+    """Found out before anything is loaded, unlike torch does; asked to ignore it, PEFT leaves the head out."""
+    folder, _, model = saved(modules_to_save=["classifier"])
+    wide = bert(num_labels=5)
+    wide.load_state_dict({k: t for k, t in build("bert").state_dict().items() if "classifier" not in k}, strict=False)
+    config = DSTConfig.from_pretrained(folder)
+    if add == "trained":
+        config.records, config.inference_mode = None, False
+    other = get_peft_model(wide, config)
+    if add == "trained":
+        train(other, "bert", first=20)
+    before = copy.deepcopy(other.state_dict())
+    what = folder if load is PeftModel.load_adapter else get_peft_model_state_dict(model)
+    with pytest.raises(ValueError, match=r"classifier.*has shape \(5, 16\) in the model, and \(3, 16\) in the adapter"):
+        load(other, what, adapter_name="default")
+    assert_same(other.state_dict(), before)
+    if add == "awaited":
+        with pytest.raises(RuntimeError, match="adapter 'default' was added from a saved config"):
+            logits(other, "bert")
+    with pytest.warns(UserWarning, match="ignore_mismatched_sizes"):
+        load(other, what, adapter_name="default", ignore_mismatched_sizes=True)
+    assert_same(body(other), body(model))
+    assert logits(other, "bert").shape[-1] == 5
+
+
+@pytest.mark.parametrize("others", [[], ["other"]])
+def test_an_adapter_that_the_user_has_added_stays_awaited(others, saved, build, tmp_path):
+    """A load that fails takes away what it has added, and nothing else."""
+    folder, expected, _ = saved()
+    model = get_peft_model(build("bert"), DSTConfig.from_pretrained(folder))
+    for name in others:
+        model.add_adapter(name, DSTConfig(epsilon=0.05))
+    shutil.copytree(folder, tmp_path / "damaged")
+    without_weights(tmp_path / "damaged")
+    with pytest.raises(Exception):  # noqa: B017, PT011
+        model.load_adapter(tmp_path / "damaged", "default")
+    assert list(model.peft_config) == ["default", *others]
+    with pytest.raises(RuntimeError, match="adapter 'default' was added from a saved config"):
+        logits(model, "bert")
+    model.load_adapter(folder, "default")
     assert torch.equal(logits(model, "bert"), expected)
 
 

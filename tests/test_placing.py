@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from peft_dst import DSTConfig
+from peft_dst.core import Constraint
 from tests.models import assert_same, bert, logits, train, tuned_model, weights
 
 
@@ -214,3 +215,21 @@ def test_combining_and_loading_adapters_leaves_alone_what_is_trained(build, tmp_
     tuned = weights(base)
     train(model, "gpt2", first=10)
     assert not torch.equal(base.lm_head.weight, tuned["transformer.wte.weight"])
+
+
+def test_a_module_is_copied_without_the_model(build):
+    """PEFT copies a head with the marker that an adapter has left there."""
+    model = get_peft_model(build("bert"), DSTConfig(epsilon=0.05))
+    model.add_adapter("b", DSTConfig(epsilon=0.05, exclude_modules=["classifier"]))
+    model.set_adapter("b")
+    model.delete_adapter("default")
+    before = set(Constraint.live)
+    model.add_adapter("c", DSTConfig(epsilon=0.05, modules_to_save=["classifier"]))
+    assert set(Constraint.live) - before == {model.base_model.constraint("c")}
+    # A copy of the whole model has constraints of its own, and lets go of those alone.
+    copied = copy.deepcopy(model)
+    copied.set_adapter("c")
+    own = copied.base_model.constraint("b")
+    copied.delete_adapter("b")
+    assert own not in Constraint.live
+    assert model.base_model.constraint("b") in Constraint.live

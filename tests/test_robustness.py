@@ -14,6 +14,7 @@ from torch import nn
 from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
 from peft_dst import DSTConfig, DSTOptimizer
+from peft_dst.core import SparseWeight
 from peft_dst.core import choice as choice_module
 from peft_dst.core import constraint as constraint_module
 from tests.models import assert_same, bert, logits, loss, train, tuned_model, weights
@@ -73,6 +74,36 @@ def test_a_merged_or_deleted_adapter_no_longer_constrains(build):
     before = weights(merged)
     train(merged, "bert", steps=1)
     assert sum(int((p != before[n]).sum()) for n, p in weights(merged).items()) > 10 * constraint.budget
+
+
+@pytest.mark.parametrize("back", ["a", "b"])
+def test_an_interrupted_switch_is_made_up_for_by_the_next(back, build, monkeypatch):
+    """Ctrl-C, or memory that ran out, between two weights of a layer."""
+    base = build("bert")
+    seed = weights(base)
+    model = get_peft_model(base, DSTConfig(epsilon=0.05), "a")
+    train(model, "bert")
+    tuned = {"a": weights(base)}
+    model.add_adapter("b", DSTConfig(epsilon=0.2))
+    model.set_adapter("b")
+    train(model, "bert")
+    tuned["b"] = weights(base)
+    model.set_adapter("a")
+    apply = SparseWeight.apply
+
+    def interrupted(weight, *args):
+        if weight.name == "bert.encoder.layer.0.output.dense.bias":
+            raise KeyboardInterrupt
+        apply(weight, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SparseWeight, "apply", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            model.set_adapter("b")
+    model.set_adapter(back)
+    assert_same(weights(base), tuned[back])
+    with model.disable_adapter():
+        assert_same(weights(base), seed)
 
 
 @pytest.mark.parametrize("make", [torch.optim.SGD, functools.partial(DSTOptimizer, optimizer_cls=torch.optim.SGD)])

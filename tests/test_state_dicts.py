@@ -31,13 +31,15 @@ def test_accelerate_s_state_right_after_a_step(build, tmp_path):
 
 @pytest.mark.parametrize("missing", ["seed_indices", "seed_values"])
 def test_half_of_the_seed_s_notes_is_refused(missing, build):
+    """Before anything of the state is loaded, though what is missing belongs to the last module."""
     model, _ = tuned_model(build)
-    state = {key: tensor for key, tensor in model.state_dict().items() if f".{missing}." not in key}
+    state = copy.deepcopy(model.state_dict())
+    del state[f"base_model.model.classifier._sparse.{missing}.weight"]
     train(model, "bert", first=20)
-    before = weights(model.get_base_model())
-    with pytest.raises(ValueError, match=f"'{missing}.weight' of 'bert.embeddings.word_embeddings'.* is missing"):
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=rf"'base_model.model.classifier._sparse.{missing}.weight' is missing"):
         model.load_state_dict(state)
-    assert_same(weights(model.get_base_model()), before)
+    assert_same(model.state_dict(), before)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "t5", "llama"])
@@ -114,6 +116,19 @@ def test_tuned_weights_without_what_belongs_to_them_are_refused(state, build):
     with pytest.raises(ValueError, match=r"differs from the seed in 323 of 6,451 .*get_peft_model_state_dict"):
         model.load_state_dict(best, strict=False)
     assert_same(model.state_dict(), before)
+
+
+def test_tuned_weights_under_a_tracked_threshold_are_refused_however_many_differ(build):
+    """After a leap of the learning rate a step keeps several times the budget: the threshold moves by so much at most."""
+    model = get_peft_model(build("bert"), DSTConfig(epsilon=0.005, threshold="iterative", siloing="none"))
+    train(model, "bert", 2, lr=1e-2)
+    train(model, "bert", 1, lr=5e-2)
+    constraint = model.base_model.constraint()
+    assert constraint.silos[0].free() > constraint.tracking[1] * constraint.budget
+    best = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    train(model, "bert", first=20)
+    with pytest.raises(ValueError, match="has tuned weights and no records"):
+        model.load_state_dict(best, strict=False)
 
 
 @pytest.mark.parametrize("epsilon", [0.05, 1.0])

@@ -101,18 +101,18 @@ def test_transformers_load_onto_another_base_is_refused(tmp_path):
     assert_same(weights(other), seed)
 
 
-def widths_of_a_saved_adapter(tmp_path, name="bert"):
-    """An adapter of a base in float32, and its tuned weights in bfloat16."""
-    load = native(tmp_path, name)
+def saved_in_float32(tmp_path):
+    """A loader of the base of a saved adapter, and its tuned weights in bfloat16."""
+    load = native(tmp_path, "bert")
     model = get_peft_model(load(), DSTConfig(epsilon=0.02))
-    train(model, name)
+    train(model, "bert")
     model.save_pretrained(tmp_path / "adapter")
     return load, {n: p.bfloat16() for n, p in weights(model.get_base_model()).items()}
 
 
 @pytest.mark.parametrize("when", ["before", "between", "at once"])
 def test_transformers_loads_a_float32_adapter_onto_a_bfloat16_base(when, tmp_path):
-    load, tuned = widths_of_a_saved_adapter(tmp_path)
+    load, tuned = saved_in_float32(tmp_path)
     if when == "at once":
         base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "adapter", dtype=torch.bfloat16)
     else:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .across import Candidates, choose_across, find_candidates
-from .distances import RELATIVE_FLOOR, by_kind
+from .distances import RELATIVE_FLOOR, normalizer
 from .iterative import select_iteratively
 from .selection import Selection, select
 from .shards import Together, together
@@ -187,11 +187,16 @@ class Choice:
 
     def _keep(self, silo: Silo, updates: Sequence[Tensor], before: Sequence[Subset]) -> Selection:
         """The subset from before, unless an update in it is not finite."""
-        for i, (updated, subset) in enumerate(zip(updates, before, strict=True)):
+        finite, moved = [], []
+        for updated, subset in zip(updates, before, strict=True):
             values = gather(updated, subset.indices)
-            if not torch.isfinite(values).all():
-                raise NonFiniteDistanceError(i)
-            self._moved = self._moved or not torch.equal(values.to(subset.values.dtype), subset.values)
+            finite.append(torch.isfinite(values).all())
+            moved.append((values.to(subset.values.dtype) != subset.values).any())
+        # One wait reads them all.
+        found = torch.stack([*finite, *moved]).tolist()
+        if not all(found[: len(finite)]):
+            raise NonFiniteDistanceError(found.index(False))
+        self._moved = self._moved or any(found[len(finite) :])
         return Selection([subset.indices for subset in before], silo.threshold)
 
 
@@ -205,15 +210,15 @@ def divisors_of(silo: Silo, constraint: Constraint) -> list[float] | None:
     seeds = [weight.generation for weight in silo.weights]
     if silo.divisors is None or silo.divided != seeds:
         silo.divided = seeds
-        first = 1 if by_kind(constraint.normalization) else 0
-        modules = {weight.name: constraint.modules[weight.name][first:] for weight in silo.weights}
+        by_kind, figure = normalizer(constraint.normalization)
+        modules = {weight.name: constraint.modules[weight.name][by_kind:] for weight in silo.weights}
         members: dict[tuple[str, ...], list[SparseWeight]] = {}
         for weight in silo.weights:
             members.setdefault(modules[weight.name], []).append(weight)
         found = {}
         for module, weights in members.items():
             size = sum(weight.shape.numel() for weight in weights)
-            if constraint.normalization.endswith("size"):
+            if figure == "size":
                 found[module] = float(size)
             else:
                 mean = _total(weights) / size

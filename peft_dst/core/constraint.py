@@ -54,7 +54,7 @@ class Constraint:
         agreed: how often its seeds had been replaced when all processes that train together were found to train the
             same; None before.
         steps: number of the last step that has come to its end, from 1; 0 before. Where several optimizers hold the weights
-            together, what all of them do is one step, which ends more than once.
+            together, what all of them do is one step, which ends more than once; of a fixed subset each does one.
         number: of all constraints that were made in this process, copies included, how many were there before.
     """
 
@@ -143,6 +143,8 @@ class Constraint:
                 silo.tracked = thresholds.get(silo.name, silo.tracked)
         joins = bool(self._latest) and all(self._latest.isdisjoint(held) for _, held in groups)
         self._before = self.steps - joins
+        # What a step that was undone has moved counts for nothing.
+        self._moved = False
         if not self.schedule.every_step:
             self._before = groups[0][0].get(STEPS, {}).get(self.adapter, self._before)
 
@@ -169,7 +171,6 @@ class Constraint:
         self.steps = self._before + 1
         if self.begun and self._moved:
             self.begun, self._kept = False, self.steps
-        self._moved = False
         if self.tracking:
             for silo in self.silos:
                 silo.tracked = float(silo.threshold)

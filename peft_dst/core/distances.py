@@ -11,7 +11,7 @@ from torch import Tensor
 Distance = Literal["inverse_relative", "relative", "absolute"]
 DISTANCES: tuple[str, ...] = get_args(Distance)
 # What distances may be divided by instead of having silos (Appendix B): size or mean of a kind of module in one layer, or
-# of all modules of the kind (`by_kind`).
+# of all modules of the kind (`normalizer`).
 Normalization = Literal["size", "mean", "module_size", "module_mean"]
 NORMALIZATIONS: tuple[str, ...] = get_args(Normalization)
 
@@ -21,9 +21,10 @@ NORMALIZATIONS: tuple[str, ...] = get_args(Normalization)
 RELATIVE_FLOOR = 2.0**-100
 
 
-def by_kind(normalization: str) -> bool:
-    """Whether all modules of a kind have one divisor, whatever their layers."""
-    return normalization.startswith("module_")
+def normalizer(normalization: str) -> tuple[bool, str]:
+    """Whether all modules of a kind have one divisor, whatever their layers; and whether it is a "size" or a "mean"."""
+    kind, _, figure = normalization.rpartition("_")
+    return bool(kind), figure
 
 
 def wide_dtype(*tensors: Tensor) -> torch.dtype:

@@ -114,6 +114,8 @@ class FixedStep:
         self.constraints: list[tuple[Constraint, list[SparseWeight]]] = []
         self._hidden: list[tuple[dict[str, Any], list[Any]]] = []
         self._begun: list[SparseWeight] = []
+        # What stood in the live weights when they began to be written.
+        self._before: dict[SparseWeight, Tensor] = {}
         fixed = [constraint for constraint in Constraint.live if constraint.fixed]
         if not fixed:
             return
@@ -177,18 +179,20 @@ class FixedStep:
 
     @torch.no_grad()
     def undo(self) -> None:
-        """Give the optimizer its parameters back, and the values those that the live weights were made of."""
+        """Give the optimizer its parameters back, and the live weights and values what they were before the step."""
         self.restore()
+        for weight, values in self._before.items():
+            scatter(weight.data, weight.indices, values)
         for weight in (weight for _, weights in self.constraints for weight in weights):
             assert weight.free is not None
             weight.free.data.copy_(widened(weight.values(), self.state.get(weight.free, {}).get(VALUES)))
 
     @torch.no_grad()
     def end(self) -> None:
-        """Write what the optimizer made of the values.
+        """Write what the optimizer made of the values. Whatever it raises, `undo` is to be called then.
 
         Raises:
-            FloatingPointError: if a value is NaN or infinite. Live weights and values are then as before the step.
+            FloatingPointError: if a value is NaN or infinite.
         """
         self.restore()
         weights = [weight for _, weights in self.constraints for weight in weights]
@@ -196,14 +200,15 @@ class FixedStep:
         finite = [torch.isfinite(values).all() for values in rounded.values()]
         # One wait reads them all, wherever the weights are.
         if finite and not torch.stack([ok.to(finite[0].device) for ok in finite]).all():
-            self.undo()
             culprit = weights[[bool(ok) for ok in finite].index(False)]
             constraint = next(constraint for constraint, own in self.constraints if culprit in own)
             silo = next(silo for silo in constraint.silos if culprit in silo.weights)
             raise constraint.non_finite(silo, silo.weights.index(culprit))
+        self._before = {weight: weight.values() for weight in weights}
         for weight, values in rounded.items():
             scatter(weight.data, weight.indices, values)
             weight.stepped = True
+        for weight in weights:
             self._keep_exact(weight)
         for constraint, _ in self.constraints:
             constraint.steps += 1

@@ -24,13 +24,18 @@ Tensors = Mapping[str, SparseTensor]
 _TASKS_WITH_HEADS = {"SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"}
 
 
+def have_seeds(tensors: Tensors) -> bool:
+    """Whether the base's values are known at every position."""
+    return all(tensor.seeds is not None for tensor in tensors.values())
+
+
 def need_seeds(tensors: Tensors, what: str) -> None:
     """Check that the base's values are known at every position.
 
     Raises:
         ValueError: if they are not; `what` says what they are needed for.
     """
-    if any(tensor.seeds is None for tensor in tensors.values()):
+    if not have_seeds(tensors):
         raise ValueError(
             f"the base's values at the delta's positions are needed {what}; a file does not hold them. Take them from "
             "the base with delta.with_seeds(base)."

@@ -31,6 +31,7 @@ from .algebra import (
     differences,
     furthest,
     has_entries_in,
+    have_seeds,
     need_seeds,
     of_one_kind,
     scaled,
@@ -114,7 +115,7 @@ class SparseDelta(Mapping[str, SparseTensor]):
     @property
     def has_seeds(self) -> bool:
         """Whether the base's values are known at every position."""
-        return all(tensor.seeds is not None for tensor in self.values())
+        return have_seeds(self)
 
     # To and from files
 

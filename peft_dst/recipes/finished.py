@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,18 @@ from .tasks import Task, make_task
 def saved(folder: Path) -> Path:
     """Where a run leaves what it trained."""
     return folder / (ADAPTER if (folder / ADAPTER).is_dir() else MODEL)
+
+
+def predictions_file(folder: Path, split: str) -> Path:
+    """Where a run leaves what it answered on a split."""
+    return folder / f"predictions_{split}.jsonl"
+
+
+def without_predictions(recipe: Recipe, record: Mapping[str, Any], folder: Path) -> list[str]:
+    """The splits whose predictions are wanted of a finished run, and could be had, but are not there."""
+    if not recipe.evaluation.predictions or not saved(folder).is_dir():
+        return []
+    return [split for split in record["metrics"] if not predictions_file(folder, split).is_file()]
 
 
 def load_trained(seed: Seed, folder: Path) -> nn.Module:

@@ -12,7 +12,7 @@ import shutil
 import statistics
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -31,7 +31,7 @@ from ..core.silos import compile_silo_patterns, read_names
 from ..delta import SparseDelta
 from ..delta.files import replace_text
 from .config import differences, load_recipe, to_dict, to_yaml, value_of
-from .finished import load_trained, saved
+from .finished import load_trained, predictions_file, saved, without_predictions
 from .forgetting import text_loss
 from .lab import Lab, Training
 from .methods import prepare
@@ -84,7 +84,7 @@ def train(
 ) -> dict[str, Any]:
     """Run a recipe, or go on with it.
 
-    Of a finished run only the splits are measured that it has no figures of.
+    Of a finished run only the splits are measured that it has no figures of, and predictions written that are missing.
 
     Args:
         recipe: what to do; its sweep and search are not looked at.
@@ -102,25 +102,17 @@ def train(
     folder, recipe = Path(folder), settled(recipe)
     with _claimed(recipe, folder, wait):
         record = results(folder)
-        splits = [*lacking(recipe, record), *_without_predictions(recipe, record, folder)] if record is not None else []
+        splits = lacking(recipe, record) if record is not None else []
         if record is None or (splits and not saved(folder).is_dir()):
             # A search keeps of what it tried the figures alone.
             record = _run(recipe, folder, progress, cache)
         elif splits:
             _add_splits(record, recipe, folder, splits, progress)
+        if splits := without_predictions(recipe, record, folder):
+            # Its figures stay those that were measured at its end.
+            _measured(recipe, folder, splits, progress)
         _tidy(folder)
         return record
-
-
-def _without_predictions(recipe: Recipe, record: Mapping[str, Any], folder: Path) -> list[str]:
-    """The splits whose predictions are wanted of a finished run, and are not there."""
-    if not recipe.evaluation.predictions or not saved(folder).is_dir():
-        return []
-    return [split for split in record["metrics"] if not _predictions(folder, split).is_file()]
-
-
-def _predictions(folder: Path, split: str) -> Path:
-    return folder / f"predictions_{split}.jsonl"
 
 
 def _add_splits(record: dict[str, Any], recipe: Recipe, folder: Path, splits: list[str], progress: bool) -> None:
@@ -264,7 +256,7 @@ def evaluate(
     for name in (override.partition("=")[0] for override in overrides):
         if name == "evaluation.splits":
             raise ValueError(
-                f"{name} says what a run is measured on at its end; here the splits are given by themselves."
+                f"{name} says what a run is measured on at its end; here the splits are given by themselves (--split)."
             )
         if name not in OF_EVALUATION:
             raise ValueError(f"{name} cannot be otherwise than it was in training; {', '.join(OF_EVALUATION)} can.")
@@ -295,7 +287,7 @@ def _metrics(lab: Lab, model: nn.Module, splits: Iterable[str], folder: Path | N
         found[split], answers = lab.predict(model, split)
         if folder is not None and lab.recipe.evaluation.predictions:
             lines = [json.dumps({"answer": answer}, ensure_ascii=False) for answer in answers]
-            _predictions(folder, split).write_text("\n".join(lines) + "\n")
+            predictions_file(folder, split).write_text("\n".join(lines) + "\n")
     return found
 
 

@@ -22,6 +22,7 @@ from ..delta.files import replace_text
 from ..tables import printable
 from .cache import shared_cache
 from .config import at, digest, is_integer, points, value_of
+from .finished import without_predictions
 from .options import AUTO, Recipe
 from .processes import Pool, Run
 from .record import ADAPTER, ERROR, LOG, MODEL, RESULTS, TRIAL, lacking, results, write
@@ -290,7 +291,7 @@ def _finished(run: Run) -> bool:
         kept = (run.folder / RESULTS).replace(run.folder / f"damaged_{RESULTS}")
         warnings.warn(f"{error} It is run again; the file is now {kept.name}.", stacklevel=2)
         return False
-    if record is None or lacking(run.recipe, record):
+    if record is None or lacking(run.recipe, record) or without_predictions(run.recipe, record, run.folder):
         return False
     tidy(run.folder)
     return True

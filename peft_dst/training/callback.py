@@ -25,6 +25,8 @@ from .optimizer import DSTOptimizer
 
 # With Adam and a rate below this a subset of MiniLM learns next to nothing on TREC, or 19 points less (results/README.md).
 LOW = 1e-3
+# Share of the tuned parameters up to which a budget is a small one: beyond it low rates are right (docs/choosing.md).
+SMALL = 0.05
 
 
 def subset_metrics(constraint: Constraint) -> dict[str, float]:
@@ -188,7 +190,8 @@ def training_advice(model: nn.Module, constraint: Constraint, optimizer: Optimiz
         for group in (optimizer.param_groups if optimizer is not None else [])
         if any(id(parameter) in constrained for parameter in group["params"])
     ]
-    if rates and 0 < max(rates) < LOW and isinstance(engine, torch.optim.Adam | torch.optim.AdamW):
+    small = constraint.budget <= SMALL * sum(silo.size for silo in constraint.silos)
+    if small and rates and 0 < max(rates) < LOW and isinstance(engine, torch.optim.Adam | torch.optim.AdamW):
         advice.append(
             f"a learning rate of {max(rates):g} is one of full fine-tuning. A subset wants far more, the more so the "
             "smaller it is: 1e-2 at epsilon=1e-3 on a small encoder. Try some rates on held-out data."

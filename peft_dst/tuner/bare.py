@@ -6,6 +6,7 @@ the records of another moment. But they differ from the seed in few places, and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,8 +16,7 @@ from torch.distributed.tensor import DTensor
 from ..core import SparseWeight, gather
 from ..core.tiles import bits
 from ..delta import MARKER
-from .constraints import CONSTRAINTS
-from .layer import markers
+from .layer import CONSTRAINTS, markers
 from .overlay import OverlayWeight
 
 
@@ -36,16 +36,19 @@ def forget_loading(model: nn.Module) -> None:
 
 
 def _before_load(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *unused: Any) -> None:
-    """Refuse weights that differ from the seed in no more places than adapters may change.
+    """Refuse what lacks a part of the notes on the seed, and weights that differ from the seed in no more places than
+    adapters may change, and in less than half of all.
 
     Raises:
         ValueError: if these are such; nothing has been changed by then.
     """
+    for name, marker in markers(model):
+        marker.check_notes(state_dict, f"{prefix}{name}.")
     if any(MARKER in key.split(".") for key in state_dict if key.startswith(prefix)):
         return
     found = model.__dict__.get(CONSTRAINTS, {}).values()
-    # A tracked threshold may keep more.
-    limit = sum(constraint.budget * (constraint.tracking or (0, 1.0))[1] for constraint in found)
+    # A tracked threshold may keep any number.
+    limit = sum(math.inf if constraint.tracking else constraint.budget for constraint in found)
     differing = total = 0
     first = None
     for name, marker in markers(model):

@@ -8,12 +8,7 @@ from torch import nn
 
 from ..core import Constraint
 from ..core.shards import Together, together
-from .layer import markers
-
-
-# Where a base model keeps its adapters' constraints: on the model itself, because transformers' own `load_adapter` and
-# `add_adapter` keep the model that was injected into and drop the tuner.
-CONSTRAINTS = "dst_constraints"
+from .layer import CONSTRAINTS, markers
 
 
 def constraints(model: nn.Module) -> dict[str, Constraint]:

@@ -49,6 +49,16 @@ class Entries(nn.Module):
                 own.data = kept.to(own.device)
         return {name: tensor.data for name, tensor in found.items()}
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and pickles would have the memory twice.
+        self.tensors()
+        return {**self.__dict__, "_kept": [name for name, tensor in self._found().items() if name in self._kept]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        found = self._found()
+        self._kept = {name: (found[name], found[name].detach()) for name in state["_kept"]}
+
     def _found(self) -> dict[str, Tensor]:
         everything = [*self._parameters.items(), *self._buffers.items()]
         return {name: tensor for name, tensor in everything if tensor is not None}

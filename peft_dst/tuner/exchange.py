@@ -23,7 +23,6 @@ from ..core import SparseWeight, gather
 from ..core.shards import together
 from ..delta import (
     MARKER,
-    PARTS,
     PEFT_PREFIX,
     DeltaError,
     Record,
@@ -44,7 +43,7 @@ from .layer import SparseLayer, markers
 from .overlay import OverlayWeight
 from .records import no_entries
 from .settling import check_loaded_record, not_loaded, remember_seeds
-from .states import EXTRA_STATE, expanded
+from .states import EXTRA_STATE, SEED, expanded, record_keys, seed_note
 
 
 # Stands in a state dict where all processes that hold a model together collect from it: what it lacks is asked of all.
@@ -79,7 +78,7 @@ def collect(
     for name, marker in hosted:
         for parameter in marker.tuned.get(adapter_name, ()):
             weight = marker.weights[parameter]
-            keys = [f"{name}.{part}.{adapter_name}.{parameter}" for part in PARTS]
+            keys = record_keys(f"{name}.", adapter_name, parameter)
             if keys[0] not in state_dict and adapter_name in weight.adapters and weight.indices.numel():
                 raise _incomplete(keys[0])
             if keys[0] in state_dict and state_dict[keys[0]].numel():
@@ -112,21 +111,27 @@ def collect_divided(model: nn.Module, adapter_name: str, state_dict: dict[str, T
 
 
 def check_and_name(
-    model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    model: nn.Module,
+    config: PeftConfig,
+    adapter_name: str,
+    state_dict: dict[str, Tensor],
+    ignore_mismatched_sizes: bool = False,
 ) -> dict[str, Tensor]:
-    """Check every record of an adapter's state dict against the model, and give its keys the adapter's name.
+    """Check every tensor of an adapter's state dict against the model, and give records' keys the adapter's name.
 
     Records of an adapter that has others get the new ones' sizes: PEFT's option `ignore_mismatched_sizes` would leave out
-    those that have another.
+    those that have another. It is for dense tensors alone.
 
     Raises:
-        DeltaError: if a record is malformed or the base is another one; nothing has been changed by then.
+        DeltaError: if a tensor is malformed or the base is another one; nothing has been changed by then.
     """
     divided = [key for key in state_dict if key.endswith(f".{MARKER}.{EXTRA_STATE}")]
     found = [expanded(state_dict, key.removesuffix(EXTRA_STATE)) for key in divided]
     rest = {key: tensor for key, tensor in state_dict.items() if key not in divided}
     loaded, others = find_records({**rest, **{k: t for one in found for k, t in one.items() if t.numel()}})
     named = _check_dense(model, adapter_name, others)
+    if not ignore_mismatched_sizes:
+        _check_shapes(model, named)
     dense = {key.removeprefix(PEFT_PREFIX) for key in named}
     summaries = parse_summaries(config.records)
     # An adapter that is loaded again (Trainer: resume, best checkpoint) was not announced by a config.
@@ -146,7 +151,7 @@ def check_and_name(
                     "adapter_config.json. The two files come from different saves; copy or download both again."
                 )
             records.setdefault(marker, {})[parameter] = record
-            named |= {f"{name}.{p}.{adapter_name}.{parameter}": t for p, t in zip(PARTS, record, strict=True)}
+            named |= zip(record_keys(f"{name}.", adapter_name, parameter), record, strict=True)
     if loaded:
         raise DeltaError(
             f"the adapter has entries for {next(iter(loaded))!r} ({len(loaded)} such tensors), which the model does not "
@@ -189,8 +194,8 @@ def _check_dense(model: nn.Module, adapter_name: str, tensors: dict[str, Tensor]
         if is_wrapper_s_copy(key, tensors, adapter_name):
             continue
         part, _, parameter = note.partition(".")
-        if host in embeddings and part in ("seed_indices", "seed_values"):
-            parts = [tensors.get(f"{host}.{MARKER}.{p}.{parameter}") for p in ("seed_indices", "seed_values")]
+        if host in embeddings and part in SEED:
+            parts = [tensors.get(f"{host}.{MARKER}.{p}.{parameter}") for p in SEED]
             if any(p is None for p in parts) or f"{host}.{parameter}" not in tensors:
                 raise DeltaError(f"{key!r} stands in the adapter file without what belongs to it. It is damaged.")
             whole = tensors[f"{host}.{parameter}"]
@@ -203,6 +208,28 @@ def _check_dense(model: nn.Module, adapter_name: str, tensors: dict[str, Tensor]
         check_dense_values(key, tensor)
         kept[key] = tensor
     return kept
+
+
+def _check_shapes(model: nn.Module, dense: Mapping[str, Tensor]) -> None:
+    everything = *model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)
+    for key, own in everything if dense else ():
+        if key in dense:
+            check_shape(key, own, dense[key])
+
+
+def check_shape(key: str, own: Tensor, loaded: Tensor | None) -> None:
+    """Check a dense tensor of an adapter, or None if there is none, against that of the model which it is loaded over.
+
+    Raises:
+        DeltaError: if it has another shape.
+    """
+    if loaded is None or loaded.shape != own.shape:
+        shape = "none" if loaded is None else str(tuple(loaded.shape))
+        raise DeltaError(
+            f"{key!r} has shape {tuple(own.shape)} in the model, and {shape} in the adapter file. Load it onto "
+            "a base with the num_labels (or the vocabulary) that it was trained with. Adapters that replace one another "
+            "need the widest head of them all."
+        )
 
 
 def _check_complete(model: nn.Module, adapter_name: str) -> None:
@@ -230,7 +257,7 @@ def _check_seen(hosted: Sequence[tuple[str, SparseLayer]], state_dict: Mapping[s
             whole = gathered.get((marker, weight.attribute))
             intact = weight.seed_is_intact()
             if intact and whole is not None:
-                intact = weight.whole_is_intact(whole, *_noted(weight, marker, whole, state_dict))
+                intact = weight.whole_is_intact(whole, *_subset(weight, marker, whole, state_dict))
             if changed is None and not intact:
                 changed = number
     if processes is not None:
@@ -254,13 +281,14 @@ def _check_seen(hosted: Sequence[tuple[str, SparseLayer]], state_dict: Mapping[s
         )
 
 
-def _noted(weight: SparseWeight, marker: str, whole: Tensor, state_dict: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+def _subset(
+    weight: SparseWeight, marker: str, whole: Tensor, state_dict: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor]:
     """Of a weight that a state dict has gathered: flat positions of its subset, int64 (k,), and the seed's values there."""
-    keys = [f"{marker}.{part}.{weight.attribute}" for part in ("seed_indices", "seed_values")]
-    if weight.indices.numel() and keys[0] not in state_dict:
-        raise _incomplete(keys[0])
-    empty = torch.empty(0, dtype=torch.int64, device=whole.device), whole.new_empty(0)
-    indices, seeds = (state_dict.get(key, nothing) for key, nothing in zip(keys, empty, strict=True))
+    note = seed_note(state_dict, f"{marker}.", weight.attribute)
+    if note is None and weight.indices.numel():
+        raise _incomplete(f"{marker}.{SEED[0]}.{weight.attribute}")
+    indices, seeds = note or (whole.new_empty(0, dtype=torch.int64), whole.new_empty(0))
     return indices.to(whole.device), seeds.to(whole)
 
 
@@ -289,7 +317,7 @@ def _seeds(weight: SparseWeight, marker: str, record: Record, state_dict: Mappin
         return weight.whole_seeds_at(positions)
     positions = positions.to(whole.device)
     seeds = gather(whole, positions)
-    indices, values = _noted(weight, marker, whole, state_dict)
+    indices, values = _subset(weight, marker, whole, state_dict)
     if indices.numel():
         slot = torch.searchsorted(indices, positions).clamp_max_(indices.numel() - 1)
         seeds = torch.where(indices[slot] == positions, values[slot], seeds)

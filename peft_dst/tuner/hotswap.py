@@ -14,12 +14,14 @@ from torch import Tensor, nn
 
 from ..config import DSTConfig
 from ..core import Constraint
-from ..delta import PARTS
 from .constraints import constraints
+from .exchange import check_shape
 from .layer import SparseLayer, markers
 from .model import DSTModel
+from .overlay import OverlayWeight
 from .plan import plan_of
 from .records import no_entries
+from .states import record_keys
 from .targets import find_targets
 
 
@@ -76,12 +78,15 @@ def hotswap_adapter(
     new = _new_constraint(model.base_model, adapter_name, config)
     new.total_steps = old[0].total_steps
     before = _tensors(model, adapter_name)
+    seeds = [(weight, dict(weight.summaries)) for weight in new.weights if isinstance(weight, OverlayWeight)]
     try:
         _put(model.base_model, new, config)
         set_peft_model_state_dict(model, tensors, adapter_name)
     except BaseException:
         _put(model.base_model, *old)
         model.load_state_dict(before, strict=False)
+        for weight, summaries in seeds:
+            weight.summaries = summaries
         _release(model, adapter_name)
         raise
     old[0].retire()
@@ -100,7 +105,7 @@ def _tensors(model: PeftModel, adapter_name: str) -> dict[str, Tensor]:
         records = marker.records(adapter_name) if adapter_name in marker.tuned else {}
         for parameter in marker.tuned.get(adapter_name, ()):
             record = records.get(parameter) or no_entries(marker.weights[parameter])
-            found |= {f"{name}.{p}.{adapter_name}.{parameter}": t for p, t in zip(PARTS, record, strict=True)}
+            found |= zip(record_keys(f"{name}.", adapter_name, parameter), record, strict=True)
     for name, module in model.named_modules():
         if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
             copies = module.modules_to_save[adapter_name].state_dict(prefix=f"{name}.modules_to_save.{adapter_name}.")
@@ -154,10 +159,5 @@ def _check_copies(
     for name, module in model.named_modules():
         if isinstance(module, ModulesToSaveWrapper):
             for saved, loaded in module.adapter_state_dict_load_map(adapter_name).items():
-                tensor, own = tensors.get(f"{name}.{saved}"), attrgetter(f"{name}.{loaded}")(model)
-                if tensor is None or tensor.shape != own.shape:
-                    shape = "none" if tensor is None else str(tuple(tensor.shape))
-                    raise ValueError(
-                        f"{name + '.' + saved!r} has shape {tuple(own.shape)} in the model, and {shape} in the adapter "
-                        "file. Give every task the widest head's num_labels."
-                    )
+                key = f"{name}.{saved}"
+                check_shape(key, attrgetter(f"{name}.{loaded}")(model), tensors.get(key))

@@ -16,10 +16,24 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
-from ..core import Constraint
 from ..delta import MARKER
 from .overlay import OverlayWeight
 from .states import StatefulRecords
+
+
+# Where a base model keeps its adapters' constraints: on the model itself, because transformers' own `load_adapter` and
+# `add_adapter` keep the model that was injected into and drop the tuner.
+CONSTRAINTS = "dst_constraints"
+
+
+class Whole:
+    """Stands for a model in what its modules hold: PEFT copies single ones (modules_to_save), not the model with them."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Whole:
+        return Whole(memo.get(id(self.model), self.model))
 
 
 class SparseLayer(StatefulRecords, BaseTunerLayer):
@@ -28,17 +42,17 @@ class SparseLayer(StatefulRecords, BaseTunerLayer):
     Args:
         host: the module whose direct parameters are tuned.
         name: the host's name in the base model, "" for the base model itself.
+        model: the base model.
     """
 
     adapter_layer_names = ("dst_values",)
     other_param_names = ("dst_indices",)
 
-    def __init__(self, host: nn.Module, name: str):
+    def __init__(self, host: nn.Module, name: str, model: nn.Module):
         super().__init__(host, name)
         #: Adapters that have values for quantised weights somewhere in the model, and so cannot be trained.
         self.served: set[str] = set()
-        #: The constraints of all adapters of the model, which keeps them.
-        self.constraints: dict[str, Constraint] = {}
+        self._whole = Whole(model)
 
     def __repr__(self) -> str:
         return f"dst.{type(self).__name__}({', '.join(self.weights)})"
@@ -167,9 +181,10 @@ class SparseLayer(StatefulRecords, BaseTunerLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter, and with it its constraint: transformers asks the markers alone."""
-        if adapter_name in self.constraints:
-            self.constraints.pop(adapter_name).retire()
-        self.drop_adapter(adapter_name)
+        constraints = self._whole.model.__dict__.get(CONSTRAINTS, {})
+        if adapter_name in constraints:
+            constraints.pop(adapter_name).retire()
+        left = self.drop_adapter(adapter_name)
         self.awaited.discard(adapter_name)
         self.fixed.discard(adapter_name)
         self.static.discard(adapter_name)
@@ -180,8 +195,7 @@ class SparseLayer(StatefulRecords, BaseTunerLayer):
                 weight.summaries.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
         self.sync()
-        tuned = {parameter for parameters in self.tuned.values() for parameter in parameters}
-        for parameter in self.weights.keys() - tuned:
+        for parameter in left:
             self.weights[parameter].let_go()
 
 

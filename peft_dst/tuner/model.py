@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import sys
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -22,8 +23,8 @@ from ..mixing import check_length, check_not_compiled, check_placeholders
 from ..tables import text_table
 from . import exchange, settling, static, weighted
 from .bare import forget_loading, watch_loading
-from .constraints import CONSTRAINTS, constraints, in_all_processes
-from .layer import SparseLayer, markers
+from .constraints import constraints, in_all_processes
+from .layer import CONSTRAINTS, SparseLayer, markers
 from .mixed import copies_of, mixed_batch
 from .overlay import OverlayWeight
 from .parallel import forget_forward, watch_forward
@@ -224,10 +225,7 @@ class DSTModel(BaseTuner):
         found = [marker for _, marker in markers(model)]
         weights = {weight.name: weight for marker in found for weight in marker.weights.values()}
         constraint = plan.constraint(adapter_name, weights)
-        of_all = model.__dict__.setdefault(CONSTRAINTS, {})
-        of_all[adapter_name] = constraint
-        for marker in found:
-            marker.constraints = of_all
+        model.__dict__.setdefault(CONSTRAINTS, {})[adapter_name] = constraint
         if any(target.quantised for target in plan.targets):
             warn_of_unchecked(plan, adapter_name)
             for marker in found:
@@ -273,7 +271,7 @@ class DSTModel(BaseTuner):
     def _mark(self, host: nn.Module, name: str, adapter_name: str) -> SparseLayer:
         """Give a host its marker, and the marker this adapter."""
         if not hasattr(host, MARKER):
-            host.add_module(MARKER, SparseLayer(host, name))
+            host.add_module(MARKER, SparseLayer(host, name, self.model))
         marker = getattr(host, MARKER)
         if adapter_name not in marker.tuned:
             marker.add_adapter(adapter_name, self._placing.hosts[name], self._placing.summaries_of(name))
@@ -425,29 +423,25 @@ class DSTModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        return exchange.check_and_name(model, config, adapter_name, state_dict)
+        # PEFT leaves out what has another shape only afterwards, and does not hand on whether it is to.
+        ignored = sys._getframe(1).f_locals.get("ignore_mismatched_sizes", False)
+        return exchange.check_and_name(model, config, adapter_name, state_dict, ignored)
 
 
-def take_back(model: PeftModel, adapter_name: str, added: bool) -> None:
-    """After a load that failed, take an adapter away again that was added for it.
+def take_back(model: PeftModel, adapter_name: str, made: bool) -> None:
+    """After a load that failed, take away the adapter that was added for it.
 
     Args:
         model: the model.
         adapter_name: the adapter.
-        added: whether the load itself has added it. If not, it may have been added before, from the file's config (as
-            PeftModel.from_pretrained does), and then its tensors are still awaited.
+        made: whether the model was made for it, too. Then nothing is left on a base that has no other adapter.
     """
     if adapter_name not in constraints(model):
         return
-    if added:
+    if made and len(model.peft_config) == 1:
+        model.base_model.unload()
+    else:
         model.delete_adapter(adapter_name)
-    elif any(adapter_name in marker.awaited for _, marker in markers(model)):
-        if len(model.peft_config) > 1:
-            model.delete_adapter(adapter_name)
-        else:
-            base = model.base_model.unload()
-            # PEFT leaves it, and would warn of it where the base is wrapped again.
-            base.__dict__.pop("peft_config", None)
 
 
 def _train_as_before(trainable: dict[SparseLayer, bool], flags: list[tuple[nn.Parameter, bool]]) -> None:

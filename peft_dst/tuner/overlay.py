@@ -76,8 +76,8 @@ class OverlayWeight(SparseWeight):
         self._hook: Any = None
         self.summaries: dict[str, Summary] = {}
         # What was read of the matrix so far: sorted flat positions, and what stood there.
-        self._known = torch.empty(0, dtype=torch.int64)
-        self._read = torch.empty(0)
+        self._known = torch.empty(0, dtype=torch.int64, device="cpu")
+        self._read = torch.empty(0, device="cpu")
         super().__init__(module, attribute, name)
 
     @property

@@ -17,8 +17,8 @@ from ..core.free import watch
 from ..core.weights import join_checksums
 from ..core.wrappers import guard_constructor
 from ..delta import MARKER
-from .constraints import CONSTRAINTS, constraints, processes_of
-from .layer import markers_by_path
+from .constraints import constraints, processes_of
+from .layer import CONSTRAINTS, markers_by_path
 
 
 # Stands on a base model whose processes have been found to train the same.

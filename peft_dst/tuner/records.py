@@ -270,6 +270,8 @@ class HostRecords(nn.Module):
             self.check_memory()
             self.refresh()
             by_adapter = [self.scaled_records(name) for name in wanted]
+            # Until all are written nobody knows what they are.
+            self._stale = True
             for parameter, weight in self.weights.items():
                 records = [found[parameter] for found in by_adapter if parameter in found]
                 if not records:

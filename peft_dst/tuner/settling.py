@@ -15,7 +15,7 @@ from torch import nn
 
 from ..core import SparseWeight
 from ..delta import DeltaError, Record, Summary, check_entries, check_record, check_seed, parse_summaries
-from .layer import SparseLayer, markers
+from .layer import SparseLayer, Whole, markers
 from .overlay import OverlayWeight
 
 
@@ -57,19 +57,9 @@ def settle_before_forward(model: nn.Module) -> None:
     Any part, since `generate` calls the encoder before the model, and a module may share another's weight.
     """
     model.__dict__.pop(_LOOKED, None)
-    look = functools.partial(_look, _Whole(model))
+    look = functools.partial(_look, Whole(model))
     handles = [module.register_forward_pre_hook(look) for module in model.modules()]
     model.__dict__.setdefault(_HANDLES, []).extend(handles)
-
-
-class _Whole:
-    """Stands for a model in what its modules hold: PEFT copies single ones (modules_to_save), not the model with them."""
-
-    def __init__(self, model: nn.Module):
-        self.model = model
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Whole:
-        return _Whole(memo.get(id(self.model), self.model))
 
 
 def forget_to_settle(model: nn.Module) -> None:
@@ -80,7 +70,7 @@ def forget_to_settle(model: nn.Module) -> None:
 
 
 @torch.compiler.disable  # looks at values, and changes weights
-def _look(whole: _Whole, *unused: Any) -> None:
+def _look(whole: Whole, *unused: Any) -> None:
     model = whole.model
     # The first marker tells for all of them, without a walk through the model at every call of a module.
     active = next((tuple(marker.active_adapters) for _, marker in markers(model)), ())

@@ -31,7 +31,7 @@ from .sums import own_part
 
 
 # What a marker's notes on the seed begin with.
-_SEED = ("seed_indices", "seed_values")
+SEED = ("seed_indices", "seed_values")
 
 
 @dataclass
@@ -77,14 +77,15 @@ class StatefulRecords(HostRecords):
             self.seed_indices.name(parameter)
             self.seed_values.name(parameter)
 
-    def drop_adapter(self, adapter: str) -> None:
-        """Let go of an adapter's notes, and of parameters that no other one tunes."""
+    def drop_adapter(self, adapter: str) -> set[str]:
+        """Let go of an adapter's notes, and of parameters that no other one tunes, which are returned."""
         self.tuned.pop(adapter, None)
         self.sizes.drop(adapter)
-        tuned = {parameter for parameters in self.tuned.values() for parameter in parameters}
-        for parameter in self._shared.keys() - tuned:
+        left = self.weights.keys() - {parameter for parameters in self.tuned.values() for parameter in parameters}
+        for parameter in self._shared.keys() & left:
             for hook in self._shared.pop(parameter):
                 hook.remove()
+        return left
 
     # Into state dicts
 
@@ -107,15 +108,14 @@ class StatefulRecords(HostRecords):
         # Savers that drop aliases (Accelerate's) take all empty tensors for one; sizes tell empty from absent.
         for adapter in [adapter for adapter in self.tuned if adapter not in self.awaited]:
             records = self._records(adapter)
-            sizes = [records[p].indices.numel() if p in records else 0 for p in self.tuned[adapter]]
+            sizes = [records[p].indices.numel() for p in self.tuned[adapter]]
             notes[f"sizes.{adapter}"] = torch.tensor(sizes)
         # A full state dict holds the live weights; with the seed values beside them it can be loaded and reverted.
         for parameter, weight in self.weights.items():
             indices, seeds = weight.joined(*weight.noted())
             if indices.numel():
                 # Those of a silo may lie in one storage, of which savers keep one tensor.
-                notes[f"seed_indices.{parameter}"] = indices.clone()
-                notes[f"seed_values.{parameter}"] = seeds.clone()
+                notes |= {f"{part}.{parameter}": t.clone() for part, t in zip(SEED, (indices, seeds), strict=True)}
         return notes
 
     def get_extra_state(self) -> bytes:
@@ -132,7 +132,7 @@ class StatefulRecords(HostRecords):
         tensors = self._notes()
         for adapter in [adapter for adapter in self.tuned if adapter not in self.awaited]:
             for parameter, record in self._records(adapter).items():
-                tensors |= zip(_keys("", adapter, parameter), record, strict=True)
+                tensors |= zip(record_keys("", adapter, parameter), record, strict=True)
         return save({key: tensor.cpu().contiguous() for key, tensor in tensors.items()})
 
     def set_extra_state(self, state: object) -> None:
@@ -147,7 +147,7 @@ class StatefulRecords(HostRecords):
         self._complete(state_dict, prefix)
         for adapter, parameters in self.tuned.items():
             for parameter in parameters:
-                keys = _keys(prefix, adapter, parameter)
+                keys = record_keys(prefix, adapter, parameter)
                 if all(key in state_dict for key in keys):
                     self._load_record(adapter, parameter, Record(*(state_dict[key] for key in keys)), lists[-1])
         self._load_seeds(state_dict, prefix, lists[-1])
@@ -162,7 +162,7 @@ class StatefulRecords(HostRecords):
         state_dict |= found
         for adapter in self.tuned:
             for parameter, record in self._records(adapter).items():
-                keys = _keys(prefix, adapter, parameter)
+                keys = record_keys(prefix, adapter, parameter)
                 if self.weights[parameter].is_divided and not any(key in state_dict for key in keys):
                     state_dict |= zip(keys, record, strict=True)
         for adapter, parameters in self.tuned.items():
@@ -171,7 +171,7 @@ class StatefulRecords(HostRecords):
                 if size == 0:
                     # A saver may have left it out.
                     empty = no_entries(self.weights[parameter])
-                    state_dict |= zip(_keys(prefix, adapter, parameter), empty, strict=True)
+                    state_dict |= zip(record_keys(prefix, adapter, parameter), empty, strict=True)
 
     def _load_record(self, adapter: str, parameter: str, record: Record, errors: list[str]) -> None:
         """Replace a record, rather than copy into it: records change their length from step to step."""
@@ -197,7 +197,7 @@ class StatefulRecords(HostRecords):
 
     def _load_seeds(self, state_dict: Mapping[str, Tensor], prefix: str, errors: list[str]) -> None:
         """Take dense weights that were loaded for the seed, but for the seed's values where an adapter stood in them."""
-        notes = {p: found for p in self.weights if (found := self._noted(state_dict, prefix, p)) is not None}
+        notes = {p: found for p in self.weights if (found := seed_note(state_dict, prefix, p)) is not None}
         self._in_call(errors).notes = {parameter: notes[parameter] for parameter in notes.keys() & self._shared.keys()}
         overwritten, self._overwritten = self._overwritten, set()
         for parameter in overwritten & notes.keys():
@@ -205,24 +205,6 @@ class StatefulRecords(HostRecords):
         self.sync()
         for parameter in overwritten:
             self.weights[parameter].remember_seed_again()
-
-    def _noted(self, state_dict: Mapping[str, Tensor], prefix: str, parameter: str) -> tuple[Tensor, Tensor] | None:
-        """Where a parameter that was saved differs from its seed, int64 (k,), and the seed's values there, (k,).
-
-        Raises:
-            ValueError: if there is one of the two alone.
-        """
-        found = {f"{part}.{parameter}": state_dict.get(f"{prefix}{part}.{parameter}") for part in _SEED}
-        positions, seeds = found.values()
-        if positions is not None and seeds is not None:
-            return positions, seeds
-        if positions is not None or seeds is not None:
-            missing = next(key for key, tensor in found.items() if tensor is None)
-            raise ValueError(
-                f"{missing!r} of {self.name!r} (under {MARKER!r}) is missing in the state dict, which has what belongs to "
-                "it, so the seed would be lost. What saved it has left tensors out; save the model's state_dict() whole."
-            )
-        return None
 
     def _place(self, parameter: str, positions: Tensor, seeds: Tensor) -> None:
         weight = self.weights[parameter]
@@ -236,6 +218,19 @@ class StatefulRecords(HostRecords):
             self._loading = _Loading(errors)
         return self._loading
 
+    def check_notes(self, state_dict: Mapping[str, Tensor], prefix: str) -> None:
+        """Check that what a state dict says of the host's seed is whole.
+
+        Args:
+            state_dict: what is loaded.
+            prefix: the marker's name there, with a point at its end.
+
+        Raises:
+            ValueError: if it is not.
+        """
+        for parameter in self.weights:
+            seed_note(state_dict, prefix, parameter)
+
     def await_dense(self, state_dict: Mapping[str, Tensor], prefix: str, errors: list[str]) -> None:
         """The host is about to load: save what training made of its parameters that are among it, and let go of the seed.
 
@@ -245,10 +240,10 @@ class StatefulRecords(HostRecords):
             errors: the list that stands for this call of `load_state_dict`.
 
         Raises:
-            ValueError: if the state dict has half of what it takes to know a seed; nothing has been changed by then.
+            ValueError: if the state dict has half of what it takes to know a seed here; nothing of the host has been
+                changed by then.
         """
-        for parameter in self.weights:
-            self._noted(state_dict, f"{prefix}{MARKER}.", parameter)
+        self.check_notes(state_dict, f"{prefix}{MARKER}.")
         # Of another shape torch loads none.
         loaded = [p for p, w in self.weights.items() if getattr(state_dict.get(prefix + p), "shape", None) == w.shape]
         if loaded:
@@ -308,8 +303,32 @@ def expanded(state_dict: Mapping[str, Any], prefix: str) -> dict[str, Tensor]:
     return {f"{prefix}{key}": tensor for key, tensor in load(extra).items()} if isinstance(extra, bytes) else {}
 
 
-def _keys(prefix: str, adapter: str, parameter: str) -> list[str]:
-    """What the two tensors of a record are called in a state dict."""
+def seed_note(state_dict: Mapping[str, Tensor], prefix: str, parameter: str) -> tuple[Tensor, Tensor] | None:
+    """Flat positions where a saved parameter differs from its seed, int64 (k,), and the seed's values there, (k,).
+
+    Args:
+        state_dict: the state dict.
+        prefix: the marker's name there, with a point at its end.
+        parameter: the host's parameter.
+
+    Raises:
+        ValueError: if there is one of the two alone.
+    """
+    found = {key: state_dict.get(key) for key in (f"{prefix}{part}.{parameter}" for part in SEED)}
+    positions, seeds = found.values()
+    if positions is not None and seeds is not None:
+        return positions, seeds
+    if positions is not None or seeds is not None:
+        missing = next(key for key, tensor in found.items() if tensor is None)
+        raise ValueError(
+            f"{missing!r} is missing in the state dict, which has what belongs to it, so the seed would be lost. What "
+            "saved it has left tensors out; save the model's state_dict() whole."
+        )
+    return None
+
+
+def record_keys(prefix: str, adapter: str, parameter: str) -> list[str]:
+    """What the two tensors of a record are called in a state dict, where the marker's name and a point are `prefix`."""
     return [f"{prefix}{part}.{adapter}.{parameter}" for part in PARTS]
 
 

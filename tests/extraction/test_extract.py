@@ -20,16 +20,12 @@ from torch import nn
 from peft_dst import DSTConfig
 from peft_dst.core import DISTANCES, SILOINGS
 from peft_dst.core.constraint import Constraint
-from peft_dst.core.distances import NORMALIZATIONS
 from peft_dst.core.reference import reference_step
 from peft_dst.delta import SparseDelta, read_metadata
 from peft_dst.extraction import extract
 from tests.extraction.runs import run
 from tests.models import assert_same, bert, logits, train, weights
-
-
-# Where dividing changes something.
-NORMALIZED = [(s, n) for s in ("module", "none") for n in NORMALIZATIONS if s == "none" or not n.startswith("module_")]
+from tests.normalized import NORMALIZED, divisors_of
 
 
 def reference(base, tuned, **options):
@@ -39,18 +35,6 @@ def reference(base, tuned, **options):
     budgets = {silo.name: silo.budget for silo in constraint.silos}
     divisors = divisors_of(weights(base), constraint) if constraint.normalization else None
     return reference_step(weights(base), weights(tuned), silos, budgets, constraint.distance, divisors)
-
-
-def divisors_of(seed, constraint):
-    """For each tuned parameter the size or mean of its module."""
-    by_kind, kind = constraint.normalization.startswith("module_"), constraint.normalization.removeprefix("module_")
-    modules = {w.name: constraint.modules[w.name][by_kind:] for w in constraint.weights}
-
-    def divisor(module):
-        values = torch.cat([seed[name].flatten().double() for name in modules if modules[name] == module])
-        return float(values.numel() if kind == "size" else values.abs().mean())
-
-    return {name: divisor(module) for name, module in modules.items()}
 
 
 # T5 and GPT-2 tie their embeddings.

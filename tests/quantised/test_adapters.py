@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from peft_dst import DSTConfig, hotswap_adapter
 from peft_dst.analysis import overlap
 from peft_dst.delta import DeltaError
-from peft_dst.tuner import overlay
+from peft_dst.tuner import hotswap, overlay
 from tests.models import assert_same, logits, train
 from tests.quantised.bases import HEAD, add, serve, with_stand_ins
 
@@ -195,6 +195,33 @@ def test_a_failed_load_leaves_what_is_known_of_the_seed(base, adapter, tmp_path)
         with pytest.raises(DeltaError, match="are not those that"):
             load()
         assert summaries(model) == known
+    model.save_pretrained(tmp_path / "again")
+    assert_same(*(load_file(f / "adapter_model.safetensors") for f in (folders["a"], tmp_path / "again")))
+
+
+def test_the_default_device_is_of_no_concern(base, adapter):
+    """As after torch.set_default_device("cuda"); here it is one on which nothing can be calculated."""
+    folder, _ = adapter()
+    model = base("stand-in")
+    with torch.device("meta"), pytest.warns(UserWarning, match="quantised here"):
+        model = get_peft_model(model, DSTConfig.from_pretrained(folder))
+    model.load_adapter(folder, "default")
+    assert torch.equal(logits(model, "bert"), logits(serve(base("stand-in"), folder), "bert"))
+
+
+def test_a_swap_that_is_interrupted_forgets_nothing_of_the_seed(base, adapter, monkeypatch, tmp_path):
+    folders = {label: adapter(label=label, first=10 * i)[0] for i, label in enumerate("ab")}
+    model = serve(base("stand-in"), folders["a"])
+    known = summaries(model)
+
+    def loaded(*args, **kwargs):
+        set_peft_model_state_dict(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(hotswap, "set_peft_model_state_dict", loaded)
+    with pytest.raises(KeyboardInterrupt):
+        hotswap_adapter(model, folders["b"])
+    assert summaries(model) == known
     model.save_pretrained(tmp_path / "again")
     assert_same(*(load_file(f / "adapter_model.safetensors") for f in (folders["a"], tmp_path / "again")))
 

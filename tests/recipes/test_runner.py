@@ -17,6 +17,7 @@ from peft_dst.recipes import evaluate, make_recipe, results, train
 from peft_dst.recipes.finished import load_trained
 from peft_dst.recipes.lab import Lab
 from peft_dst.recipes.options import METHODS
+from peft_dst.recipes.record import RESULTS, write
 from tests import toys
 
 
@@ -117,8 +118,12 @@ def test_what_changes_no_figure_makes_no_other_run(options, tmp_path):
     """What changes one is for evaluate, to which model and data may also have moved."""
     record = train(make_recipe(options), tmp_path / "run")
     more = ["evaluation.predictions=true", "training.evaluation_batch_size=2", "training.save_steps=7"]
+    measured = dict(record["metrics"]["test"])
+    record["metrics"]["test"]["accuracy"] = -1.0
+    write(tmp_path / "run" / RESULTS, record)
     assert train(make_recipe(options, more), tmp_path / "run") == record
-    # Also of a finished run predictions can be had.
+    # Also of a finished run predictions can be had. Its figures stay, however they would come out here and now.
+    assert results(tmp_path / "run") == record
     for split in ("validation", "test"):
         file = tmp_path / "run" / f"predictions_{split}.jsonl"
         assert len(file.read_text().splitlines()) == record["examples"][split]
@@ -134,7 +139,7 @@ def test_what_changes_no_figure_makes_no_other_run(options, tmp_path):
         f"model.name={tmp_path / 'other_bert'}",
         "evaluation.predictions=true",
     ]
-    assert evaluate(tmp_path / "run", overrides=moved) == {"test": record["metrics"]["test"]}
+    assert evaluate(tmp_path / "run", overrides=moved) == {"test": measured}
     assert len((tmp_path / "run" / "predictions_test.jsonl").read_text().splitlines()) == 10
     with pytest.raises(
         ValueError, match=r"^method\.epsilon cannot be otherwise than it was in training; .*evaluation\.beams, .* can"
@@ -146,7 +151,9 @@ def test_what_changes_no_figure_makes_no_other_run(options, tmp_path):
             evaluate(tmp_path / "run", overrides=[f"evaluation.{name}"])
         with pytest.raises(ValueError, match=r"give another folder, or remove that one\.$"):
             train(make_recipe(options, [f"evaluation.{name}"]), tmp_path / "run")
-    with pytest.raises(ValueError, match=r"evaluation\.splits says .*; here the splits are given by themselves"):
+    with pytest.raises(
+        ValueError, match=r"evaluation\.splits says .*; here the splits are given by themselves \(--split\)"
+    ):
         evaluate(tmp_path / "run", overrides=["evaluation.splits=[train]"])
 
 

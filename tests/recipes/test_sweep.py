@@ -194,6 +194,16 @@ def test_what_is_finished_is_not_run_again(options, tmp_path, monkeypatch):
     assert [point["seeds"] for point in again["points"]] == [[0, 1, 2]] * 2
 
 
+def test_predictions_that_were_removed_are_made_again(options, tmp_path):
+    recipe = make_recipe(options, ["evaluation.predictions=true"])
+    first = sweep(recipe, tmp_path / "sweep", workers=0)
+    (file,) = (tmp_path / "sweep").rglob("predictions_test.jsonl")
+    before = file.read_text()
+    file.unlink()
+    assert sweep(recipe, tmp_path / "sweep", workers=0) == first
+    assert file.read_text() == before
+
+
 def test_failures_are_told_and_tried_again(options, tmp_path, monkeypatch):
     seen = scripted(monkeypatch, lambda recipe: FloatingPointError("inf!") if recipe.method.epsilon == 0.1 else 0.5)
     options["sweep"] = {"method.epsilon": [0.1, 0.02], "seed": [0, 1]}

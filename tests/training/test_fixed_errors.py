@@ -8,10 +8,8 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from peft_dst import (
-    DSTConfig,
-    fix_subset,
-)
+from peft_dst import DSTConfig, fix_subset
+from peft_dst.core import free, scatter
 from tests.models import assert_same, loss, weights
 from tests.training.test_fixed import fixed, trained
 
@@ -176,6 +174,27 @@ def test_float16_values_beyond_its_range_are_refused(build):
     with pytest.raises(FloatingPointError):
         optimizer.step()
     assert_same(weights(model.get_base_model()), before)
+
+
+def test_a_step_that_is_interrupted_while_it_is_written(build, monkeypatch):
+    model = fixed(build)
+    optimizer = torch.optim.SGD(trained(model), lr=0.1)
+    loss(model, "bert").backward()
+    before = weights(model.get_base_model())
+    written = []
+
+    def second(*arguments):
+        if len(written) == 1:
+            monkeypatch.undo()
+            raise KeyboardInterrupt
+        written.append(arguments)
+        scatter(*arguments)
+
+    monkeypatch.setattr(free, "scatter", second)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step()
+    assert_same(weights(model.get_base_model()), before)
+    assert all(torch.equal(w.free, w.values()) for w in model.constraint().weights if w.free is not None)
 
 
 def test_two_models_in_one_optimizer_step_together_or_not_at_all(build):

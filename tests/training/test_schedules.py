@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import copy
+import functools
+import math
+from contextlib import nullcontext
 
 import pytest
 import torch
 from peft import get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainerCallback
 
 from peft_dst import DSTCallback, DSTConfig, DSTOptimizer, set_training_steps, start_from
+from peft_dst.core.choice import Choice
 from peft_dst.core.reference import reference_step
-from peft_dst.core.silos import read_names
 from tests.models import assert_same, loss, weights
+from tests.normalized import NORMALIZED, divisors_of
 from tests.training.test_trainer import Rows, arguments
 
 
@@ -67,6 +72,31 @@ def test_equals_the_dense_reference(options, chosen, make, build):
             assert_same(weights(model.get_base_model()), wanted)
             churn = sum(silo.churn() for silo in model.constraint().silos)
             assert (churn > 0) == (step in chosen)
+
+
+def test_a_kept_subset_is_looked_at_by_one_wait_a_silo(build, monkeypatch):
+    """On a GPU each answer that the host asks for costs a wait, and layers have many tensors."""
+
+    class Waits(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            waits.append(function._opname) if function._opname in ("_local_scalar_dense", "equal") else None
+            return function(*args, **(kwargs or {}))
+
+    waits, lists, keep, tolist = [], [], Choice._keep, torch.Tensor.tolist
+
+    def watched(choice, silo, *args):
+        with Waits(), monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "tolist", lambda tensor: lists.append(silo) or tolist(tensor))
+            return keep(choice, silo, *args)
+
+    monkeypatch.setattr(Choice, "_keep", watched)
+    model = get_peft_model(build("bert"), DSTConfig(epsilon=0.02, selection="first_step"))
+    optimizer = adamw([p for p in model.parameters() if p.requires_grad])
+    for step in range(2):
+        loss(model, "bert", step).backward()
+        optimizer.step()
+    assert lists == model.constraint().silos
+    assert not waits
 
 
 def halves(model, make):
@@ -155,6 +185,26 @@ def test_a_given_subset_is_kept_by_two_optimizers(build):
     assert subset(model) != given
 
 
+@pytest.mark.parametrize("make", [torch.optim.SGD, functools.partial(DSTOptimizer, optimizer_cls=torch.optim.SGD)])
+def test_a_given_subset_outlives_a_step_that_was_undone(make, build):
+    """That one moved something, the next one nothing (a learning rate of 0), and only the third one counts."""
+    model, other = (get_peft_model(build("bert"), DSTConfig(epsilon=0.02, siloing="none")) for _ in range(2))
+    start_from(model, {"classifier.weight": torch.arange(3)})
+    optimizer = make([p for m in (model, other) for p in m.parameters() if p.requires_grad], lr=0.1)
+    before = subset(model)
+    for value in (torch.nan, 0.0, 1.0):
+        optimizer.zero_grad()
+        loss(model, "bert").backward()
+        loss(other, "bert").backward()
+        other.get_base_model().classifier.weight.grad[0, 0] = value
+        optimizer.param_groups[0]["lr"] = 0.1 if value else 0.0
+        with pytest.raises(FloatingPointError) if math.isnan(value) else nullcontext():
+            optimizer.step()
+        assert subset(model) == before
+    optimizer.step()
+    assert subset(model) != before
+
+
 def test_a_first_step_without_a_change_is_not_the_first_choice(build):
     """Under a warm-up the first learning rate is 0; a subset chosen from nothing would stay empty."""
     model = get_peft_model(build("bert"), DSTConfig(epsilon=0.02, selection="first_step"))
@@ -181,31 +231,13 @@ def test_non_finite_updates_of_a_kept_subset(value, build):
     assert_same(weights(model.get_base_model()), before)
 
 
-@pytest.mark.parametrize(
-    ("siloing", "kind"),
-    [
-        ("module", "size"),
-        ("module", "mean"),
-        ("none", "size"),
-        ("none", "mean"),
-        ("none", "module_size"),
-        ("none", "module_mean"),
-    ],
-)
+@pytest.mark.parametrize(("siloing", "kind"), NORMALIZED)
 @pytest.mark.parametrize("epsilon", [0.003, 0.2])
 def test_normalised_distances_equal_the_dense_reference(epsilon, siloing, kind, build):
     for name in ("bert", "t5"):
         config = DSTConfig(epsilon=epsilon, siloing=siloing, distance_normalization=kind)
         model = get_peft_model(build(name), config)
-        seed = weights(build(name))
-        modules = {n: read[kind.startswith("module_") :] for n, read in read_names(list(seed)).items()}
-        members = {module: [n for n in seed if modules[n] == module] for module in modules.values()}
-
-        def divisor(key, seed=seed, modules=modules, members=members):
-            values = torch.cat([seed[n].flatten().double() for n in members[modules[key]]])
-            return float(values.numel() if kind.endswith("size") else values.abs().mean())
-
-        divisors = {key: divisor(key) for key in seed}
+        divisors = divisors_of(weights(build(name)), model.constraint())
         optimizer = adamw([p for p in model.parameters() if p.requires_grad])
         for step, wanted in enumerate(dense(build, name, model.constraint(), range(99), 3, divisors), 1):
             loss(model, name, step).backward()
