@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import threading
 from collections.abc import Callable, Mapping
@@ -10,7 +11,10 @@ from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
 
-from ..delta import CONFIG_NAME, SparseDelta
+import torch
+from torch import Tensor
+
+from ..delta import CONFIG_NAME, DeltaError, SparseDelta
 from ..mixing import BASE
 from .cache import Cache
 from .placed import Mixable, Placed, ReadDelta
@@ -36,7 +40,8 @@ class Shelf:
 
     A delta is read and made ready once, however many threads ask for it: the first one loads, others wait for the future.
     Names may go, and come again with another source, while that is under way. What was read is then still given to
-    those who wait for it, and not kept; whoever uses it compares the `version` of before (`is_version`).
+    those who wait for it, and not kept; whoever uses it compares the `version` of before (`is_version`). A version is one
+    delta's for good: files that are read again must have what they had.
 
     Locks: one guards names, caches, loadings, counts and whether this is closed. It is never held while something is read,
     placed, arranged or waited for.
@@ -68,6 +73,8 @@ class Shelf:
         self._ready: Cache[Placed] = Cache(budget)
         self._mixables: Cache[Mixable] = Cache(budget)
         self._read: Cache[ReadDelta] = Cache(host_budget)
+        # Of what was read from files, by name.
+        self._digests: dict[str, bytes] = {}
         self._loading: dict[str, Future[Placed]] = {}
         self._prefetcher = ThreadPoolExecutor(workers, thread_name_prefix="delta-pool")
         self._lock = threading.Lock()
@@ -111,6 +118,7 @@ class Shelf:
             self._ready.drop(name)
             self._mixables.drop(name)
             self._read.drop(name)
+            self._digests.pop(name, None)
             self._loading.pop(name, None)
 
     def names(self) -> list[str]:
@@ -153,6 +161,7 @@ class Shelf:
         with self._lock:
             self._closed = True
             self._known.clear()
+            self._digests.clear()
             self._ready, self._mixables, self._read = Cache(0), Cache(0), Cache(0)
         # What is queued is not cancelled but refused, as its futures may be waited for.
         self._prefetcher.shutdown(wait=False)
@@ -253,6 +262,13 @@ class Shelf:
         if kept is not None:
             return kept.delta
         delta = SparseDelta.load(path)
+        digest = _digest(delta)
+        with self._lock:
+            if self.is_version(name, version) and self._digests.setdefault(name, digest) != digest:
+                raise DeltaError(
+                    f"the delta {name!r} has other files than those that were read first ({path}). Remove it from the pool "
+                    "and add it again to have the new ones used."
+                )
         if self._read.budget:
             kept = ReadDelta(delta, self._pinned)
             delta = kept.delta
@@ -276,6 +292,22 @@ class Shelf:
     def _check_open(self) -> None:
         if self._closed:
             raise RuntimeError("the pool is closed.")
+
+
+def _digest(delta: SparseDelta) -> bytes:
+    """By which a delta is known again."""
+    found = hashlib.blake2b(digest_size=16)
+
+    def add(name: str, *tensors: Tensor) -> None:
+        found.update(repr((name, [(tensor.dtype, tensor.shape) for tensor in tensors])).encode())
+        for tensor in tensors:
+            found.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+
+    for name, one in sorted(delta.items()):
+        add(name, one.indices, one.values)
+    for name, tensor in sorted(delta.dense.items()):
+        add(name, tensor)
+    return found.digest()
 
 
 def _begin(future: Future[Placed]) -> bool:

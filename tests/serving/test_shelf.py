@@ -78,6 +78,32 @@ def test_what_was_read_is_kept_in_the_host_s_memory(tasks, monkeypatch):
         assert 0 < small.statistics.host_nbytes <= size // 2
 
 
+def test_files_that_changed_are_not_taken_for_those_that_were_read(tasks):
+    """Under one name and version there is one delta: who has computed half of something with it goes on with the same."""
+    base, *folders = tasks
+    want = SparseDelta.load(folders[1])
+    with DeltaPool(base, budget=0) as made:
+        made.add("task", folders[0])
+        with made.use("task"), made.use("task"):
+            pass
+        with made.use(None):
+            pass
+        # Written again as they were, they are the same.
+        SparseDelta.load(folders[0]).save(folders[0])
+        with made.use("task"):
+            pass
+        with made.use(None):
+            pass
+        want.save(folders[0])
+        with pytest.raises(DeltaError, match=r"'task'.* other files than those that were read first"), made.use("task"):
+            pass
+        made.remove("task")
+        made.add("task", folders[0])
+        with made.use("task") as model:
+            for name, one in want.items():
+                assert torch.equal(model.get_parameter(name).flatten()[one.indices], one.values)
+
+
 def test_prefetched_deltas_are_ready(served, tmp_path):
     served.prefetch("task0", "task2", "task0")
     until(lambda: served.statistics.loads == 2)
