@@ -75,7 +75,8 @@ class Shelf:
         self._read: Cache[ReadDelta] = Cache(host_budget)
         # Of what was read from files, by name.
         self._digests: dict[str, bytes] = {}
-        self._loading: dict[str, Future[Placed]] = {}
+        # What comes of it is None where the thread that loads was interrupted.
+        self._loading: dict[str, Future[Placed | None]] = {}
         self._prefetcher = ThreadPoolExecutor(workers, thread_name_prefix="delta-pool")
         self._lock = threading.Lock()
         self._counts = dict.fromkeys(("hits", "loads", "evictions"), 0)
@@ -180,19 +181,21 @@ class Shelf:
             DeltaError: if it cannot be read or placed.
             RuntimeError: if this is closed.
         """
-        with self._lock:
-            self._check_open()
-            self._of(name)
-            if (placed := self._ready.get(name) or held) is not None:
-                self._counts["hits"] += 1
+        while True:
+            with self._lock:
+                self._check_open()
+                self._of(name)
+                if (placed := self._ready.get(name) or held) is not None:
+                    self._counts["hits"] += 1
+                    return placed
+                if (future := self._loading.get(name)) is None:
+                    future = self._loading[name] = Future()
+                # One that waits for a thread to prefetch it is begun here.
+                mine = _begin(future)
+            if mine:
+                self._load(name, future)
+            if (placed := future.result()) is not None:
                 return placed
-            if (future := self._loading.get(name)) is None:
-                future = self._loading[name] = Future()
-            # One that waits for a thread to prefetch it is begun here.
-            mine = _begin(future)
-        if mine:
-            self._load(name, future)
-        return future.result()
 
     def mixable(self, name: str, held: Mixable | None = None) -> Mixable:
         """The delta for mixed batches: from memory, or made of what is ready.
@@ -227,13 +230,13 @@ class Shelf:
                 future = self._loading[name] = Future()
                 self._prefetcher.submit(self._prefetch, name, future)
 
-    def _prefetch(self, name: str, future: Future[Placed]) -> None:
+    def _prefetch(self, name: str, future: Future[Placed | None]) -> None:
         with self._lock:
             mine = _begin(future)
         if mine:
             self._load(name, future)
 
-    def _load(self, name: str, future: Future[Placed]) -> None:
+    def _load(self, name: str, future: Future[Placed | None]) -> None:
         """Make a delta ready; whoever waits for the future gets it, or the error.
 
         It may be removed meanwhile, and another one of its name be added, whose loading is none of ours.
@@ -246,6 +249,10 @@ class Shelf:
             with self._lock:
                 if self._loading.get(name) is future:
                     del self._loading[name]
+            if not isinstance(error, Exception):
+                # Ctrl-C is this thread's; whoever waits for it loads in its place.
+                future.set_result(None)
+                raise
             future.set_exception(error)
             return
         with self._lock:
@@ -310,6 +317,6 @@ def _digest(delta: SparseDelta) -> bytes:
     return found.digest()
 
 
-def _begin(future: Future[Placed]) -> bool:
+def _begin(future: Future[Placed | None]) -> bool:
     """Take a loading on oneself, if nobody has; with the lock held."""
     return not future.running() and not future.done() and future.set_running_or_notify_cancel()

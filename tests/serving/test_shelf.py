@@ -104,6 +104,38 @@ def test_files_that_changed_are_not_taken_for_those_that_were_read(tasks):
                 assert torch.equal(model.get_parameter(name).flatten()[one.indices], one.values)
 
 
+def test_an_interrupt_is_that_of_the_thread_that_loads(served, monkeypatch):
+    """Others that wait for the same delta do not get its Ctrl-C: one of them loads in its place."""
+    read, go, found = threading.Event(), threading.Event(), []
+    load = SparseDelta.load
+
+    def interrupted(path):
+        read.set()
+        assert go.wait(60)
+        monkeypatch.setattr(SparseDelta, "load", load)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(SparseDelta, "load", interrupted)
+
+    def use(name):
+        try:
+            found.append(served.ready(name))
+        except BaseException as error:
+            found.append(error)
+
+    threads = [threading.Thread(target=use, args=("task0",)) for _ in range(2)]
+    threads[0].start()
+    assert read.wait(60)
+    threads[1].start()
+    # It waits for the other one then.
+    until(lambda: served._shelf._loading["task0"]._condition._waiters)
+    go.set()
+    for thread in threads:
+        thread.join(60)
+    assert sorted(type(one).__name__ for one in found) == ["KeyboardInterrupt", "Placed"]
+    assert served.statistics.loads == 1
+
+
 def test_prefetched_deltas_are_ready(served, tmp_path):
     served.prefetch("task0", "task2", "task0")
     until(lambda: served.statistics.loads == 2)
