@@ -80,7 +80,8 @@ class DeltaPool:
     that comes: two calls, whatever the number of tensors. The last one stays in the weights until another is used.
 
     Threads: any number may call any method. While one is in `use`, others may use the same delta beside it, and wait for
-    another; who came first goes first.
+    another; who came first goes first. Tasks of one thread (asyncio) are one to it: while one of them has a delta, another
+    cannot wait for a different one, and gets a RuntimeError. Have worker threads call `use`, from beginning to end.
 
     Locks: whose `Turn` it is may use the model; a switch is made at its beginning, when nobody else may come. `_weights`
     guards the values in the weights: it is held while they are written (in a mixed batch, while a module runs with a
@@ -129,7 +130,7 @@ class DeltaPool:
             workers=workers,
         )
         self._turn = Turn()
-        # What this thread has in use.
+        # What this thread has in use, and how many times.
         self._mine = threading.local()
         # A module that runs with a delta's values may call another one that does.
         self._weights = threading.RLock()
@@ -232,7 +233,9 @@ class DeltaPool:
                 raise RuntimeError(
                     f"this thread {self._has()}, and would wait for itself to have {name!r}; leave that first."
                 )
-            yield self.model
+            # Tasks of one thread need not leave in the order in which they came.
+            with self._turn.again(), self._noted(name):
+                yield self.model
             return
         wanted, versions = _Shown(), {}
         if name is not None:
@@ -287,11 +290,13 @@ class DeltaPool:
 
     @contextmanager
     def _noted(self, has: object) -> Iterator[None]:
-        self._mine.has = has
+        self._mine.has, self._mine.times = has, getattr(self._mine, "times", 0) + 1
         try:
             yield
         finally:
-            del self._mine.has
+            self._mine.times -= 1
+            if not self._mine.times:
+                del self._mine.has
 
     def _has(self) -> str:
         return "computes a mixed batch" if self._mine.has is _MIXED else f"uses {self._mine.has!r}"
