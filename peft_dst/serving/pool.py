@@ -173,6 +173,8 @@ class DeltaPool:
         """
         with self._alone():
             self._shelf.remove(name)
+            if self._mixed is not None and name in self._mixed.deltas:
+                self._mixed = None
             if self.shown == name:
                 self._switch(_Shown())
 
