@@ -11,12 +11,12 @@ from os import PathLike
 from types import TracebackType
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..delta import SparseDelta
 from ..mixing import BASE, Readers, Subsets, mixed
 from .heads import heads_of
-from .placed import UNCHANGED, Mixable, Placed, mixable, place, write
+from .placed import UNCHANGED, Mixable, Placed, mixable, place, seeds_below, write
 from .shelf import Shelf, UnknownDelta
 from .storage import FlatStorage
 from .turns import Turn
@@ -364,8 +364,11 @@ class DeltaPool:
     # Weights
 
     def _place(self, delta: SparseDelta) -> Placed:
+        return place(delta, self.storage, self._heads, self._seeds_at, self.check)
+
+    def _seeds_at(self, buffer: int, positions: Tensor) -> Tensor:
         with self._weights:
-            return place(delta, self.storage, self._heads, self._shown.placed, self.check)
+            return seeds_below(self._shown.placed, self.storage, buffer, positions)
 
     def _show(self, wanted: _Shown, versions: Mapping[str, int]) -> None:
         """At the beginning of a turn: have a delta in the weights, if the names still stand for what they did."""

@@ -8,7 +8,8 @@ import threading
 import pytest
 import torch
 
-from peft_dst.serving import DeltaPool
+from peft_dst.delta import SparseDelta
+from peft_dst.serving import DeltaPool, placed
 from tests.serving.helpers import answer, bits_of, same, until
 
 
@@ -224,3 +225,32 @@ def test_who_has_it_does_not_queue_behind_others(served):
             pass
     thread.join(60)
     assert served.shown == "task1"
+
+
+def test_a_delta_that_is_checked_keeps_nobody_from_the_weights(served, tasks, monkeypatch):
+    """A large upload takes seconds; what is read of the weights for it does not."""
+    checking, go, switched = threading.Event(), threading.Event(), threading.Event()
+    with served.use("task1"):
+        pass
+    served.ready("task2")
+
+    def slowly(*arguments):
+        checking.set()
+        assert go.wait(60)
+
+    def switch():
+        with served.use("task2"):
+            switched.set()
+
+    monkeypatch.setattr(placed, "check_seed", slowly)
+    threads = [
+        threading.Thread(target=lambda: served.verify(SparseDelta.load(tasks[1]))),
+        threading.Thread(target=switch),
+    ]
+    threads[0].start()
+    assert checking.wait(60)
+    threads[1].start()
+    assert switched.wait(10)
+    go.set()
+    for thread in threads:
+        thread.join(60)
