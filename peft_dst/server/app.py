@@ -35,6 +35,8 @@ def create_app(service: Service, *, token: str | None = None, grace: float = 30.
     """
     check_token(token)
     metrics = Metrics(service)
+    # Deltas come and go one after the other, in one of the threads that prompts are read in.
+    changing = asyncio.Lock()
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -98,14 +100,16 @@ def create_app(service: Service, *, token: str | None = None, grace: float = 30.
         service.deltas.check_name(name)
         with service.deltas.incoming() as folder:
             await receive(request, folder)
-            delta = await asyncio.to_thread(service.deltas.take, name, folder)
+            async with changing:
+                delta = await asyncio.to_thread(service.deltas.take, name, folder)
         request.state.noted = {"model": name, "entries": delta.num_entries}
         return {"id": name, "object": "model", "entries": delta.num_entries}
 
     @app.delete(UPLOADS + "{name}")
     async def remove(name: str, request: Request) -> dict[str, Any]:
         authorise(request, token)
-        await asyncio.to_thread(service.deltas.remove, name)
+        async with changing:
+            await asyncio.to_thread(service.deltas.remove, name)
         return {"id": name, "object": "model", "deleted": True}
 
     return app
