@@ -39,17 +39,15 @@ class ReadDelta:
 
     Args:
         delta: what was read.
-        pinned: put it into memory from which an accelerator copies by itself.
     """
 
-    def __init__(self, delta: SparseDelta, pinned: bool = False) -> None:
+    def __init__(self, delta: SparseDelta) -> None:
         # What was read may be a mapping of a file, which others may change or cut.
-        copied = Tensor.pin_memory if pinned else Tensor.clone
         tensors = {
-            name: replace(one, indices=copied(one.indices), values=copied(one.values)) for name, one in delta.items()
+            name: replace(one, indices=one.indices.clone(), values=one.values.clone()) for name, one in delta.items()
         }
         self.delta = delta = replace(
-            delta, tensors=tensors, dense={key: copied(one) for key, one in delta.dense.items()}
+            delta, tensors=tensors, dense={key: one.clone() for key, one in delta.dense.items()}
         )
         self.nbytes = sum(one.indices.nbytes + one.values.nbytes for one in delta.values()) + sum(
             tensor.nbytes for tensor in delta.dense.values()

@@ -98,7 +98,7 @@ class DeltaPool:
             that, within as much again: 45 to 95 bytes an entry (ε from 1e-2 to 1e-4; most where embeddings are tied), with
             those just named. What the last mixed batch took is held besides.
         host_budget: bytes of deltas that are kept as they were read, in the host's memory, so that one that was let go for
-            others need not be read and parsed again. For a model on CUDA they are pinned there.
+            others need not be read and parsed again.
         check: whether each delta is compared with the base when it is made ready (its checksums of the base's values).
         workers: threads that prefetch.
 
@@ -126,7 +126,6 @@ class DeltaPool:
             lambda: self.shown,
             budget=budget,
             host_budget=host_budget,
-            pinned=any(buffer.is_cuda for buffer in self.storage.buffers),
             workers=workers,
         )
         self._turn = Turn()

@@ -52,7 +52,6 @@ class Shelf:
         in_use: the name that must not be let go for others; None if there is none. Called with the lock held.
         budget: bytes of what is ready, and again of what is arranged.
         host_budget: bytes of what is kept as it was read.
-        pinned: whether that is kept in pinned memory.
         workers: threads that prefetch.
     """
 
@@ -64,10 +63,9 @@ class Shelf:
         *,
         budget: int,
         host_budget: int,
-        pinned: bool,
         workers: int,
     ) -> None:
-        self._place, self._arrange, self._in_use, self._pinned = place, arrange, in_use, pinned
+        self._place, self._arrange, self._in_use = place, arrange, in_use
         self._known: dict[str, Known] = {}
         self._versions = itertools.count(1)
         self._ready: Cache[Placed] = Cache(budget)
@@ -277,7 +275,7 @@ class Shelf:
                     "and add it again to have the new ones used."
                 )
         if self._read.budget:
-            kept = ReadDelta(delta, self._pinned)
+            kept = ReadDelta(delta)
             delta = kept.delta
             with self._lock:
                 if self.is_version(name, version):
