@@ -329,10 +329,9 @@ class Engine:
 
     def _step(self, cohort: Cohort) -> None:
         """The next token of a batch."""
-        self._present([self._owners[member] for member in cohort.members])
-        cohort.leave()
-        requests = [self._owners[member] for member in cohort.members]
+        requests = self._present([self._owners[member] for member in cohort.members])
         try:
+            cohort.leave()
             if requests:
                 with self._model("step", requests, [1] * len(requests)):
                     cohort.step()

@@ -232,6 +232,31 @@ def test_batches_that_cannot_be_put_together_or_parted_go_on(causal, mixes, monk
     assert "a round failed" not in caplog.text
 
 
+def test_one_that_cannot_leave_its_batch_ends_no_other(causal, monkeypatch, caplog):
+    """The keys and values of those that stay are copied for that, for which there may be no memory."""
+    failed, leave = [], Cohort.leave
+
+    def fails(cohort):
+        if not failed and any(member.finished == "cancelled" for member in cohort.members):
+            failed.append(cohort)
+            cohort.members = [member for member in cohort.members if member.finished is None]
+            cohort.mask = cohort.mask[:0]
+            raise RuntimeError("out of memory")
+        leave(cohort)
+
+    monkeypatch.setattr(Cohort, "leave", fails)
+    engine = Engine(causal)
+    (goes, _), *others = ask(engine, None, None, "task0", limit=40)
+    goes.request.continuation.on_token = lambda token: setattr(goes.request.continuation, "cancelled", True)
+    for one, want in others:
+        assert one.wait() is None
+        assert one.request.continuation.tokens == want
+    assert goes.wait() is None
+    assert failed
+    assert engine.stop(SECONDS)
+    assert "a round failed" not in caplog.text
+
+
 def test_an_error_where_none_is_expected(causal, monkeypatch, caplog):
     """Those in computation are told; others come after them."""
     engine = Engine(causal)
