@@ -111,11 +111,12 @@ class Engine:
     continuing them and for classifying, each by itself.
 
     Errors: what goes wrong with one sequence alone, as in sampling, ends that one. After an error of a batch of several
-    deltas each half of them is computed by itself, and so on, down to single deltas. Requests of a delta that fails alone
-    end with its error, and it is computed alone from then on. So are two that fail together and not alone, as at least one
-    of them changes what cannot be mixed; but if their outputs have different shapes (heads of different sizes), each goes
-    on with those of its own shape. Others are mixed as before. Batches that cannot be put together or parted, as when
-    memory runs out, go on as they are, and it is tried again later.
+    deltas each half of them is computed by itself, and so on, down to single deltas, and of those down to single requests,
+    as memory may be enough for fewer. A request that fails alone ends with its error, and its delta is computed alone from
+    then on; if it is the delta that cannot be used, all that want it end. So are two deltas that fail together and not
+    alone, as at least one of them changes what cannot be mixed; but if their outputs have different shapes (heads of
+    different sizes), each goes on with those of its own shape. Others are mixed as before. Batches that cannot be put
+    together or parted, as when memory runs out, go on as they are, and it is tried again later.
 
     A request is for the delta that had its name when it was submitted: if that is removed, it ends with an UnknownDelta,
     also when another one has come in its place.
@@ -359,9 +360,14 @@ class Engine:
         """After an error of a batch: compute it in two, so that it is known whose it was; as `_compute`."""
         # Those that ended in the very step have their answers.
         self._tell(requests)
-        parts = _by_delta([request for request in requests if request in self._open])
+        requests = [request for request in requests if request in self._open]
+        about_a_delta = isinstance(error, UnknownDelta | DeltaError)
+        parts = _by_delta(requests)
+        if len(parts) < 2 and not about_a_delta:
+            # They may have been too many, or it is one request's fault.
+            parts = [[request] for request in requests]
         if len(parts) < 2:
-            for request in [request for part in parts for request in part]:
+            for request in requests:
                 if not isinstance(error, UnknownDelta):
                     self._keep_apart(request, error)
                 self._drop(request, error)
@@ -369,8 +375,8 @@ class Engine:
         half = len(parts) // 2
         fine = [self._compute(compute, [r for part in some for r in part]) for some in (parts[:half], parts[half:])]
         one, other = parts[0][0], parts[-1][0]
-        # What is about a delta is so when it is alone.
-        together = len(parts) == 2 and all(fine) and not isinstance(error, UnknownDelta | DeltaError)
+        # What is about a delta is so when it is alone; and memory may be enough for either of one delta's requests.
+        together = len(parts) == 2 and all(fine) and not about_a_delta and one.key != other.key
         if together and self._company(one) == self._company(other):
             self._keep_apart(one, error)
             self._keep_apart(other, error)

@@ -148,6 +148,60 @@ def test_an_error_of_a_large_batch_is_nobody_s(mixing, caplog):
     assert not caplog.records
 
 
+@pytest.mark.parametrize("at", ["reading", "a step"])
+@pytest.mark.parametrize("delta", [None, "task0"])
+def test_a_batch_of_one_delta_that_is_too_large_is_computed_in_halves(causal, delta, at):
+    shapes = []
+
+    def full(module, args, kwargs):
+        rows, width = kwargs["input_ids"].shape
+        shapes.append((rows, width))
+        if rows > 2 and (width > 1 or at == "a step"):
+            raise RuntimeError("out of memory")
+
+    prompts = [[5, 6, 7], [8, 9], [10, 11, 12, 13], [14], [15, 16, 17]]
+    want = [expected(causal, delta, prompt, 6) for prompt in prompts]
+    causal.model.register_forward_pre_hook(full, with_kwargs=True)
+    engine = Engine(causal)
+    asked = [Asked(Generate, delta, continuation=Continuation(prompt, 6)) for prompt in prompts]
+    together(engine, asked)
+    for one, tokens in zip(asked, want, strict=True):
+        assert one.wait() is None
+        assert one.request.continuation.tokens == tokens
+    assert engine.stop(SECONDS)
+    assert max(rows for rows, _ in shapes) == 5
+
+
+def test_of_a_batch_of_one_delta_only_the_request_that_fails_ends(causal):
+    def refuses(module, args, kwargs):
+        if (kwargs["input_ids"] == 9).any():
+            raise RuntimeError("token 9 is none")
+
+    prompts = [[5, 6, 7], [8, 9], [10, 11, 12, 13]]
+    want = [expected(causal, "task0", prompt, 1) for prompt in prompts]
+    causal.model.register_forward_pre_hook(refuses, with_kwargs=True)
+    engine = Engine(causal)
+    asked = [Asked(Generate, "task0", continuation=Continuation(prompt, 1)) for prompt in prompts]
+    together(engine, asked)
+    for one, prompt, tokens in zip(asked, prompts, want, strict=True):
+        assert isinstance(one.wait(), RuntimeError) == (9 in prompt)
+        assert one.request.continuation.tokens == ([] if 9 in prompt else tokens)
+    assert engine.stop(SECONDS)
+
+
+def test_a_delta_that_cannot_be_read_is_tried_once_for_all_of_its_requests(causal, monkeypatch):
+    causal.add("broken", SparseDelta({"no.such": noisy(nn.Linear(20, 20).double(), 0)["weight"]}))
+    tried, ready = [], causal._shelf.ready
+    monkeypatch.setattr(causal._shelf, "ready", lambda name, held=None: (tried.append(name), ready(name, held))[1])
+    engine = Engine(causal)
+    asked = [Asked(Generate, "broken", continuation=Continuation([5, 6], 3)) for _ in range(4)]
+    together(engine, asked)
+    for one in asked:
+        assert isinstance(one.wait(), DeltaError)
+    assert engine.stop(SECONDS)
+    assert tried == ["broken"]
+
+
 def test_heads_of_different_sizes(monkeypatch, caplog):
     """Each goes with those of its own size, once it is known."""
     monkeypatch.setattr(engine_module, "Planner", lambda: Always(True))
