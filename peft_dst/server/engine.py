@@ -26,6 +26,8 @@ Key = tuple[str | None, int | None]
 STEPS = 16
 # Tokens of several texts that are read in one batch at most, with their padding: one long text makes short ones as long.
 TOKENS = 8192
+# Seconds that a delta is computed alone after an error; twice as long after each further one.
+APART = 60.0
 
 
 @dataclass(eq=False)
@@ -112,8 +114,8 @@ class Engine:
 
     Errors: what goes wrong with one sequence alone, as in sampling, ends that one. After an error of a batch of several
     deltas each half of them is computed by itself, and so on, down to single deltas, and of those down to single requests,
-    as memory may be enough for fewer. A request that fails alone ends with its error, and its delta is computed alone from
-    then on; if it is the delta that cannot be used, all that want it end. So are two deltas that fail together and not
+    as memory may be enough for fewer. A request that fails alone ends with its error, and its delta is computed alone for
+    a while; if it is the delta that cannot be used, all that want it end. So are two deltas that fail together and not
     alone, as at least one of them changes what cannot be mixed; but if their outputs have different shapes (heads of
     different sizes), each goes on with those of its own shape. Others are mixed as before. Batches that cannot be put
     together or parted, as when memory runs out, go on as they are, and it is tried again later.
@@ -137,8 +139,10 @@ class Engine:
         self._lost = False
         self._cohorts: list[Cohort] = []
         self._owners: dict[Continuation, Generate] = {}
-        # With which others a delta may be in a batch: those of the same value. It is its outputs' shape, or its own key.
+        # With which others a delta may be in a batch: those of the same value. It is its outputs' shape.
         self._companies: dict[Key, Hashable] = {}
+        # Until when a delta is computed alone, and how long it was to be.
+        self._apart: dict[Key, tuple[float, float]] = {}
         # Steps until it is asked again whether deltas go together.
         self._settled = 0
         self.planners = {"read": Planner(), "step": Planner(), "classify": Planner()}
@@ -384,21 +388,31 @@ class Engine:
 
     def _company(self, request: Request) -> Hashable:
         """With whom it may be in a batch; what was never computed is taken to go with the base."""
+        if self._is_apart(request.key):
+            return request.key
         return self._companies.get(request.key, self._companies.get((None, None)))
 
     def _learn(self, requests: Sequence[Request], shape: Hashable) -> None:
         for request in requests:
             self._companies.setdefault(request.key, shape)
-        if len(self._companies) > 2 * len(self.pool) + 2:
+        if len(self._companies) + len(self._apart) > 2 * len(self.pool) + 2:
             # Most are of deltas that are gone.
-            there = {key: of_one for key, of_one in self._companies.items() if self._version(key[0]) == key[1]}
-            self._companies = there
+            gone = {key for key in (*self._companies, *self._apart) if self._version(key[0]) != key[1]}
+            self._companies = {key: of_one for key, of_one in self._companies.items() if key not in gone}
+            self._apart = {key: of_one for key, of_one in self._apart.items() if key not in gone}
 
     def _keep_apart(self, request: Request, error: Exception) -> None:
-        """Compute a delta alone from now on, after an error."""
-        if request.delta is not None and self._companies.get(request.key) != request.key:
-            self._companies[request.key] = request.key
-            LOG.warning("%r is computed alone now, after %s: %s", request.delta, type(error).__name__, error)
+        """Compute a delta alone for a while, after an error, which may have been another's or pass."""
+        if request.delta is None or self._is_apart(request.key):
+            return
+        _, before = self._apart.get(request.key, (0.0, APART / 2))
+        self._apart[request.key] = time.monotonic() + 2 * before, 2 * before
+        LOG.warning(
+            "%r is computed alone for %g seconds, after %s: %s", request.delta, 2 * before, type(error).__name__, error
+        )
+
+    def _is_apart(self, key: Key) -> bool:
+        return time.monotonic() < self._apart.get(key, (0.0, 0.0))[0]
 
     def _tell(self, requests: Sequence[Request]) -> None:
         """Let those know that are finished; batches without members go."""

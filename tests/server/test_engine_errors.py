@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -118,7 +121,8 @@ def test_a_delta_that_cannot_be_mixed_does_not_keep_others_from_it(mixing, alone
     apart = {record.args[0] for record in caplog.records}
     # Of two that do not go together nobody knows whose fault it is.
     assert apart == ({"task1"} if alone else {"task0", "task1"})
-    assert caplog.records[0].getMessage().endswith("is computed alone now, after RuntimeError: the shapes do not fit")
+    message = "is computed alone for 60 seconds, after RuntimeError: the shapes do not fit"
+    assert caplog.records[0].getMessage().endswith(message)
     assert mixed_now(mixing, "task2", None)
     # It is not tried again, and others do not have to be read twice for it.
     caplog.clear()
@@ -129,6 +133,24 @@ def test_a_delta_that_cannot_be_mixed_does_not_keep_others_from_it(mixing, alone
         one.wait()
     assert mixing.computed["batches"] - batches == (2 if alone else 4)
     assert not caplog.records
+
+
+def test_a_delta_that_failed_once_is_tried_with_others_again(mixing, monkeypatch, caplog):
+    """Too many open files, say, are no property of a delta. Should it fail again, it is left alone for twice as long."""
+    now = [1e6]
+    monkeypatch.setattr(
+        engine_module, "time", SimpleNamespace(monotonic=lambda: now[0], perf_counter=time.perf_counter)
+    )
+    mix = mixing.pool.mix
+    failing(mixing.pool, "task1", alone=False)
+    for after in (0, 59, 2, 119):
+        now[0] += after
+        assert mixed_now(mixing, "task1", None) is False
+    assert [record.args[:2] for record in caplog.records] == [("task1", 60), ("task1", 120)]
+    monkeypatch.setattr(mixing.pool, "mix", mix)
+    now[0] += 2
+    assert mixed_now(mixing, "task1", None) is True
+    assert len(caplog.records) == 2
 
 
 def test_an_error_of_a_large_batch_is_nobody_s(mixing, caplog):
@@ -280,7 +302,7 @@ def test_batches_that_cannot_be_put_together_or_parted_go_on(causal, mixes, monk
         assert one.request.continuation.tokens == want
     assert len(failed) == 2
     # Nobody is to blame.
-    assert not [record for record in caplog.records if "alone now" in record.getMessage()]
+    assert not [record for record in caplog.records if "computed alone" in record.getMessage()]
     assert mixed_now(engine, "task0", "task1") == mixes
     assert engine.stop(SECONDS)
     assert "a round failed" not in caplog.text
