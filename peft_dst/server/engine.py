@@ -26,6 +26,8 @@ Key = tuple[str | None, int | None]
 STEPS = 16
 # Tokens of several texts that are read in one batch at most, with their padding: one long text makes short ones as long.
 TOKENS = 8192
+# Tokens of new texts that are read before everybody gets another token, or a single text.
+READ = 8192
 # Seconds that a delta is computed alone after an error; twice as long after each further one.
 APART = 60.0
 
@@ -242,15 +244,20 @@ class Engine:
             self._give_up("the engine broke down; the server's log has more.")
 
     def _take(self) -> list[Request] | None:
-        """New requests, as many as there is room for; None when the engine has stopped and nothing is left."""
+        """New requests, as many as there is room and time for; None when the engine has stopped and nothing is left."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._owners or self._stopping)
             if self._stopping and not self._waiting and not self._owners:
                 return None
             gone = [request for request in self._waiting if request.cancelled]
             self._waiting = deque(request for request in self._waiting if not request.cancelled)
-            room = max(0, self.capacity - self.running)
-            new = [self._waiting.popleft() for _ in range(min(room, len(self._waiting)))]
+            new: list[Request] = []
+            left = READ
+            while self._waiting and self.running + len(new) < self.capacity:
+                left -= self._waiting[0].size
+                if new and left < 0:
+                    break
+                new.append(self._waiting.popleft())
         self._present(gone)
         return new
 

@@ -92,6 +92,30 @@ def test_a_long_text_makes_no_batch_of_long_ones(causal, monkeypatch):
     assert shapes[-1] == (8, 1)
 
 
+def test_many_new_prompts_do_not_hold_up_those_that_are_continued(causal, monkeypatch):
+    """They are read some at a time, and everybody's next token is made in between."""
+    monkeypatch.setattr(engine_module, "READ", 24)
+    prompts = [[3 + i % 7 for i in range(size)] for size in (10, 10, 10, 30, 10, 2)]
+    want = [expected(causal, None, prompt, 3) for prompt in prompts]
+    gate = Gate(causal.model)
+    engine = Engine(causal)
+    first = Asked(Generate, None, continuation=Continuation([5], 12))
+    engine.submit(first.request)
+    assert gate.reached.wait(SECONDS)
+    asked = [Asked(Generate, None, continuation=Continuation(prompt, 3)) for prompt in prompts]
+    together(engine, asked)
+    gate.open.set()
+    for one, tokens in zip(asked, want, strict=True):
+        assert one.wait() is None
+        assert one.request.continuation.tokens == tokens
+    assert first.wait() is None
+    assert engine.stop(SECONDS)
+    # One that is longer than that is read by itself.
+    assert [shape for shape in gate.shapes if shape[1] > 1] == [(2, 10), (1, 10), (1, 30), (2, 10)]
+    kinds = "".join("s" if width == 1 else "r" for _, width in gate.shapes)
+    assert kinds.lstrip("s").startswith("rsrsrsrs"), kinds
+
+
 def test_nobody_waits_for_another_s_answer_to_end(causal):
     """A short answer of one delta comes while a long one of another is being made."""
     engine = Engine(causal)
