@@ -26,6 +26,9 @@ Key = tuple[str | None, int | None]
 STEPS = 16
 # Tokens of several texts that are read in one batch at most, with their padding: one long text makes short ones as long.
 TOKENS = 8192
+# Texts of fewer tokens are continued together, and longer ones with those that are less than twice as long: what a batch
+# keeps of each of its texts, and goes through for the next token, is as much as of the longest.
+SHORT = 512
 # Tokens of new texts that are read before everybody gets another token, or a single text.
 READ = 8192
 # Seconds that a delta is computed alone after an error; twice as long after each further one.
@@ -437,7 +440,7 @@ class Engine:
         self._settled = STEPS
         requests = [self._owners[member] for cohort in self._cohorts for member in cohort.members]
         place = {
-            request.continuation: number
+            request.continuation: (number, (request.size // SHORT).bit_length())
             for number, together in enumerate(self._plan("step", requests, lambda request: 1))
             for request in together
         }
@@ -451,7 +454,7 @@ class Engine:
                 found[part] = part
         self._cohorts = list(found.values())
 
-    def _parts(self, cohort: Cohort, place: Mapping[Continuation, int]) -> list[tuple[Hashable, Cohort]]:
+    def _parts(self, cohort: Cohort, place: Mapping[Continuation, Hashable]) -> list[tuple[Hashable, Cohort]]:
         """A batch parted by places, and the place of each part; its own if it cannot be parted."""
         try:
             parts = cohort.divide([place[member] for member in cohort.members])

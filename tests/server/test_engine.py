@@ -92,6 +92,36 @@ def test_a_long_text_makes_no_batch_of_long_ones(causal, monkeypatch):
     assert shapes[-1] == (8, 1)
 
 
+def test_short_texts_are_not_continued_beside_long_ones(causal, monkeypatch):
+    """Whose keys and values would be as long, and as much to go through for each token. They grow out of their batch."""
+    monkeypatch.setattr(engine_module, "SHORT", 8)
+    monkeypatch.setattr(engine_module, "STEPS", 1)
+    monkeypatch.setattr(engine_module, "Planner", lambda: Always(True))
+    prompts = [[3 + i % 7 for i in range(size)] for size in (2, 5, 20, 29, 3)]
+    deltas = [None, "task0", "task1", None, "task2"]
+    want = [expected(causal, delta, prompt, 6) for delta, prompt in zip(deltas, prompts, strict=True)]
+    batches, step = [], Cohort.step
+
+    def watched(cohort):
+        batches.append(sorted(len(member.prompt) + len(member.tokens) for member in cohort.members))
+        step(cohort)
+
+    monkeypatch.setattr(Cohort, "step", watched)
+    engine = Engine(causal)
+    asked = [
+        Asked(Generate, delta, continuation=Continuation(prompt, 6))
+        for delta, prompt in zip(deltas, prompts, strict=True)
+    ]
+    together(engine, asked)
+    for one, tokens in zip(asked, want, strict=True):
+        assert one.wait() is None
+        assert one.request.continuation.tokens == tokens
+    assert engine.stop(SECONDS)
+    assert batches[:4] == [[3, 4, 6], [21, 30], [4, 5, 7], [22, 31]]
+    # Then one becomes too long for the first batch, and one for the second.
+    assert sorted(batches[4:8]) == [[5, 6], [8], [23], [32]]
+
+
 def test_many_new_prompts_do_not_hold_up_those_that_are_continued(causal, monkeypatch):
     """They are read some at a time, and everybody's next token is made in between."""
     monkeypatch.setattr(engine_module, "READ", 24)
