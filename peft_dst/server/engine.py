@@ -466,13 +466,29 @@ class Engine:
     def _plan(
         self, kind: str, requests: Sequence[R], size: Callable[[R], int] = lambda request: request.size
     ) -> list[list[R]]:
-        """What goes together: everything of a company, or those of one delta."""
+        """What goes together: of a company as much as the pool has room for, or those of one delta."""
         plan: list[list[R]] = []
         for company in _grouped(requests, self._company):
             parts = _by_delta(company)
-            together = self.planners[kind].mixes([sum(map(size, part)) for part in parts])
-            plan += [company] if together else parts
+            if self.planners[kind].mixes([sum(map(size, part)) for part in parts]):
+                fitting, parts = self._fitting(parts)
+                plan += [[request for part in fitting for request in part]] if fitting else []
+            plan += parts
         return plan
+
+    def _fitting(self, parts: Sequence[list[R]]) -> tuple[list[list[R]], list[list[R]]]:
+        """Those of which the pool holds all deltas at once, and others, which would be arranged anew for each token."""
+        fitting: list[list[R]] = []
+        others: list[list[R]] = []
+        room = self.pool.budget
+        for part in parts:
+            size = self.pool.mixed_nbytes(part[0].delta)
+            if size > room:
+                others.append(part)
+            else:
+                room -= size
+                fitting.append(part)
+        return fitting, others
 
     @contextmanager
     def _measured(self, kind: str, deltas: Sequence[str | None], sizes: Sequence[int]) -> Iterator[None]:

@@ -336,6 +336,10 @@ class DeltaPool:
         """
         return self._shelf.ready(name)
 
+    def mixed_nbytes(self, name: str | None) -> int:
+        """Bytes that a delta is held in for mixed batches; 0 if it was in none so far, and of the base."""
+        return self._shelf.mixed_nbytes(name)
+
     def verify(self, delta: SparseDelta) -> None:
         """Check that a delta could be used here, without adding it.
 

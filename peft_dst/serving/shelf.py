@@ -71,8 +71,9 @@ class Shelf:
         self._ready: Cache[Placed] = Cache(budget)
         self._mixables: Cache[Mixable] = Cache(budget)
         self._read: Cache[ReadDelta] = Cache(host_budget)
-        # Of what was read from files, by name.
+        # Of what was read from files, and bytes of what was arranged, by name.
         self._digests: dict[str, bytes] = {}
+        self._sizes: dict[str, int] = {}
         # What comes of it is None where the thread that loads was interrupted.
         self._loading: dict[str, Future[Placed | None]] = {}
         self._prefetcher = ThreadPoolExecutor(workers, thread_name_prefix="delta-pool")
@@ -118,6 +119,7 @@ class Shelf:
             self._mixables.drop(name)
             self._read.drop(name)
             self._digests.pop(name, None)
+            self._sizes.pop(name, None)
             self._loading.pop(name, None)
 
     def names(self) -> list[str]:
@@ -213,7 +215,12 @@ class Shelf:
         with self._lock:
             if name in self._known and not self._closed:
                 self._mixables.put(name, found)
+                self._sizes[name] = found.nbytes
         return found
+
+    def mixed_nbytes(self, name: str | None) -> int:
+        """As `DeltaPool.mixed_nbytes`."""
+        return self._sizes.get(name, 0) if name is not None else 0
 
     def prefetch(self, name: str) -> None:
         """Have a delta made ready in the background.

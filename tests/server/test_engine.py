@@ -11,12 +11,14 @@ import torch
 from peft_dst.server import engine as engine_module
 from peft_dst.server.cohorts import Cohort, Continuation
 from peft_dst.server.engine import Classify, Engine, Full, Generate, Stopped
+from peft_dst.serving import DeltaPool
 from tests.models import bert
 from tests.server.engines import (
     SECONDS,
     Always,
     Asked,
     Gate,
+    ask,
     expected,
     pooled,
     together,
@@ -120,6 +122,35 @@ def test_short_texts_are_not_continued_beside_long_ones(causal, monkeypatch):
     assert batches[:4] == [[3, 4, 6], [21, 30], [4, 5, 7], [22, 31]]
     # Then one becomes too long for the first batch, and one for the second.
     assert sorted(batches[4:8]) == [[5, 6], [8], [23], [32]]
+
+
+def test_no_more_deltas_go_together_than_there_is_room_for(causal, monkeypatch):
+    """Once it is known what they take. Others are computed one after the other."""
+    monkeypatch.setattr(engine_module, "Planner", lambda: Always(True))
+    names = causal.names()
+    with causal.mix(names):
+        sizes = [causal.mixed_nbytes(name) for name in names]
+    model, deltas = causal.model, {name: causal._shelf._known[name].source for name in names}
+    causal.close()
+    with DeltaPool(model, budget=sizes[0] + sizes[1]) as pool:
+        for name, delta in deltas.items():
+            pool.add(name, delta)
+        together_with, mix = [], pool.mix
+        monkeypatch.setattr(
+            pool,
+            "mix",
+            lambda names, copies=1: (together_with.append(sorted({*names}, key=str)), mix(names, copies))[1],
+        )
+        engine = Engine(pool)
+        for _ in range(2):
+            together_with.clear()
+            for one, want in ask(engine, *names, None):
+                assert one.wait() is None
+                assert one.request.continuation.tokens == want
+        assert engine.stop(SECONDS)
+        # The base takes nothing.
+        assert together_with[:2] == [[None, "task0", "task1"], ["task2"]]
+        assert pool.statistics.nbytes <= 2 * pool.budget
 
 
 def test_many_new_prompts_do_not_hold_up_those_that_are_continued(causal, monkeypatch):
