@@ -7,6 +7,7 @@ import contextlib
 import copy
 import json
 import math
+import re
 import socket
 import struct
 import threading
@@ -342,12 +343,34 @@ def test_a_token_that_no_client_could_send_is_refused(service, token):
 def test_metrics_have_their_kinds(url):
     assert ask(url, model="task1").status_code == 200
     lines = httpx.get(f"{url}/metrics").text.splitlines()
-    for kind, names in (("counter", ("batches", "mixed_batches", "delta_switches")), ("gauge", ("waiting", "deltas"))):
+    counters = ("batches", "mixed_batches", "delta_switches", "delta_hits", "delta_loads", "delta_evictions")
+    for kind, names in (("counter", counters), ("gauge", ("waiting", "deltas", "deltas_host_bytes"))):
         for name in names:
             suffix = "_total" if kind == "counter" else ""
             assert f"# TYPE peft_dst_{name}{suffix} {kind}" in lines
     assert "peft_dst_delta_switches_total 1.0" in lines
+    assert "peft_dst_delta_loads_total 1.0" in lines
     assert "peft_dst_deltas 2.0" in lines
+    assert "peft_dst_deltas_host_bytes 0.0" in lines
+
+
+def test_answers_that_take_long_are_told_apart(url):
+    """--timeout is 120 seconds for a request to come, and again for its answer."""
+    assert ask(url).status_code == 200
+    text = httpx.get(f"{url}/metrics").text
+    bounds = {float(bound) for bound in re.findall(r'seconds_bucket\{le="([\d.]+)",path="/v1/completions"\}', text)}
+    assert {30.0, 60.0, 120.0, 240.0} < bounds
+
+
+def test_what_was_read_is_kept_in_the_host_s_memory(parts, tmp_path):
+    base, tokenizer = copy.deepcopy(parts[0]), parts[1]
+    write_deltas(base, tmp_path, 2)
+    with served(Service(base, tokenizer, "base", tmp_path, budget=0, host_budget=2**20)) as url:
+        for task in ("task0", "task1"):
+            assert ask(url, model=task).status_code == 200
+        lines = httpx.get(f"{url}/metrics").text.splitlines()
+    (kept,) = (float(line.split()[1]) for line in lines if line.startswith("peft_dst_deltas_host_bytes "))
+    assert kept > 0
 
 
 def test_the_engine_outlives_a_client_s_loop(service):
