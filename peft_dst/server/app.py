@@ -145,10 +145,13 @@ async def _complete(
         metrics.tokens.labels("made").inc(last.tokens)
         request.state.noted = {"model": body.model, "tokens": last.tokens}
 
+    def failed(status: int) -> None:
+        request.state.noted = {"model": body.model, "status": status}
+
     if body.stream:
         # What is wrong shows before the first piece, and can still be told by the status.
         first = await unless_gone(request, anext(pieces))
-        return StreamingResponse(events(first, pieces, answer, note), media_type="text/event-stream")
+        return StreamingResponse(events(first, pieces, answer, note, failed), media_type="text/event-stream")
     text, last = await whole(request, pieces)
     note(last)
     return answer.whole(text, last)

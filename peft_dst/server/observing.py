@@ -84,7 +84,9 @@ class Observed:
         finally:
             seconds = time.perf_counter() - begin
             path = scope["route"].path if scope.get("route") is not None else "unknown"
-            self.metrics.requests.labels(path, str(status)).inc()
-            self.metrics.seconds.labels(path).observe(seconds)
             line = {"method": scope["method"], "path": path, "status": status, "seconds": round(seconds, 4)}
-            LOGGER.info("answered", extra={"fields": line | scope.get("state", {}).get("noted", {})})
+            # A stream that ends with an error has noted another status than it was begun with.
+            line |= scope.get("state", {}).get("noted", {})
+            self.metrics.requests.labels(path, str(line["status"])).inc()
+            self.metrics.seconds.labels(path).observe(seconds)
+            LOGGER.info("answered", extra={"fields": line})

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import copy
 import json
+import logging
 import math
 import re
 import socket
@@ -352,6 +353,28 @@ def test_metrics_have_their_kinds(url):
     assert "peft_dst_delta_loads_total 1.0" in lines
     assert "peft_dst_deltas 2.0" in lines
     assert "peft_dst_deltas_host_bytes 0.0" in lines
+
+
+def test_a_stream_that_ends_with_an_error_is_counted_as_that(service, caplog):
+    """Its status was sent long before."""
+    caplog.set_level(logging.INFO, "peft_dst.server")
+    pieces = []
+
+    def fail(*_):
+        pieces.append(0)
+        if len(pieces) > 3:
+            raise ZeroDivisionError("of our own")
+
+    service.model.generation_config.eos_token_id, service.ends = None, frozenset()
+    service.model.register_forward_pre_hook(fail)
+    with served(service) as url:
+        answer = ask(url, stream=True, max_tokens=9)
+        assert answer.status_code == 200
+        assert '"error"' in answer.text
+        lines = httpx.get(f"{url}/metrics").text.splitlines()
+    assert 'peft_dst_requests_total{path="/v1/completions",status="500"} 1.0' in lines
+    (answered,) = (r.fields for r in caplog.records if r.getMessage() == "answered" and r.fields["method"] == "POST")
+    assert (answered["status"], answered["model"]) == (500, "base")
 
 
 def test_answers_that_take_long_are_told_apart(url):
