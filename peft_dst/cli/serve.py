@@ -38,6 +38,9 @@ def _serve(
     ] = 30.0,
     max_upload: Annotated[int, typer.Option(min=1, help="MiB of an uploaded delta.")] = 64,
     budget: Annotated[int, typer.Option(min=0, help="MiB of deltas held ready.")] = 1024,
+    host_budget: Annotated[
+        int, typer.Option(min=0, help="MiB of deltas kept as they were read, so that they need not be read again.")
+    ] = 0,
     capacity: Annotated[int, typer.Option(min=1, help="Sequences in computation at most.")] = 32,
     queue: Annotated[int, typer.Option(min=1, help="Requests that may wait.")] = 256,
 ) -> None:
@@ -66,6 +69,7 @@ def _serve(
         limits=limits,
         grace=grace,
         budget=budget * 2**20,
+        host_budget=host_budget * 2**20,
         capacity=capacity,
         queue=queue,
     )

@@ -141,8 +141,9 @@ def correct_embedding(output: Tensor, tokens: Tensor, entries: EmbeddingEntries)
     counts = entries.counts[slots]
     # Every token found takes all entries of its row: number them through, from where the row begins.
     ends = counts.cumsum(0)
-    number = torch.arange(int(counts.sum()), device=tokens.device) + (
-        entries.starts[slots] - (ends - counts)
-    ).repeat_interleave(counts)
-    places = found.repeat_interleave(counts), entries.columns[number]
+    total = int(counts.sum())
+    number = torch.arange(total, device=tokens.device) + (entries.starts[slots] - (ends - counts)).repeat_interleave(
+        counts, output_size=total
+    )
+    places = found.repeat_interleave(counts, output_size=total), entries.columns[number]
     output.view(-1, output.shape[-1])[places] = entries.values[number].to(output.dtype)

@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -19,7 +21,8 @@ if TYPE_CHECKING:
 LANES = 64
 
 
-@triton.jit
+# What is another number in each batch would have it compiled anew.
+@triton.jit(do_not_specialize=["sums", "columns", "entries", "rows"])
 def _correct(
     output, input, groups_outputs, starts, groups_columns, inputs, differences,
     sums, columns, entries, rows, width_out, width_in,
@@ -48,8 +51,9 @@ def correct(outputs: Tensor, inputs: Tensor, bags: Bags) -> None:
     """Correct outputs (groups, rows, outputs), contiguous, given inputs (groups, rows, inputs), in place."""
     _, rows, width = inputs.shape
     sums = bags.starts.numel()
-    _correct[(sums, triton.cdiv(rows, LANES))](
-        outputs, inputs.contiguous(), bags.outputs, bags.starts, bags.columns, bags.inputs,
-        bags.differences, sums, bags.columns.shape[1], bags.inputs.numel(), rows, outputs.shape[-1], width,
-        LANES=LANES,
-    )  # fmt: skip
+    with torch.cuda.device(outputs.device) if outputs.is_cuda else contextlib.nullcontext():
+        _correct[(sums, triton.cdiv(rows, LANES))](
+            outputs, inputs.contiguous(), bags.outputs, bags.starts, bags.columns, bags.inputs,
+            bags.differences, sums, bags.columns.shape[1], bags.inputs.numel(), rows, outputs.shape[-1], width,
+            LANES=LANES,
+        )  # fmt: skip

@@ -115,22 +115,22 @@ class StackedDifference:
         """Any entries, on any device."""
         found = list(self._found.values())
         device = found[0].inputs.device
-        groups, outputs, columns, entries = (
-            torch.tensor(values, device=device)
-            for values in (
-                list(self._found),
-                [one.outputs.numel() for one in found],
-                [one.columns.numel() for one in found],
-                [one.inputs.numel() for one in found],
-            )
-        )
+        sizes = [(one.outputs.numel(), one.columns.numel(), one.inputs.numel()) for one in found]
+        # Their sums are known here, so that nobody waits for the device to find them.
+        sums, multiplied, total = map(sum, zip(*sizes, strict=True))
+        groups = torch.tensor(list(self._found), device=device)
+        outputs, columns, entries = torch.tensor(sizes, device=device).unbind(1)
         # Where the entries and the columns of each begin, when they follow each other.
         entry, column = entries.cumsum(0) - entries, columns.cumsum(0) - columns
         return Bags(
-            torch.stack([groups.repeat_interleave(outputs), torch.cat([one.outputs for one in found])]),
-            torch.cat([one.starts for one in found]) + entry.repeat_interleave(outputs),
-            torch.stack([groups.repeat_interleave(columns), torch.cat([one.columns for one in found])]),
-            torch.cat([one.inputs for one in found]) + column.repeat_interleave(entries),
+            torch.stack(
+                [groups.repeat_interleave(outputs, output_size=sums), torch.cat([one.outputs for one in found])]
+            ),
+            torch.cat([one.starts for one in found]) + entry.repeat_interleave(outputs, output_size=sums),
+            torch.stack(
+                [groups.repeat_interleave(columns, output_size=multiplied), torch.cat([one.columns for one in found])]
+            ),
+            torch.cat([one.inputs for one in found]) + column.repeat_interleave(entries, output_size=total),
             torch.cat([one.differences for one in found]),
         )
 

@@ -103,9 +103,13 @@ async def _disconnected(request: Request) -> None:
 
 
 async def events(
-    first: Piece, rest: AsyncGenerator[Piece, None], answer: Answer, note: Callable[[Piece], None]
+    first: Piece,
+    rest: AsyncGenerator[Piece, None],
+    answer: Answer,
+    note: Callable[[Piece], None],
+    failed: Callable[[int], None],
 ) -> AsyncIterator[str]:
-    """A stream's events; `note` is called with the last piece, if it came to that."""
+    """A stream's events; at its end `note` is called with the last piece, or `failed` with an error's status."""
 
     def event(value: dict[str, Any]) -> str:
         return f"data: {json.dumps(value)}\n\n"
@@ -118,7 +122,9 @@ async def events(
                 yield event(answer.piece(last, False))
         except Exception as error:
             # The status is long gone.
-            yield event(told(error)[1])
+            status, body = told(error)
+            failed(status)
+            yield event(body)
             return
     note(last)
     if answer.with_usage:

@@ -35,6 +35,8 @@ def create_app(service: Service, *, token: str | None = None, grace: float = 30.
     """
     check_token(token)
     metrics = Metrics(service)
+    # Deltas come and go one after the other, in one of the threads that prompts are read in.
+    changing = asyncio.Lock()
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -98,14 +100,16 @@ def create_app(service: Service, *, token: str | None = None, grace: float = 30.
         service.deltas.check_name(name)
         with service.deltas.incoming() as folder:
             await receive(request, folder)
-            delta = await asyncio.to_thread(service.deltas.take, name, folder)
+            async with changing:
+                delta = await asyncio.to_thread(service.deltas.take, name, folder)
         request.state.noted = {"model": name, "entries": delta.num_entries}
         return {"id": name, "object": "model", "entries": delta.num_entries}
 
     @app.delete(UPLOADS + "{name}")
     async def remove(name: str, request: Request) -> dict[str, Any]:
         authorise(request, token)
-        await asyncio.to_thread(service.deltas.remove, name)
+        async with changing:
+            await asyncio.to_thread(service.deltas.remove, name)
         return {"id": name, "object": "model", "deleted": True}
 
     return app
@@ -141,10 +145,13 @@ async def _complete(
         metrics.tokens.labels("made").inc(last.tokens)
         request.state.noted = {"model": body.model, "tokens": last.tokens}
 
+    def failed(status: int) -> None:
+        request.state.noted = {"model": body.model, "status": status}
+
     if body.stream:
         # What is wrong shows before the first piece, and can still be told by the status.
         first = await unless_gone(request, anext(pieces))
-        return StreamingResponse(events(first, pieces, answer, note), media_type="text/event-stream")
+        return StreamingResponse(events(first, pieces, answer, note, failed), media_type="text/event-stream")
     text, last = await whole(request, pieces)
     note(last)
     return answer.whole(text, last)

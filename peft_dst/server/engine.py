@@ -26,6 +26,13 @@ Key = tuple[str | None, int | None]
 STEPS = 16
 # Tokens of several texts that are read in one batch at most, with their padding: one long text makes short ones as long.
 TOKENS = 8192
+# Texts of fewer tokens are continued together, and longer ones with those that are less than twice as long: what a batch
+# keeps of each of its texts, and goes through for the next token, is as much as of the longest.
+SHORT = 512
+# Tokens of new texts that are read before everybody gets another token, or a single text.
+READ = 8192
+# Seconds that a delta is computed alone after an error; twice as long after each further one.
+APART = 60.0
 
 
 @dataclass(eq=False)
@@ -111,11 +118,12 @@ class Engine:
     continuing them and for classifying, each by itself.
 
     Errors: what goes wrong with one sequence alone, as in sampling, ends that one. After an error of a batch of several
-    deltas each half of them is computed by itself, and so on, down to single deltas. Requests of a delta that fails alone
-    end with its error, and it is computed alone from then on. So are two that fail together and not alone, as at least one
-    of them changes what cannot be mixed; but if their outputs have different shapes (heads of different sizes), each goes
-    on with those of its own shape. Others are mixed as before. Batches that cannot be put together or parted, as when
-    memory runs out, go on as they are, and it is tried again later.
+    deltas each half of them is computed by itself, and so on, down to single deltas, and of those down to single requests,
+    as memory may be enough for fewer. A request that fails alone ends with its error, and its delta is computed alone for
+    a while; if it is the delta that cannot be used, all that want it end. So are two deltas that fail together and not
+    alone, as at least one of them changes what cannot be mixed; but if their outputs have different shapes (heads of
+    different sizes), each goes on with those of its own shape. Others are mixed as before. Batches that cannot be put
+    together or parted, as when memory runs out, go on as they are, and it is tried again later.
 
     A request is for the delta that had its name when it was submitted: if that is removed, it ends with an UnknownDelta,
     also when another one has come in its place.
@@ -136,8 +144,10 @@ class Engine:
         self._lost = False
         self._cohorts: list[Cohort] = []
         self._owners: dict[Continuation, Generate] = {}
-        # With which others a delta may be in a batch: those of the same value. It is its outputs' shape, or its own key.
+        # With which others a delta may be in a batch: those of the same value. It is its outputs' shape.
         self._companies: dict[Key, Hashable] = {}
+        # Until when a delta is computed alone, and how long it was to be.
+        self._apart: dict[Key, tuple[float, float]] = {}
         # Steps until it is asked again whether deltas go together.
         self._settled = 0
         self.planners = {"read": Planner(), "step": Planner(), "classify": Planner()}
@@ -237,15 +247,20 @@ class Engine:
             self._give_up("the engine broke down; the server's log has more.")
 
     def _take(self) -> list[Request] | None:
-        """New requests, as many as there is room for; None when the engine has stopped and nothing is left."""
+        """New requests, as many as there is room and time for; None when the engine has stopped and nothing is left."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._owners or self._stopping)
             if self._stopping and not self._waiting and not self._owners:
                 return None
             gone = [request for request in self._waiting if request.cancelled]
             self._waiting = deque(request for request in self._waiting if not request.cancelled)
-            room = max(0, self.capacity - self.running)
-            new = [self._waiting.popleft() for _ in range(min(room, len(self._waiting)))]
+            new: list[Request] = []
+            left = READ
+            while self._waiting and self.running + len(new) < self.capacity:
+                left -= self._waiting[0].size
+                if new and left < 0:
+                    break
+                new.append(self._waiting.popleft())
         self._present(gone)
         return new
 
@@ -329,10 +344,9 @@ class Engine:
 
     def _step(self, cohort: Cohort) -> None:
         """The next token of a batch."""
-        self._present([self._owners[member] for member in cohort.members])
-        cohort.leave()
-        requests = [self._owners[member] for member in cohort.members]
+        requests = self._present([self._owners[member] for member in cohort.members])
         try:
+            cohort.leave()
             if requests:
                 with self._model("step", requests, [1] * len(requests)):
                     cohort.step()
@@ -360,9 +374,14 @@ class Engine:
         """After an error of a batch: compute it in two, so that it is known whose it was; as `_compute`."""
         # Those that ended in the very step have their answers.
         self._tell(requests)
-        parts = _by_delta([request for request in requests if request in self._open])
+        requests = [request for request in requests if request in self._open]
+        about_a_delta = isinstance(error, UnknownDelta | DeltaError)
+        parts = _by_delta(requests)
+        if len(parts) < 2 and not about_a_delta:
+            # They may have been too many, or it is one request's fault.
+            parts = [[request] for request in requests]
         if len(parts) < 2:
-            for request in [request for part in parts for request in part]:
+            for request in requests:
                 if not isinstance(error, UnknownDelta):
                     self._keep_apart(request, error)
                 self._drop(request, error)
@@ -370,8 +389,8 @@ class Engine:
         half = len(parts) // 2
         fine = [self._compute(compute, [r for part in some for r in part]) for some in (parts[:half], parts[half:])]
         one, other = parts[0][0], parts[-1][0]
-        # What is about a delta is so when it is alone.
-        together = len(parts) == 2 and all(fine) and not isinstance(error, UnknownDelta | DeltaError)
+        # What is about a delta is so when it is alone; and memory may be enough for either of one delta's requests.
+        together = len(parts) == 2 and all(fine) and not about_a_delta and one.key != other.key
         if together and self._company(one) == self._company(other):
             self._keep_apart(one, error)
             self._keep_apart(other, error)
@@ -379,21 +398,31 @@ class Engine:
 
     def _company(self, request: Request) -> Hashable:
         """With whom it may be in a batch; what was never computed is taken to go with the base."""
+        if self._is_apart(request.key):
+            return request.key
         return self._companies.get(request.key, self._companies.get((None, None)))
 
     def _learn(self, requests: Sequence[Request], shape: Hashable) -> None:
         for request in requests:
             self._companies.setdefault(request.key, shape)
-        if len(self._companies) > 2 * len(self.pool) + 2:
+        if len(self._companies) + len(self._apart) > 2 * len(self.pool) + 2:
             # Most are of deltas that are gone.
-            there = {key: of_one for key, of_one in self._companies.items() if self._version(key[0]) == key[1]}
-            self._companies = there
+            gone = {key for key in (*self._companies, *self._apart) if self._version(key[0]) != key[1]}
+            self._companies = {key: of_one for key, of_one in self._companies.items() if key not in gone}
+            self._apart = {key: of_one for key, of_one in self._apart.items() if key not in gone}
 
     def _keep_apart(self, request: Request, error: Exception) -> None:
-        """Compute a delta alone from now on, after an error."""
-        if request.delta is not None and self._companies.get(request.key) != request.key:
-            self._companies[request.key] = request.key
-            LOG.warning("%r is computed alone now, after %s: %s", request.delta, type(error).__name__, error)
+        """Compute a delta alone for a while, after an error, which may have been another's or pass."""
+        if request.delta is None or self._is_apart(request.key):
+            return
+        _, before = self._apart.get(request.key, (0.0, APART / 2))
+        self._apart[request.key] = time.monotonic() + 2 * before, 2 * before
+        LOG.warning(
+            "%r is computed alone for %g seconds, after %s: %s", request.delta, 2 * before, type(error).__name__, error
+        )
+
+    def _is_apart(self, key: Key) -> bool:
+        return time.monotonic() < self._apart.get(key, (0.0, 0.0))[0]
 
     def _tell(self, requests: Sequence[Request]) -> None:
         """Let those know that are finished; batches without members go."""
@@ -411,7 +440,7 @@ class Engine:
         self._settled = STEPS
         requests = [self._owners[member] for cohort in self._cohorts for member in cohort.members]
         place = {
-            request.continuation: number
+            request.continuation: (number, (request.size // SHORT).bit_length())
             for number, together in enumerate(self._plan("step", requests, lambda request: 1))
             for request in together
         }
@@ -425,7 +454,7 @@ class Engine:
                 found[part] = part
         self._cohorts = list(found.values())
 
-    def _parts(self, cohort: Cohort, place: Mapping[Continuation, int]) -> list[tuple[Hashable, Cohort]]:
+    def _parts(self, cohort: Cohort, place: Mapping[Continuation, Hashable]) -> list[tuple[Hashable, Cohort]]:
         """A batch parted by places, and the place of each part; its own if it cannot be parted."""
         try:
             parts = cohort.divide([place[member] for member in cohort.members])
@@ -437,13 +466,29 @@ class Engine:
     def _plan(
         self, kind: str, requests: Sequence[R], size: Callable[[R], int] = lambda request: request.size
     ) -> list[list[R]]:
-        """What goes together: everything of a company, or those of one delta."""
+        """What goes together: of a company as much as the pool has room for, or those of one delta."""
         plan: list[list[R]] = []
         for company in _grouped(requests, self._company):
             parts = _by_delta(company)
-            together = self.planners[kind].mixes([sum(map(size, part)) for part in parts])
-            plan += [company] if together else parts
+            if self.planners[kind].mixes([sum(map(size, part)) for part in parts]):
+                fitting, parts = self._fitting(parts)
+                plan += [[request for part in fitting for request in part]] if fitting else []
+            plan += parts
         return plan
+
+    def _fitting(self, parts: Sequence[list[R]]) -> tuple[list[list[R]], list[list[R]]]:
+        """Those of which the pool holds all deltas at once, and others, which would be arranged anew for each token."""
+        fitting: list[list[R]] = []
+        others: list[list[R]] = []
+        room = self.pool.budget
+        for part in parts:
+            size = self.pool.mixed_nbytes(part[0].delta)
+            if size > room:
+                others.append(part)
+            else:
+                room -= size
+                fitting.append(part)
+        return fitting, others
 
     @contextmanager
     def _measured(self, kind: str, deltas: Sequence[str | None], sizes: Sequence[int]) -> Iterator[None]:

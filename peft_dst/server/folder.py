@@ -36,7 +36,7 @@ CONFIG_BYTES, HEADER_BYTES, DESCRIPTION_BYTES = 2**20, 2**22, 2**18
 class DeltaFolder:
     """The deltas of a pool, and where they lie.
 
-    Adapters of other methods, and what has no config that can be read, are left out.
+    Adapters of other methods, what has no config that can be read, and what no upload could be called, are left out.
 
     Args:
         pool: gets those that are there.
@@ -72,8 +72,9 @@ class DeltaFolder:
         for config in sorted(path.glob(f"[!.]*/{CONFIG_NAME}")):
             folder = config.parent
             try:
+                _check_spelling(folder.name)
                 read_config(folder)
-            except DeltaError as error:
+            except (Refused, DeltaError) as error:
                 self.left_out[folder.name] = str(error)
             else:
                 self.pool.add(folder.name, folder)
@@ -153,10 +154,7 @@ class DeltaFolder:
             Refused: if it is no name, or taken, or the pool is closed.
         """
         self.check_open()
-        if not NAME.fullmatch(name):
-            raise Refused(
-                f"{name[:80]!r} is no name: letters, digits, '_', '.' and '-', 64 at most, a letter or digit first."
-            )
+        _check_spelling(name)
         if name == self.base or name in self.pool:
             raise _taken(name)
 
@@ -213,6 +211,13 @@ def _check_sizes(sizes: list[tuple[str, int, int]]) -> None:
     for what, size, most in sizes:
         if size > most:
             raise Refused(f"{what} may have {most:,} bytes, not {size:,}.", 413)
+
+
+def _check_spelling(name: str) -> None:
+    if not NAME.fullmatch(name):
+        raise Refused(
+            f"{name[:80]!r} is no name: letters, digits, '_', '.' and '-', 64 at most, a letter or digit first."
+        )
 
 
 def _taken(name: str) -> Refused:

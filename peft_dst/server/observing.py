@@ -14,6 +14,8 @@ from .service import Service
 
 
 LOGGER = logging.getLogger("peft_dst.server")
+# An answer may take a minute or several.
+SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 240, 600)
 
 
 class Metrics:
@@ -23,7 +25,9 @@ class Metrics:
         self.registry = CollectorRegistry()
         options: dict[str, Any] = {"registry": self.registry}
         self.requests = Counter("peft_dst_requests", "Requests answered.", ["path", "status"], **options)
-        self.seconds = Histogram("peft_dst_request_seconds", "Time to the end of an answer.", ["path"], **options)
+        self.seconds = Histogram(
+            "peft_dst_request_seconds", "Time to the end of an answer.", ["path"], buckets=SECONDS, **options
+        )
         self.tokens = Counter("peft_dst_tokens", "Tokens read and made.", ["kind"], **options)
         self.registry.register(_Figures(service))
 
@@ -49,6 +53,10 @@ class _Figures:
             (GaugeMetricFamily, "deltas", "Deltas known.", pool.deltas),
             (GaugeMetricFamily, "deltas_ready", "Deltas held in memory.", pool.ready),
             (GaugeMetricFamily, "deltas_bytes", "Bytes of those.", pool.nbytes),
+            (GaugeMetricFamily, "deltas_host_bytes", "Bytes of deltas kept as they were read.", pool.host_nbytes),
+            (CounterMetricFamily, "delta_hits", "Uses of a delta that was held.", pool.hits),
+            (CounterMetricFamily, "delta_loads", "Deltas read and made ready.", pool.loads),
+            (CounterMetricFamily, "delta_evictions", "Deltas let go for others.", pool.evictions),
             (CounterMetricFamily, "delta_switches", "Switches of the delta in the weights.", pool.switches),
         ):
             yield kind(f"peft_dst_{name}", text, value=value)
@@ -76,7 +84,9 @@ class Observed:
         finally:
             seconds = time.perf_counter() - begin
             path = scope["route"].path if scope.get("route") is not None else "unknown"
-            self.metrics.requests.labels(path, str(status)).inc()
-            self.metrics.seconds.labels(path).observe(seconds)
             line = {"method": scope["method"], "path": path, "status": status, "seconds": round(seconds, 4)}
-            LOGGER.info("answered", extra={"fields": line | scope.get("state", {}).get("noted", {})})
+            # A stream that ends with an error has noted another status than it was begun with.
+            line |= scope.get("state", {}).get("noted", {})
+            self.metrics.requests.labels(path, str(line["status"])).inc()
+            self.metrics.seconds.labels(path).observe(seconds)
+            LOGGER.info("answered", extra={"fields": line})

@@ -51,6 +51,7 @@ class Service:
         folder: of deltas, a folder each; None for none, and no uploads.
         limits: of requests.
         budget: bytes of deltas held ready.
+        host_budget: bytes of deltas kept as they were read.
         capacity: sequences in computation at most.
         queue: requests that may wait.
 
@@ -71,13 +72,14 @@ class Service:
         *,
         limits: Limits | None = None,
         budget: int = 2**30,
+        host_budget: int = 0,
         capacity: int = 32,
         queue: int = 256,
     ) -> None:
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self.limits = limits or Limits()
         self.generates = hasattr(model, "generate") and model.can_generate()
-        self.pool = DeltaPool(model, budget=budget)
+        self.pool = DeltaPool(model, budget=budget, host_budget=host_budget)
         self.deltas = DeltaFolder(self.pool, folder, name)
         self.engine = Engine(self.pool, capacity=capacity, queue=queue)
         size = model.get_input_embeddings().num_embeddings

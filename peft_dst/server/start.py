@@ -50,8 +50,18 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """As uvicorn does it, the service closing meanwhile: the application's own end comes after its last answer."""
         closing = asyncio.ensure_future(asyncio.to_thread(self.service.close, self.grace))
-        await super().shutdown(sockets)
-        await closing
+        hurrying = asyncio.ensure_future(self._hurry())
+        try:
+            await super().shutdown(sockets)
+            await closing
+        finally:
+            hurrying.cancel()
+
+    async def _hurry(self) -> None:
+        """At a second interrupt, leave no grace."""
+        while not self.force_exit:
+            await asyncio.sleep(0.1)
+        await asyncio.to_thread(self.service.close, 0)
 
 
 def load(base: str, task: str | None, dtype: str, device: str | None) -> Any:

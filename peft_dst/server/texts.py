@@ -24,6 +24,10 @@ def longest(model: Any, tokenizer: Any, limit: int) -> int:
     sizes = [limit, tokenizer.model_max_length]
     if size := getattr(model.config, "max_position_embeddings", None):
         sizes.append(size)
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        # Beyond, one long text would change the positions of all that are in its batch.
+        sizes.append(rope["original_max_position_embeddings"])
     for name, module in model.named_modules():
         # RoBERTa and its kin count positions from behind that of the padding.
         if (

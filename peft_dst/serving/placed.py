@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -39,17 +39,15 @@ class ReadDelta:
 
     Args:
         delta: what was read.
-        pinned: put it into memory from which an accelerator copies by itself.
     """
 
-    def __init__(self, delta: SparseDelta, pinned: bool = False) -> None:
+    def __init__(self, delta: SparseDelta) -> None:
         # What was read may be a mapping of a file, which others may change or cut.
-        copied = Tensor.pin_memory if pinned else Tensor.clone
         tensors = {
-            name: replace(one, indices=copied(one.indices), values=copied(one.values)) for name, one in delta.items()
+            name: replace(one, indices=one.indices.clone(), values=one.values.clone()) for name, one in delta.items()
         }
         self.delta = delta = replace(
-            delta, tensors=tensors, dense={key: copied(one) for key, one in delta.dense.items()}
+            delta, tensors=tensors, dense={key: one.clone() for key, one in delta.dense.items()}
         )
         self.nbytes = sum(one.indices.nbytes + one.values.nbytes for one in delta.values()) + sum(
             tensor.nbytes for tensor in delta.dense.values()
@@ -83,7 +81,11 @@ UNCHANGED = Placed(())
 
 @torch.no_grad()
 def place(
-    delta: SparseDelta, storage: FlatStorage, heads: Container[nn.Module], shown: Placed, check: bool = True
+    delta: SparseDelta,
+    storage: FlatStorage,
+    heads: Container[nn.Module],
+    seeds_at: Callable[[int, Tensor], Tensor],
+    check: bool = True,
 ) -> Placed:
     """Make a delta ready.
 
@@ -91,7 +93,7 @@ def place(
         delta: what was read of it.
         storage: of the model.
         heads: of the model, which a delta may bring in another size.
-        shown: what is in the weights now; the delta belongs to the base below it.
+        seeds_at: what the base has in a buffer, by its number, at positions, int64 (k,).
         check: whether to compare the base's values with the delta's checksums.
 
     Raises:
@@ -105,7 +107,7 @@ def place(
                 "quantised or sharded. A pool serves plain weights; peft_dst's adapters in PEFT serve quantised ones."
             )
     dense = _dense(delta, storage, heads)
-    # Shapes, dtypes and positions are checked here; what stands in the weights may be another delta's.
+    # Shapes, dtypes and positions are checked here; what stands in the weights may be another delta's, or half of it.
     known = delta.with_seeds(weights, check=False)
     parts = []
     for number, buffer in enumerate(storage.buffers):
@@ -118,7 +120,7 @@ def place(
         if bool((positions.diff() <= 0).any()):
             raise DeltaError("the delta has entries for one parameter under two names; keep one of them.")
         values = torch.cat([known[name].values for name in names]).to(buffer)
-        seeds = _seeds(buffer, positions, next((part for part in shown.parts if part.buffer == number), None))
+        seeds = seeds_at(number, positions)
         if check:
             for name, own in zip(names, seeds.split([len(known[name]) for name in names]), strict=True):
                 if checksums := delta[name].checksums():
@@ -127,12 +129,14 @@ def place(
     return Placed(tuple(parts), dense)
 
 
-def _seeds(buffer: Tensor, positions: Tensor, shown: Part | None) -> Tensor:
-    """What the base has at these positions, below the delta that is shown."""
-    found = buffer[positions]
-    if shown is not None and shown.positions.numel():
-        at = torch.searchsorted(shown.positions, positions).clamp_(max=shown.positions.numel() - 1)
-        found = torch.where(shown.positions[at] == positions, shown.seeds[at], found)
+@torch.no_grad()
+def seeds_below(shown: Placed, storage: FlatStorage, buffer: int, positions: Tensor) -> Tensor:
+    """What the base has in a buffer at these positions, int64 (k,), below the delta that is in the weights."""
+    found = storage.buffers[buffer][positions]
+    part = next((part for part in shown.parts if part.buffer == buffer), None)
+    if part is not None and part.positions.numel():
+        at = torch.searchsorted(part.positions, positions).clamp_(max=part.positions.numel() - 1)
+        found = torch.where(part.positions[at] == positions, part.seeds[at], found)
     return found
 
 

@@ -11,12 +11,12 @@ from os import PathLike
 from types import TracebackType
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..delta import SparseDelta
 from ..mixing import BASE, Readers, Subsets, mixed
 from .heads import heads_of
-from .placed import UNCHANGED, Mixable, Placed, mixable, place, write
+from .placed import UNCHANGED, Mixable, Placed, mixable, place, seeds_below, write
 from .shelf import Shelf, UnknownDelta
 from .storage import FlatStorage
 from .turns import Turn
@@ -80,7 +80,8 @@ class DeltaPool:
     that comes: two calls, whatever the number of tensors. The last one stays in the weights until another is used.
 
     Threads: any number may call any method. While one is in `use`, others may use the same delta beside it, and wait for
-    another; who came first goes first.
+    another; who came first goes first. Tasks of one thread (asyncio) are one to it: while one of them has a delta, another
+    cannot wait for a different one, and gets a RuntimeError. Have worker threads call `use`, from beginning to end.
 
     Locks: whose `Turn` it is may use the model; a switch is made at its beginning, when nobody else may come. `_weights`
     guards the values in the weights: it is held while they are written (in a mixed batch, while a module runs with a
@@ -97,7 +98,7 @@ class DeltaPool:
             that, within as much again: 45 to 95 bytes an entry (ε from 1e-2 to 1e-4; most where embeddings are tied), with
             those just named. What the last mixed batch took is held besides.
         host_budget: bytes of deltas that are kept as they were read, in the host's memory, so that one that was let go for
-            others need not be read and parsed again. For a model on CUDA they are pinned there.
+            others need not be read and parsed again.
         check: whether each delta is compared with the base when it is made ready (its checksums of the base's values).
         workers: threads that prefetch.
 
@@ -125,11 +126,10 @@ class DeltaPool:
             lambda: self.shown,
             budget=budget,
             host_budget=host_budget,
-            pinned=any(buffer.is_cuda for buffer in self.storage.buffers),
             workers=workers,
         )
         self._turn = Turn()
-        # What this thread has in use.
+        # What this thread has in use, and how many times.
         self._mine = threading.local()
         # A module that runs with a delta's values may call another one that does.
         self._weights = threading.RLock()
@@ -172,6 +172,8 @@ class DeltaPool:
         """
         with self._alone():
             self._shelf.remove(name)
+            if self._mixed is not None and name in self._mixed.deltas:
+                self._mixed = None
             if self.shown == name:
                 self._switch(_Shown())
 
@@ -232,7 +234,9 @@ class DeltaPool:
                 raise RuntimeError(
                     f"this thread {self._has()}, and would wait for itself to have {name!r}; leave that first."
                 )
-            yield self.model
+            # Tasks of one thread need not leave in the order in which they came.
+            with self._turn.again(), self._noted(name):
+                yield self.model
             return
         wanted, versions = _Shown(), {}
         if name is not None:
@@ -287,11 +291,13 @@ class DeltaPool:
 
     @contextmanager
     def _noted(self, has: object) -> Iterator[None]:
-        self._mine.has = has
+        self._mine.has, self._mine.times = has, getattr(self._mine, "times", 0) + 1
         try:
             yield
         finally:
-            del self._mine.has
+            self._mine.times -= 1
+            if not self._mine.times:
+                del self._mine.has
 
     def _has(self) -> str:
         return "computes a mixed batch" if self._mine.has is _MIXED else f"uses {self._mine.has!r}"
@@ -330,6 +336,10 @@ class DeltaPool:
         """
         return self._shelf.ready(name)
 
+    def mixed_nbytes(self, name: str | None) -> int:
+        """Bytes that a delta is held in for mixed batches; 0 if it was in none so far, and of the base."""
+        return self._shelf.mixed_nbytes(name)
+
     def verify(self, delta: SparseDelta) -> None:
         """Check that a delta could be used here, without adding it.
 
@@ -357,8 +367,11 @@ class DeltaPool:
     # Weights
 
     def _place(self, delta: SparseDelta) -> Placed:
+        return place(delta, self.storage, self._heads, self._seeds_at, self.check)
+
+    def _seeds_at(self, buffer: int, positions: Tensor) -> Tensor:
         with self._weights:
-            return place(delta, self.storage, self._heads, self._shown.placed, self.check)
+            return seeds_below(self._shown.placed, self.storage, buffer, positions)
 
     def _show(self, wanted: _Shown, versions: Mapping[str, int]) -> None:
         """At the beginning of a turn: have a delta in the weights, if the names still stand for what they did."""

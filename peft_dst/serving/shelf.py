@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import threading
 from collections.abc import Callable, Mapping
@@ -10,7 +11,10 @@ from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
 
-from ..delta import CONFIG_NAME, SparseDelta
+import torch
+from torch import Tensor
+
+from ..delta import CONFIG_NAME, DeltaError, SparseDelta
 from ..mixing import BASE
 from .cache import Cache
 from .placed import Mixable, Placed, ReadDelta
@@ -36,7 +40,8 @@ class Shelf:
 
     A delta is read and made ready once, however many threads ask for it: the first one loads, others wait for the future.
     Names may go, and come again with another source, while that is under way. What was read is then still given to
-    those who wait for it, and not kept; whoever uses it compares the `version` of before (`is_version`).
+    those who wait for it, and not kept; whoever uses it compares the `version` of before (`is_version`). A version is one
+    delta's for good: files that are read again must have what they had.
 
     Locks: one guards names, caches, loadings, counts and whether this is closed. It is never held while something is read,
     placed, arranged or waited for.
@@ -47,7 +52,6 @@ class Shelf:
         in_use: the name that must not be let go for others; None if there is none. Called with the lock held.
         budget: bytes of what is ready, and again of what is arranged.
         host_budget: bytes of what is kept as it was read.
-        pinned: whether that is kept in pinned memory.
         workers: threads that prefetch.
     """
 
@@ -59,16 +63,19 @@ class Shelf:
         *,
         budget: int,
         host_budget: int,
-        pinned: bool,
         workers: int,
     ) -> None:
-        self._place, self._arrange, self._in_use, self._pinned = place, arrange, in_use, pinned
+        self._place, self._arrange, self._in_use = place, arrange, in_use
         self._known: dict[str, Known] = {}
         self._versions = itertools.count(1)
         self._ready: Cache[Placed] = Cache(budget)
         self._mixables: Cache[Mixable] = Cache(budget)
         self._read: Cache[ReadDelta] = Cache(host_budget)
-        self._loading: dict[str, Future[Placed]] = {}
+        # Of what was read from files, and bytes of what was arranged, by name.
+        self._digests: dict[str, bytes] = {}
+        self._sizes: dict[str, int] = {}
+        # What comes of it is None where the thread that loads was interrupted.
+        self._loading: dict[str, Future[Placed | None]] = {}
         self._prefetcher = ThreadPoolExecutor(workers, thread_name_prefix="delta-pool")
         self._lock = threading.Lock()
         self._counts = dict.fromkeys(("hits", "loads", "evictions"), 0)
@@ -111,6 +118,8 @@ class Shelf:
             self._ready.drop(name)
             self._mixables.drop(name)
             self._read.drop(name)
+            self._digests.pop(name, None)
+            self._sizes.pop(name, None)
             self._loading.pop(name, None)
 
     def names(self) -> list[str]:
@@ -153,6 +162,7 @@ class Shelf:
         with self._lock:
             self._closed = True
             self._known.clear()
+            self._digests.clear()
             self._ready, self._mixables, self._read = Cache(0), Cache(0), Cache(0)
         # What is queued is not cancelled but refused, as its futures may be waited for.
         self._prefetcher.shutdown(wait=False)
@@ -171,19 +181,21 @@ class Shelf:
             DeltaError: if it cannot be read or placed.
             RuntimeError: if this is closed.
         """
-        with self._lock:
-            self._check_open()
-            self._of(name)
-            if (placed := self._ready.get(name) or held) is not None:
-                self._counts["hits"] += 1
+        while True:
+            with self._lock:
+                self._check_open()
+                self._of(name)
+                if (placed := self._ready.get(name) or held) is not None:
+                    self._counts["hits"] += 1
+                    return placed
+                if (future := self._loading.get(name)) is None:
+                    future = self._loading[name] = Future()
+                # One that waits for a thread to prefetch it is begun here.
+                mine = _begin(future)
+            if mine:
+                self._load(name, future)
+            if (placed := future.result()) is not None:
                 return placed
-            if (future := self._loading.get(name)) is None:
-                future = self._loading[name] = Future()
-            # One that waits for a thread to prefetch it is begun here.
-            mine = _begin(future)
-        if mine:
-            self._load(name, future)
-        return future.result()
 
     def mixable(self, name: str, held: Mixable | None = None) -> Mixable:
         """The delta for mixed batches: from memory, or made of what is ready.
@@ -203,7 +215,12 @@ class Shelf:
         with self._lock:
             if name in self._known and not self._closed:
                 self._mixables.put(name, found)
+                self._sizes[name] = found.nbytes
         return found
+
+    def mixed_nbytes(self, name: str | None) -> int:
+        """As `DeltaPool.mixed_nbytes`."""
+        return self._sizes.get(name, 0) if name is not None else 0
 
     def prefetch(self, name: str) -> None:
         """Have a delta made ready in the background.
@@ -218,13 +235,13 @@ class Shelf:
                 future = self._loading[name] = Future()
                 self._prefetcher.submit(self._prefetch, name, future)
 
-    def _prefetch(self, name: str, future: Future[Placed]) -> None:
+    def _prefetch(self, name: str, future: Future[Placed | None]) -> None:
         with self._lock:
             mine = _begin(future)
         if mine:
             self._load(name, future)
 
-    def _load(self, name: str, future: Future[Placed]) -> None:
+    def _load(self, name: str, future: Future[Placed | None]) -> None:
         """Make a delta ready; whoever waits for the future gets it, or the error.
 
         It may be removed meanwhile, and another one of its name be added, whose loading is none of ours.
@@ -237,6 +254,10 @@ class Shelf:
             with self._lock:
                 if self._loading.get(name) is future:
                     del self._loading[name]
+            if not isinstance(error, Exception):
+                # Ctrl-C is this thread's; whoever waits for it loads in its place.
+                future.set_result(None)
+                raise
             future.set_exception(error)
             return
         with self._lock:
@@ -253,8 +274,15 @@ class Shelf:
         if kept is not None:
             return kept.delta
         delta = SparseDelta.load(path)
+        digest = _digest(delta)
+        with self._lock:
+            if self.is_version(name, version) and self._digests.setdefault(name, digest) != digest:
+                raise DeltaError(
+                    f"the delta {name!r} has other files than those that were read first ({path}). Remove it from the pool "
+                    "and add it again to have the new ones used."
+                )
         if self._read.budget:
-            kept = ReadDelta(delta, self._pinned)
+            kept = ReadDelta(delta)
             delta = kept.delta
             with self._lock:
                 if self.is_version(name, version):
@@ -278,6 +306,22 @@ class Shelf:
             raise RuntimeError("the pool is closed.")
 
 
-def _begin(future: Future[Placed]) -> bool:
+def _digest(delta: SparseDelta) -> bytes:
+    """By which a delta is known again."""
+    found = hashlib.blake2b(digest_size=16)
+
+    def add(name: str, *tensors: Tensor) -> None:
+        found.update(repr((name, [(tensor.dtype, tensor.shape) for tensor in tensors])).encode())
+        for tensor in tensors:
+            found.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+
+    for name, one in sorted(delta.items()):
+        add(name, one.indices, one.values)
+    for name, tensor in sorted(delta.dense.items()):
+        add(name, tensor)
+    return found.digest()
+
+
+def _begin(future: Future[Placed | None]) -> bool:
     """Take a loading on oneself, if nobody has; with the lock held."""
     return not future.running() and not future.done() and future.set_running_or_notify_cancel()

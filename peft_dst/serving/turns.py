@@ -47,6 +47,19 @@ class Turn:
             finally:
                 self._waiting.remove(ticket)
                 self._changed.notify_all()
+        with self._left():
+            yield
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Have it once more, by who has it already: without waiting, as others may wait for that one."""
+        with self._changed:
+            self._users += 1
+        with self._left():
+            yield
+
+    @contextmanager
+    def _left(self) -> Iterator[None]:
         try:
             yield
         finally:

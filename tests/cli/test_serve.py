@@ -13,6 +13,7 @@ import httpx
 import transformers as hf
 
 from peft_dst.cli import main
+from peft_dst.server import start
 from tests import toys
 
 
@@ -64,6 +65,21 @@ def test_serve(tmp_path, forkserver):
     assert {"method": "POST", "path": "/v1/completions", "status": 200, "model": "llama"}.items() <= ours[-3].items()
     assert (ours[-1]["message"], ours[-1]["all_answered"]) == ("stopped", True)
     assert any(line["logger"] == "uvicorn.error" for line in lines)
+
+
+def test_budgets_are_told_to_the_pool(desk, run, monkeypatch):
+    given = {}
+
+    def service(*arguments, **options):
+        given.update(options)
+        raise ValueError("no further")
+
+    for name, made in (("log_to_stderr", lambda: None), ("load", lambda *given: None), ("Service", service)):
+        monkeypatch.setattr(start, name, made)
+    monkeypatch.setattr(start.AutoTokenizer, "from_pretrained", lambda base: None)
+    code, _, err = run("serve", "base", "--budget", "3", "--host-budget", "5")
+    assert (code, err) == (1, "error: no further")
+    assert (given["budget"], given["host_budget"]) == (3 * 2**20, 5 * 2**20)
 
 
 def test_serve_says_what_is_wrong(desk, run, monkeypatch):

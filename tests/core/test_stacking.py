@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from torch import Tensor
@@ -100,6 +102,42 @@ def test_the_kernel_equals_its_plain_twin(rows, sizes, dtype, device):
     assert (output.double() - wanted.double()).abs().max() <= tolerance
     assert not torch.equal(output, before)
     assert torch.equal(output[untouched], before[untouched])
+
+
+def test_the_kernel_runs_on_the_device_of_its_outputs(monkeypatch):
+    """Triton launches on the current one, which need not be that of a layer of a model on several GPUs."""
+    pytest.importorskip("triton", minversion="3.6", reason="triton is not installed, or is old")
+    from peft_dst.core import correction_triton
+
+    class OnSecond(torch.Tensor):
+        is_cuda, device = True, torch.device("cuda", 1)
+
+    current, launched = [], []
+
+    @contextlib.contextmanager
+    def device(which):
+        current.append(which)
+        yield
+        current.pop()
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *arguments, **options: launched.append(list(current))
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(correction_triton, "_correct", Kernel())
+    bags = stacked_of(groups_of(torch.randn(5, 4), [3]), 5).bags
+    correction_triton.correct(torch.zeros(1, 2, 5).as_subclass(OnSecond), torch.zeros(1, 2, 4), bags)
+    correction_triton.correct(torch.zeros(1, 2, 5), torch.zeros(1, 2, 4), bags)
+    assert launched == [[torch.device("cuda", 1)], []]
+
+
+def test_nothing_waits_for_the_device_to_put_differences_together():
+    """A tensor without memory cannot be asked how long another one becomes."""
+    there = groups_of(torch.randn(17, 23), [40, None, 1])
+    elsewhere = [one and type(one)(*(tensor.to("meta") for tensor in one)) for one in there]
+    found, want = (stacked_of(differences, 0).bags for differences in (elsewhere, there))
+    assert [tensor.shape for tensor in found] == [tensor.shape for tensor in want]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -26,6 +26,7 @@ from peft_dst.server.limits import Limits
 from peft_dst.server.service import Service
 from tests import toys
 from tests.server.engines import noisy
+from tests.serving.helpers import until
 
 
 TOKEN = "s3cret"
@@ -204,7 +205,7 @@ def files(folder):
 
 def put(url, name, folder, token=TOKEN, **changed):
     headers = {"Authorization": f"Bearer {token}"} if token else {}
-    return httpx.put(f"{url}/v1/deltas/{name}", files=files(folder) | changed, headers=headers)
+    return httpx.put(f"{url}/v1/deltas/{name}", files=files(folder) | changed, headers=headers, timeout=60)
 
 
 def test_a_delta_is_uploaded_and_removed(url, client, parts, deltas, tmp_path):
@@ -286,6 +287,25 @@ def test_uploads_have_a_limit_and_leave_nothing(parts, deltas, tmp_path):
         assert {path.name for path in deltas.iterdir()} == {"task0", "task1", "task2"}
     with served(Service(copy.deepcopy(base), tokenizer, "base")) as url:
         assert put(url, "new", tmp_path / "task7").status_code == 403
+
+
+def test_many_uploads_at_once_keep_nobody_from_an_answer(parts, deltas, tmp_path, monkeypatch):
+    """They take one thread of those that prompts are read in, however many there are."""
+    base, tokenizer, _ = parts
+    write_deltas(base, tmp_path, 1, start=7)
+    service = Service(copy.deepcopy(base), tokenizer, "base", deltas)
+    go, take = threading.Event(), service.deltas.take
+    monkeypatch.setattr(service.deltas, "take", lambda *of_one: (go.wait(60), take(*of_one))[1])
+    count = min(32, (os.cpu_count() or 1) + 4)
+    with served(service) as url, ThreadPoolExecutor(count) as threads:
+        uploads = [threads.submit(put, url, f"new{i}", tmp_path / "task7") for i in range(count)]
+        try:
+            until(lambda: len(list(deltas.glob(".incoming-*/delta/adapter_model.safetensors"))) == count)
+            body = {"model": "base", "prompt": "who", "max_tokens": 2}
+            assert httpx.post(f"{url}/v1/completions", json=body, timeout=20).status_code == 200
+        finally:
+            go.set()
+        assert {one.result().status_code for one in uploads} == {200}
 
 
 # Under load

@@ -11,12 +11,14 @@ import torch
 from peft_dst.server import engine as engine_module
 from peft_dst.server.cohorts import Cohort, Continuation
 from peft_dst.server.engine import Classify, Engine, Full, Generate, Stopped
+from peft_dst.serving import DeltaPool
 from tests.models import bert
 from tests.server.engines import (
     SECONDS,
     Always,
     Asked,
     Gate,
+    ask,
     expected,
     pooled,
     together,
@@ -90,6 +92,89 @@ def test_a_long_text_makes_no_batch_of_long_ones(causal, monkeypatch):
     assert read == [(4, 3), (2, 12), (1, 12), (1, 30)]
     # They are continued together.
     assert shapes[-1] == (8, 1)
+
+
+def test_short_texts_are_not_continued_beside_long_ones(causal, monkeypatch):
+    """Whose keys and values would be as long, and as much to go through for each token. They grow out of their batch."""
+    monkeypatch.setattr(engine_module, "SHORT", 8)
+    monkeypatch.setattr(engine_module, "STEPS", 1)
+    monkeypatch.setattr(engine_module, "Planner", lambda: Always(True))
+    prompts = [[3 + i % 7 for i in range(size)] for size in (2, 5, 20, 29, 3)]
+    deltas = [None, "task0", "task1", None, "task2"]
+    want = [expected(causal, delta, prompt, 6) for delta, prompt in zip(deltas, prompts, strict=True)]
+    batches, step = [], Cohort.step
+
+    def watched(cohort):
+        batches.append(sorted(len(member.prompt) + len(member.tokens) for member in cohort.members))
+        step(cohort)
+
+    monkeypatch.setattr(Cohort, "step", watched)
+    engine = Engine(causal)
+    asked = [
+        Asked(Generate, delta, continuation=Continuation(prompt, 6))
+        for delta, prompt in zip(deltas, prompts, strict=True)
+    ]
+    together(engine, asked)
+    for one, tokens in zip(asked, want, strict=True):
+        assert one.wait() is None
+        assert one.request.continuation.tokens == tokens
+    assert engine.stop(SECONDS)
+    assert batches[:4] == [[3, 4, 6], [21, 30], [4, 5, 7], [22, 31]]
+    # Then one becomes too long for the first batch, and one for the second.
+    assert sorted(batches[4:8]) == [[5, 6], [8], [23], [32]]
+
+
+def test_no_more_deltas_go_together_than_there_is_room_for(causal, monkeypatch):
+    """Once it is known what they take. Others are computed one after the other."""
+    monkeypatch.setattr(engine_module, "Planner", lambda: Always(True))
+    names = causal.names()
+    with causal.mix(names):
+        sizes = [causal.mixed_nbytes(name) for name in names]
+    model, deltas = causal.model, {name: causal._shelf._known[name].source for name in names}
+    causal.close()
+    with DeltaPool(model, budget=sizes[0] + sizes[1]) as pool:
+        for name, delta in deltas.items():
+            pool.add(name, delta)
+        together_with, mix = [], pool.mix
+        monkeypatch.setattr(
+            pool,
+            "mix",
+            lambda names, copies=1: (together_with.append(sorted({*names}, key=str)), mix(names, copies))[1],
+        )
+        engine = Engine(pool)
+        for _ in range(2):
+            together_with.clear()
+            for one, want in ask(engine, *names, None):
+                assert one.wait() is None
+                assert one.request.continuation.tokens == want
+        assert engine.stop(SECONDS)
+        # The base takes nothing.
+        assert together_with[:2] == [[None, "task0", "task1"], ["task2"]]
+        assert pool.statistics.nbytes <= 2 * pool.budget
+
+
+def test_many_new_prompts_do_not_hold_up_those_that_are_continued(causal, monkeypatch):
+    """They are read some at a time, and everybody's next token is made in between."""
+    monkeypatch.setattr(engine_module, "READ", 24)
+    prompts = [[3 + i % 7 for i in range(size)] for size in (10, 10, 10, 30, 10, 2)]
+    want = [expected(causal, None, prompt, 3) for prompt in prompts]
+    gate = Gate(causal.model)
+    engine = Engine(causal)
+    first = Asked(Generate, None, continuation=Continuation([5], 12))
+    engine.submit(first.request)
+    assert gate.reached.wait(SECONDS)
+    asked = [Asked(Generate, None, continuation=Continuation(prompt, 3)) for prompt in prompts]
+    together(engine, asked)
+    gate.open.set()
+    for one, tokens in zip(asked, want, strict=True):
+        assert one.wait() is None
+        assert one.request.continuation.tokens == tokens
+    assert first.wait() is None
+    assert engine.stop(SECONDS)
+    # One that is longer than that is read by itself.
+    assert [shape for shape in gate.shapes if shape[1] > 1] == [(2, 10), (1, 10), (1, 30), (2, 10)]
+    kinds = "".join("s" if width == 1 else "r" for _, width in gate.shapes)
+    assert kinds.lstrip("s").startswith("rsrsrsrs"), kinds
 
 
 def test_nobody_waits_for_another_s_answer_to_end(causal):

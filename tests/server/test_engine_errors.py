@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -118,7 +121,8 @@ def test_a_delta_that_cannot_be_mixed_does_not_keep_others_from_it(mixing, alone
     apart = {record.args[0] for record in caplog.records}
     # Of two that do not go together nobody knows whose fault it is.
     assert apart == ({"task1"} if alone else {"task0", "task1"})
-    assert caplog.records[0].getMessage().endswith("is computed alone now, after RuntimeError: the shapes do not fit")
+    message = "is computed alone for 60 seconds, after RuntimeError: the shapes do not fit"
+    assert caplog.records[0].getMessage().endswith(message)
     assert mixed_now(mixing, "task2", None)
     # It is not tried again, and others do not have to be read twice for it.
     caplog.clear()
@@ -129,6 +133,24 @@ def test_a_delta_that_cannot_be_mixed_does_not_keep_others_from_it(mixing, alone
         one.wait()
     assert mixing.computed["batches"] - batches == (2 if alone else 4)
     assert not caplog.records
+
+
+def test_a_delta_that_failed_once_is_tried_with_others_again(mixing, monkeypatch, caplog):
+    """Too many open files, say, are no property of a delta. Should it fail again, it is left alone for twice as long."""
+    now = [1e6]
+    monkeypatch.setattr(
+        engine_module, "time", SimpleNamespace(monotonic=lambda: now[0], perf_counter=time.perf_counter)
+    )
+    mix = mixing.pool.mix
+    failing(mixing.pool, "task1", alone=False)
+    for after in (0, 59, 2, 119):
+        now[0] += after
+        assert mixed_now(mixing, "task1", None) is False
+    assert [record.args[:2] for record in caplog.records] == [("task1", 60), ("task1", 120)]
+    monkeypatch.setattr(mixing.pool, "mix", mix)
+    now[0] += 2
+    assert mixed_now(mixing, "task1", None) is True
+    assert len(caplog.records) == 2
 
 
 def test_an_error_of_a_large_batch_is_nobody_s(mixing, caplog):
@@ -146,6 +168,60 @@ def test_an_error_of_a_large_batch_is_nobody_s(mixing, caplog):
     assert failed
     assert mixed_now(mixing, "task0", "task1", "task2", None)
     assert not caplog.records
+
+
+@pytest.mark.parametrize("at", ["reading", "a step"])
+@pytest.mark.parametrize("delta", [None, "task0"])
+def test_a_batch_of_one_delta_that_is_too_large_is_computed_in_halves(causal, delta, at):
+    shapes = []
+
+    def full(module, args, kwargs):
+        rows, width = kwargs["input_ids"].shape
+        shapes.append((rows, width))
+        if rows > 2 and (width > 1 or at == "a step"):
+            raise RuntimeError("out of memory")
+
+    prompts = [[5, 6, 7], [8, 9], [10, 11, 12, 13], [14], [15, 16, 17]]
+    want = [expected(causal, delta, prompt, 6) for prompt in prompts]
+    causal.model.register_forward_pre_hook(full, with_kwargs=True)
+    engine = Engine(causal)
+    asked = [Asked(Generate, delta, continuation=Continuation(prompt, 6)) for prompt in prompts]
+    together(engine, asked)
+    for one, tokens in zip(asked, want, strict=True):
+        assert one.wait() is None
+        assert one.request.continuation.tokens == tokens
+    assert engine.stop(SECONDS)
+    assert max(rows for rows, _ in shapes) == 5
+
+
+def test_of_a_batch_of_one_delta_only_the_request_that_fails_ends(causal):
+    def refuses(module, args, kwargs):
+        if (kwargs["input_ids"] == 9).any():
+            raise RuntimeError("token 9 is none")
+
+    prompts = [[5, 6, 7], [8, 9], [10, 11, 12, 13]]
+    want = [expected(causal, "task0", prompt, 1) for prompt in prompts]
+    causal.model.register_forward_pre_hook(refuses, with_kwargs=True)
+    engine = Engine(causal)
+    asked = [Asked(Generate, "task0", continuation=Continuation(prompt, 1)) for prompt in prompts]
+    together(engine, asked)
+    for one, prompt, tokens in zip(asked, prompts, want, strict=True):
+        assert isinstance(one.wait(), RuntimeError) == (9 in prompt)
+        assert one.request.continuation.tokens == ([] if 9 in prompt else tokens)
+    assert engine.stop(SECONDS)
+
+
+def test_a_delta_that_cannot_be_read_is_tried_once_for_all_of_its_requests(causal, monkeypatch):
+    causal.add("broken", SparseDelta({"no.such": noisy(nn.Linear(20, 20).double(), 0)["weight"]}))
+    tried, ready = [], causal._shelf.ready
+    monkeypatch.setattr(causal._shelf, "ready", lambda name, held=None: (tried.append(name), ready(name, held))[1])
+    engine = Engine(causal)
+    asked = [Asked(Generate, "broken", continuation=Continuation([5, 6], 3)) for _ in range(4)]
+    together(engine, asked)
+    for one in asked:
+        assert isinstance(one.wait(), DeltaError)
+    assert engine.stop(SECONDS)
+    assert tried == ["broken"]
 
 
 def test_heads_of_different_sizes(monkeypatch, caplog):
@@ -226,8 +302,33 @@ def test_batches_that_cannot_be_put_together_or_parted_go_on(causal, mixes, monk
         assert one.request.continuation.tokens == want
     assert len(failed) == 2
     # Nobody is to blame.
-    assert not [record for record in caplog.records if "alone now" in record.getMessage()]
+    assert not [record for record in caplog.records if "computed alone" in record.getMessage()]
     assert mixed_now(engine, "task0", "task1") == mixes
+    assert engine.stop(SECONDS)
+    assert "a round failed" not in caplog.text
+
+
+def test_one_that_cannot_leave_its_batch_ends_no_other(causal, monkeypatch, caplog):
+    """The keys and values of those that stay are copied for that, for which there may be no memory."""
+    failed, leave = [], Cohort.leave
+
+    def fails(cohort):
+        if not failed and any(member.finished == "cancelled" for member in cohort.members):
+            failed.append(cohort)
+            cohort.members = [member for member in cohort.members if member.finished is None]
+            cohort.mask = cohort.mask[:0]
+            raise RuntimeError("out of memory")
+        leave(cohort)
+
+    monkeypatch.setattr(Cohort, "leave", fails)
+    engine = Engine(causal)
+    (goes, _), *others = ask(engine, None, None, "task0", limit=40)
+    goes.request.continuation.on_token = lambda token: setattr(goes.request.continuation, "cancelled", True)
+    for one, want in others:
+        assert one.wait() is None
+        assert one.request.continuation.tokens == want
+    assert goes.wait() is None
+    assert failed
     assert engine.stop(SECONDS)
     assert "a round failed" not in caplog.text
 

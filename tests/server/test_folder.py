@@ -87,6 +87,17 @@ def test_what_is_left_out(pool, path, caplog):
     assert "describes an adapter of type 'LORA'" in caplog.messages[1]
 
 
+def test_folders_whose_names_no_client_could_give(base, pool, path, caplog):
+    """One that is no UTF-8 could not be told either: no list of the models would be answered any more."""
+    for name in (b"\xff", b"two words", b"_hidden"):
+        shutil.copytree(path / "task0", path / os.fsdecode(name))
+    folder = DeltaFolder(pool, path, "base")
+    assert pool.names() == ["task0", "task1"]
+    folder.report()
+    assert len(caplog.messages) == 3
+    assert all("is no name: letters, digits" in message for message in caplog.messages)
+
+
 def test_a_folder_without_deltas(pool, path, tmp_path, caplog):
     with pytest.raises(ValueError, match="is an adapter's own folder"):
         DeltaFolder(pool, path / "task0", "base")

@@ -6,7 +6,9 @@ import asyncio
 import contextlib
 import copy
 import json
+import logging
 import math
+import re
 import socket
 import struct
 import threading
@@ -343,12 +345,56 @@ def test_a_token_that_no_client_could_send_is_refused(service, token):
 def test_metrics_have_their_kinds(url):
     assert ask(url, model="task1").status_code == 200
     lines = httpx.get(f"{url}/metrics").text.splitlines()
-    for kind, names in (("counter", ("batches", "mixed_batches", "delta_switches")), ("gauge", ("waiting", "deltas"))):
+    counters = ("batches", "mixed_batches", "delta_switches", "delta_hits", "delta_loads", "delta_evictions")
+    for kind, names in (("counter", counters), ("gauge", ("waiting", "deltas", "deltas_host_bytes"))):
         for name in names:
             suffix = "_total" if kind == "counter" else ""
             assert f"# TYPE peft_dst_{name}{suffix} {kind}" in lines
     assert "peft_dst_delta_switches_total 1.0" in lines
+    assert "peft_dst_delta_loads_total 1.0" in lines
     assert "peft_dst_deltas 2.0" in lines
+    assert "peft_dst_deltas_host_bytes 0.0" in lines
+
+
+def test_a_stream_that_ends_with_an_error_is_counted_as_that(service, caplog):
+    """Its status was sent long before."""
+    caplog.set_level(logging.INFO, "peft_dst.server")
+    pieces = []
+
+    def fail(*_):
+        pieces.append(0)
+        if len(pieces) > 3:
+            raise ZeroDivisionError("of our own")
+
+    service.model.generation_config.eos_token_id, service.ends = None, frozenset()
+    service.model.register_forward_pre_hook(fail)
+    with served(service) as url:
+        answer = ask(url, stream=True, max_tokens=9)
+        assert answer.status_code == 200
+        assert '"error"' in answer.text
+        lines = httpx.get(f"{url}/metrics").text.splitlines()
+    assert 'peft_dst_requests_total{path="/v1/completions",status="500"} 1.0' in lines
+    (answered,) = (r.fields for r in caplog.records if r.getMessage() == "answered" and r.fields["method"] == "POST")
+    assert (answered["status"], answered["model"]) == (500, "base")
+
+
+def test_answers_that_take_long_are_told_apart(url):
+    """--timeout is 120 seconds for a request to come, and again for its answer."""
+    assert ask(url).status_code == 200
+    text = httpx.get(f"{url}/metrics").text
+    bounds = {float(bound) for bound in re.findall(r'seconds_bucket\{le="([\d.]+)",path="/v1/completions"\}', text)}
+    assert {30.0, 60.0, 120.0, 240.0} < bounds
+
+
+def test_what_was_read_is_kept_in_the_host_s_memory(parts, tmp_path):
+    base, tokenizer = copy.deepcopy(parts[0]), parts[1]
+    write_deltas(base, tmp_path, 2)
+    with served(Service(base, tokenizer, "base", tmp_path, budget=0, host_budget=2**20)) as url:
+        for task in ("task0", "task1"):
+            assert ask(url, model=task).status_code == 200
+        lines = httpx.get(f"{url}/metrics").text.splitlines()
+    (kept,) = (float(line.split()[1]) for line in lines if line.startswith("peft_dst_deltas_host_bytes "))
+    assert kept > 0
 
 
 def test_the_engine_outlives_a_client_s_loop(service):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -16,12 +17,14 @@ import uvicorn
 
 from benchmarks.load import served
 from peft_dst.server.app import create_app
+from peft_dst.server.limits import Limits
 from peft_dst.server.logs import JsonLines
 from peft_dst.server.service import Service
 from peft_dst.server.start import Server, load
 from tests import toys
 from tests.models import BUILDERS, bert
 from tests.server.test_cohorts import SMALL
+from tests.serving.helpers import until
 
 
 def test_what_a_base_is_is_read_off_its_config(tmp_path):
@@ -84,10 +87,9 @@ def test_what_is_left_when_the_grace_is_over_is_told_so(tmp_path, caplog):
     caplog.set_level(logging.INFO, "peft_dst.server")
     config = uvicorn.Config(create_app(service, grace=0.2), port=0, log_level="error")
     server = Server(config, service, 0.2)
-    thread = threading.Thread(target=server.run)
+    thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
-    while not server.started:
-        time.sleep(0.01)
+    until(lambda: server.started)
     url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/v1/completions"
     body = {"model": "base", "prompt": "who", "max_tokens": 1000}
     try:
@@ -98,8 +100,7 @@ def test_what_is_left_when_the_grace_is_over_is_told_so(tmp_path, caplog):
                 assert "choices" in next(lines)
                 hanging.set()
                 whole = threads.submit(httpx.post, url, json=body, timeout=60)
-                while service.engine.waiting + service.engine.running < 2:
-                    time.sleep(0.01)
+                until(lambda: service.engine.waiting + service.engine.running == 2)
                 server.should_exit = True
                 *_, last = lines
             answer = whole.result()
@@ -113,6 +114,33 @@ def test_what_is_left_when_the_grace_is_over_is_told_so(tmp_path, caplog):
     assert not thread.is_alive()
     (stopped,) = (record for record in caplog.records if record.getMessage() == "stopped")
     assert stopped.fields == {"all_answered": False}
+
+
+def test_a_second_interrupt_does_not_wait_for_the_grace(tmp_path):
+    """As uvicorn has it: the first Ctrl-C ends in peace, the second at once."""
+    toys.model(tmp_path / "llama", "llama")
+    base = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "llama").eval()
+    base.generation_config.eos_token_id = None
+    service = Service(base, hf.AutoTokenizer.from_pretrained(tmp_path / "llama"), "base", limits=Limits(tokens=10**6))
+    base.register_forward_pre_hook(lambda *_: time.sleep(0.05))
+    server = Server(uvicorn.Config(create_app(service, grace=60), port=0, log_level="error"), service, 60)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    until(lambda: server.started)
+    url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/v1/completions"
+    body = {"model": "base", "prompt": "who", "max_tokens": 1000, "stream": True}
+    with httpx.stream("POST", url, json=body, timeout=60) as stream:
+        lines = stream.iter_lines()
+        assert "choices" in next(lines)
+        server.handle_exit(signal.SIGINT, None)
+        time.sleep(0.5)
+        assert thread.is_alive()
+        server.handle_exit(signal.SIGINT, None)
+        thread.join(20)
+        ended = not thread.is_alive()
+    assert service.engine.stop(60) is False
+    thread.join(60)
+    assert ended
 
 
 def test_lines_of_the_log():

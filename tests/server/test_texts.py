@@ -180,3 +180,28 @@ def test_the_least_of_all_limits():
     assert longest(model, tokenizer, 30) == 30
     tokenizer.model_max_length = 48
     assert longest(model, tokenizer, 2048) == 48
+
+
+def test_positions_that_change_with_the_length_of_others_are_not_used():
+    """Longrope takes other frequencies for all of a batch where one text is longer than the model was first trained on."""
+    rope = {
+        "rope_type": "longrope",
+        "short_factor": [1.0] * 4,
+        "long_factor": [4.0] * 4,
+        "original_max_position_embeddings": 16,
+        "rope_theta": 10000.0,
+    }
+    config = hf.Phi3Config(
+        vocab_size=61, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=64, original_max_position_embeddings=16, pad_token_id=0,
+        eos_token_id=1, bos_token_id=2, rope_parameters=rope, initializer_range=0.5,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = hf.Phi3ForCausalLM(config).eval()
+    size = longest(model, Counting(), 2048)
+    assert size == 16
+    with torch.no_grad():
+        alone = model(torch.arange(4)[None]).logits
+        for length in (size, size + 1):
+            found = model(torch.arange(length)[None]).logits[:, :4]
+            assert torch.allclose(found, alone, atol=1e-4) == (length == size)

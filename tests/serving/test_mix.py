@@ -240,6 +240,17 @@ def test_what_is_held_is_counted_and_let_go(served):
     assert pool.statistics.nbytes < held
 
 
+def test_of_a_removed_delta_nothing_is_held(served):
+    """Neither what the last mixed batch was made of, which the next one goes on with."""
+    pool, _ = served
+    with pool.mix(NAMES):
+        held = {name: weakref.ref(pool._shelf.mixable(name)) for name in pool.names()}
+    pool.remove("task1")
+    gc.collect()
+    assert held["task1"]() is None
+    assert held["task0"]() is not None
+
+
 def test_a_closed_pool_holds_nothing(served):
     pool, _ = served
     with pool.mix(NAMES):

@@ -78,6 +78,64 @@ def test_what_was_read_is_kept_in_the_host_s_memory(tasks, monkeypatch):
         assert 0 < small.statistics.host_nbytes <= size // 2
 
 
+def test_files_that_changed_are_not_taken_for_those_that_were_read(tasks):
+    """Under one name and version there is one delta: who has computed half of something with it goes on with the same."""
+    base, *folders = tasks
+    want = SparseDelta.load(folders[1])
+    with DeltaPool(base, budget=0) as made:
+        made.add("task", folders[0])
+        with made.use("task"), made.use("task"):
+            pass
+        with made.use(None):
+            pass
+        # Written again as they were, they are the same.
+        SparseDelta.load(folders[0]).save(folders[0])
+        with made.use("task"):
+            pass
+        with made.use(None):
+            pass
+        want.save(folders[0])
+        with pytest.raises(DeltaError, match=r"'task'.* other files than those that were read first"), made.use("task"):
+            pass
+        made.remove("task")
+        made.add("task", folders[0])
+        with made.use("task") as model:
+            for name, one in want.items():
+                assert torch.equal(model.get_parameter(name).flatten()[one.indices], one.values)
+
+
+def test_an_interrupt_is_that_of_the_thread_that_loads(served, monkeypatch):
+    """Others that wait for the same delta do not get its Ctrl-C: one of them loads in its place."""
+    read, go, found = threading.Event(), threading.Event(), []
+    load = SparseDelta.load
+
+    def interrupted(path):
+        read.set()
+        assert go.wait(60)
+        monkeypatch.setattr(SparseDelta, "load", load)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(SparseDelta, "load", interrupted)
+
+    def use(name):
+        try:
+            found.append(served.ready(name))
+        except BaseException as error:
+            found.append(error)
+
+    threads = [threading.Thread(target=use, args=("task0",)) for _ in range(2)]
+    threads[0].start()
+    assert read.wait(60)
+    threads[1].start()
+    # It waits for the other one then.
+    until(lambda: served._shelf._loading["task0"]._condition._waiters)
+    go.set()
+    for thread in threads:
+        thread.join(60)
+    assert sorted(type(one).__name__ for one in found) == ["KeyboardInterrupt", "Placed"]
+    assert served.statistics.loads == 1
+
+
 def test_prefetched_deltas_are_ready(served, tmp_path):
     served.prefetch("task0", "task2", "task0")
     until(lambda: served.statistics.loads == 2)

@@ -8,7 +8,8 @@ import threading
 import pytest
 import torch
 
-from peft_dst.serving import DeltaPool
+from peft_dst.delta import SparseDelta
+from peft_dst.serving import DeltaPool, placed
 from tests.serving.helpers import answer, bits_of, same, until
 
 
@@ -187,3 +188,69 @@ def test_a_thread_does_not_wait_for_itself(served):
             with pytest.raises(RuntimeError, match="this thread uses 'task0'; leave that first"):
                 call()
     assert len(served) == 3
+
+
+def test_tasks_of_one_thread_are_counted(served):
+    """As those of asyncio, or generators: who comes second keeps the delta there when the first one has ended."""
+
+    def task(name):
+        with served.use(name) as model:
+            while True:
+                yield bits_of(model)
+
+    first, second = task("task0"), task("task0")
+    want = next(first)
+    next(second)
+    first.close()
+    with pytest.raises(RuntimeError, match="this thread uses 'task0', and would wait for itself to have 'task1'"):
+        next(task("task1"))
+    # Nor does another thread come in between.
+    thread = threading.Thread(target=lambda: next(task("task1")))
+    thread.start()
+    until(lambda: served._turn.waiting)
+    assert same(next(second), want)
+    second.close()
+    thread.join(60)
+    with served.use("task1"):
+        pass
+
+
+def test_who_has_it_does_not_queue_behind_others(served):
+    """Else it would wait for those who wait for it."""
+    with served.use("task0"):
+        thread = threading.Thread(target=lambda: served.use("task1").__enter__())
+        thread.start()
+        until(lambda: served._turn.waiting)
+        with served.use("task0"):
+            pass
+    thread.join(60)
+    assert served.shown == "task1"
+
+
+def test_a_delta_that_is_checked_keeps_nobody_from_the_weights(served, tasks, monkeypatch):
+    """A large upload takes seconds; what is read of the weights for it does not."""
+    checking, go, switched = threading.Event(), threading.Event(), threading.Event()
+    with served.use("task1"):
+        pass
+    served.ready("task2")
+
+    def slowly(*arguments):
+        checking.set()
+        assert go.wait(60)
+
+    def switch():
+        with served.use("task2"):
+            switched.set()
+
+    monkeypatch.setattr(placed, "check_seed", slowly)
+    threads = [
+        threading.Thread(target=lambda: served.verify(SparseDelta.load(tasks[1]))),
+        threading.Thread(target=switch),
+    ]
+    threads[0].start()
+    assert checking.wait(60)
+    threads[1].start()
+    assert switched.wait(10)
+    go.set()
+    for thread in threads:
+        thread.join(60)
