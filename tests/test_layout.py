@@ -59,7 +59,7 @@ IN_TUNER = [
     "__init__",
 ]
 MAY_IMPORT = {
-    "core": {"torch"},
+    "core": {"torch", "numpy"},
     "delta": {"torch", "numpy", "safetensors"},
     "mixing": {"torch"},
     "serving": {"torch"},

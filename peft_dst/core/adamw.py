@@ -23,7 +23,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 def supports(
     engine: Optimizer, groups: Groups, state: State, constraint: Constraint, silo: Silo, suit: Callable[..., bool]
 ) -> bool:
-    """Whether an optimizer's step of one silo, and the exact selection after it, can be made at once. If so, it is prepared.
+    """Whether an optimizer's step of one silo and the exact selection after it can be made at once. If so, it is prepared.
 
     Args:
         engine: the optimizer.

@@ -21,7 +21,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -35,12 +35,14 @@ from .tiles import TILE, positions_above
 
 # Half a unit in the last place, relative to what was rounded.
 _HALF_ULP = 2.0**-24
-# How far a product may be from a distance, relative to itself: the roundings of u and Δ, of both products, and of the bounds.
+# How far a product may be from a distance, relative to itself: the roundings of u, Δ, both products and the bounds.
 _ROUNDING = 2.0**-20
 # Where more than one component in so many is to be looked at again, Θ̂ as a whole is the faster way.
 _MANY = 2
 # Components that are looked at again at one time.
 _PORTION = 1 << 20
+# Whatever the defaults for these are.
+_FLOAT: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 
 
 class AdamWOptions(NamedTuple):
@@ -56,7 +58,7 @@ class AdamWOptions(NamedTuple):
 
 @dataclass(frozen=True)
 class TiledTensor:
-    """One tensor of a silo before the step. All that belongs to it is contiguous and on the CPU; only the moments are written.
+    """One tensor of a silo before the step, contiguous and on the CPU as all that belongs to it. Only moments are written.
 
     Attributes:
         weight: live weight Θt, any shape, float32, bfloat16 or float16.
@@ -85,6 +87,16 @@ class Chosen(NamedTuple):
 
     selection: Selection
     values: list[Tensor]
+
+
+class _Piece(NamedTuple):
+    """What of a tensor fits a tile, flat."""
+
+    options: AdamWOptions
+    weight: Tensor
+    grad: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
 
 
 class _Entries(NamedTuple):
@@ -137,20 +149,20 @@ class _Batch:
         self.begins = [0, *itertools.accumulate(-(-t.weight.numel() // self.block) for t in self.tensors)]
         firsts = [0, *itertools.accumulate(len(silo) for silo in silos)]
         self.silo_begins = [self.begins[first] for first in firsts]
-        self.constants = torch.tensor([_constants(t.options) for t in self.tensors], dtype=torch.float32)
+        self.constants = _on_cpu([_constants(t.options) for t in self.tensors])
 
     def first_pass(self) -> Tensor:
         """Update all moments, and return the largest product of each block outside the current subset, float32."""
-        maxima = torch.empty(self.begins[-1])
-        buffers = [torch.empty(TILE) for _ in range(3)]
+        maxima = torch.empty(self.begins[-1], **_FLOAT)
+        buffers = [torch.empty(TILE, **_FLOAT) for _ in range(3)]
         padded = self._padded([t.indices for t in self.tensors])
         begin = 0
         for pieces in self._tiles():
-            blocks = sum(-(-grad.numel() // self.block) for _, _, grad, _, _ in pieces)
+            blocks = sum(self._padded_length(piece.weight) for piece in pieces) // self.block
             product = buffers[0][: blocks * self.block].zero_()
             parts = self._parts(product, pieces)
             self._step(parts, pieces, buffers[1])
-            self._multiply(product, parts, [piece[1] for piece in pieces], buffers[2])
+            self._multiply(product, pieces, parts, buffers[2])
             first, last = np.searchsorted(padded, (begin * self.block, (begin + blocks) * self.block))
             if first < last:
                 product.index_fill_(0, torch.from_numpy(padded[first:last] - begin * self.block), 0.0)
@@ -158,56 +170,57 @@ class _Batch:
             begin += blocks
         return maxima
 
-    def _tiles(self) -> Iterator[list[tuple[AdamWOptions, Tensor, Tensor, Tensor, Tensor]]]:
-        """Pieces (options, seed, gradient, first and second moment) that are stepped together: a tile of them at most."""
-        pieces, room = [], TILE
+    def _tiles(self) -> Iterator[list[_Piece]]:
+        """Pieces that are stepped together: a tile of them at most, with the same rates."""
+        pieces: list[_Piece] = []
+        room = TILE
         for t in self.tensors:
             flat = (part.view(-1).split(TILE) for part in (t.weight, t.grad, t.exp_avg, t.exp_avg_sq))
-            for seed, *rest in zip(*flat, strict=True):
-                length = -(-seed.numel() // self.block) * self.block
-                if pieces and (length > room or pieces[-1][0][:4] != t.options[:4]):
+            for parts in zip(*flat, strict=True):
+                length = self._padded_length(parts[0])
+                if pieces and (length > room or pieces[-1].options[:4] != t.options[:4]):
                     yield pieces
                     pieces, room = [], TILE
-                pieces.append((t.options, seed, *rest))
+                pieces.append(_Piece(t.options, *parts))
                 room -= length
         if pieces:
             yield pieces
 
-    def _parts(self, tile: Tensor, pieces: Sequence[tuple]) -> list[Tensor]:
+    def _padded_length(self, tensor: Tensor) -> int:
+        return -(-tensor.numel() // self.block) * self.block
+
+    def _parts(self, tile: Tensor, pieces: Sequence[_Piece]) -> list[Tensor]:
         """Where the pieces lie in a tile."""
         parts, begin = [], 0
         for piece in pieces:
-            n = piece[1].numel()
-            parts.append(tile[begin : begin + n])
-            begin += -(-n // self.block) * self.block
+            parts.append(tile[begin : begin + piece.weight.numel()])
+            begin += self._padded_length(piece.weight)
         return parts
 
-    def _step(self, zeros: list[Tensor], pieces: Sequence[tuple], buffer: Tensor) -> None:
-        grads = [piece[2] for piece in pieces]
+    def _step(self, zeros: list[Tensor], pieces: Sequence[_Piece], buffer: Tensor) -> None:
+        """Make updates of zeros."""
+        grads = [piece.grad for piece in pieces]
         if any(grad.dtype != torch.float32 for grad in grads):
             wide = self._parts(buffer, pieces)
             torch._foreach_copy_(wide, grads)
             grads = wide
-        options, _, _, first, second = (list(each) for each in zip(*pieces, strict=True))
-        _fused_adamw(zeros, grads, first, second, options, 0.0)
+        moments = [piece.exp_avg for piece in pieces], [piece.exp_avg_sq for piece in pieces]
+        _fused_adamw(zeros, grads, *moments, [piece.options for piece in pieces], 0.0)
 
-    def _multiply(self, product: Tensor, updates: list[Tensor], seeds: list[Tensor], buffer: Tensor) -> None:
+    def _multiply(self, product: Tensor, pieces: Sequence[_Piece], updates: list[Tensor], buffer: Tensor) -> None:
         """Make products of updates."""
         if self.kind == "absolute":
             return
+        seeds = [piece.weight for piece in pieces]
         if self.kind == "inverse_relative" and all(seed.dtype == torch.float32 for seed in seeds):
             torch._foreach_mul_(updates, seeds)
             return
         wide = buffer[: product.numel()].zero_()
-        torch._foreach_copy_(self._parts_like(wide, updates), seeds)
+        torch._foreach_copy_(self._parts(wide, pieces), seeds)
         if self.kind == "inverse_relative":
             product.mul_(wide)
         else:
             product.div_(wide.abs_().clamp_min_(RELATIVE_FLOOR))
-
-    def _parts_like(self, tile: Tensor, parts: Sequence[Tensor]) -> list[Tensor]:
-        begin = parts[0].storage_offset()
-        return [tile[part.storage_offset() - begin :][: part.numel()] for part in parts]
 
     def _padded(self, positions: Sequence[Tensor]) -> np.ndarray:
         """Padded positions of flat ones of each tensor."""
@@ -222,7 +235,7 @@ class _Batch:
             for parts in zip(*((t.exp_avg, t.exp_avg_sq) for t in self.tensors), strict=True)
         )
         seeds = torch.cat([t.seeds for t in self.tensors]).float()
-        counts = torch.tensor([t.indices.numel() for t in self.tensors])
+        counts = _on_cpu([t.indices.numel() for t in self.tensors])
         constants = self.constants.repeat_interleave(counts, 0)
         updated = _updated(torch.cat([t.values for t in self.tensors]), first, second, constants.unbind(1))
         positions = torch.from_numpy(self._padded([t.indices for t in self.tensors]))
@@ -247,9 +260,7 @@ class _Batch:
 
     def choose(self, maxima: Tensor, current: _Entries) -> list[Chosen]:
         """The new subsets."""
-        slack = torch.tensor([self._slack(t) for t in self.tensors]).repeat_interleave(
-            torch.tensor(self.begins).diff()
-        )
+        slack = _on_cpu([self._slack(t) for t in self.tensors]).repeat_interleave(_on_cpu(self.begins).diff())
         lower = (maxima * (1 - _ROUNDING)).sub_(slack).clamp_min_(0.0)
         upper = maxima.mul_(1 + _ROUNDING).add_(slack)
         for number, t in enumerate(self.tensors):
@@ -287,8 +298,9 @@ class _Batch:
 
     def _second_look(self, blocks: Sequence[Tensor], below: Sequence[float], current: _Entries) -> _Entries:
         """Components outside the current subset, in some blocks of each silo, whose distances are above a silo's bound."""
-        limits = torch.tensor(below).repeat_interleave(torch.tensor([len(own) for own in blocks]))
-        portions = zip(torch.cat(list(blocks)).split(_PORTION // self.block), limits.split(_PORTION // self.block), strict=True)
+        limits = _on_cpu(below).repeat_interleave(_on_cpu([len(own) for own in blocks]))
+        rows = _PORTION // self.block
+        portions = zip(torch.cat(list(blocks)).split(rows), limits.split(rows), strict=True)
         parts = [self._look_at(*portion) for portion in portions if portion[0].numel()]
         if not parts:
             return current.at(slice(0))
@@ -301,14 +313,15 @@ class _Batch:
     def _look_at(self, blocks: Tensor, limits: Tensor) -> _Entries:
         owners = np.searchsorted(self.begins, blocks.numpy(), side="right") - 1
         firsts = [*np.flatnonzero(np.diff(owners, prepend=-1)).tolist(), len(owners)]
-        operands = [torch.zeros(blocks.numel(), self.block) for _ in range(3)]
+        operands = [torch.zeros(blocks.numel(), self.block, **_FLOAT) for _ in range(3)]
         for begin, end in itertools.pairwise(firsts):
             t, first = self.tensors[owners[begin]], self.begins[owners[begin]]
             for own, part in zip(operands, (t.weight, t.exp_avg, t.exp_avg_sq), strict=True):
                 self._gather(part.view(-1), blocks[begin:end] - first, own[begin:end])
         constants = self.constants[torch.from_numpy(owners)].unsqueeze(2).unbind(1)
-        updated = _updated(*operands, constants)
-        delta = distance(self.kind, operands[0], updated)
+        theta, first, second = operands
+        updated = _updated(theta, first, second, constants)
+        delta = distance(self.kind, theta, updated)
         at = torch.from_numpy(np.flatnonzero(delta.numpy() > limits[:, None].numpy()))
         positions = blocks[at // self.block] * self.block + at % self.block
         return _Entries(positions, delta.view(-1)[at], updated.view(-1)[at])
@@ -344,7 +357,7 @@ class _Batch:
             flat = t.weight.view(-1)
             theta = flat.to(torch.float32, copy=True).index_copy_(0, t.indices, t.values)
             seeds.append(flat.index_copy(0, t.indices, t.seeds))
-            updates.append(_updated(theta, t.exp_avg.view(-1), t.exp_avg_sq.view(-1), constants))
+            updates.append(_updated(theta, t.exp_avg.view(-1), t.exp_avg_sq.view(-1), constants.unbind()))
         selection = select(seeds, updates, self.budgets[number], self.kind)
         return Chosen(selection, [u.index_select(0, at) for u, at in zip(updates, selection.indices, strict=True)])
 
@@ -353,33 +366,30 @@ class _Batch:
         return first, first + len(self.silos[number])
 
     def _slack(self, t: TiledTensor) -> float:
-        """How far a product may be from a distance besides: by the rounding of θ̂, which is as large as a seed, and by weight
-        decay, its factor's rounding and that of the seed times it.
+        """How far a product may be from a distance besides: by the rounding of θ̂, which is as large as a seed, by weight
+        decay, and by the roundings of its factor and of the seed times it.
         """
         decay = abs(t.options.lr * t.options.weight_decay)
         part = _HALF_ULP if decay == 0 else decay + 3 * _HALF_ULP
-        return 1.01 * part * {"inverse_relative": t.bound**2, "absolute": t.bound, "relative": 1.0}[self.kind] + 2.0**-120
+        return (
+            1.01 * part * {"inverse_relative": t.bound**2, "absolute": t.bound, "relative": 1.0}[self.kind] + 2.0**-120
+        )
 
 
 @functools.cache
 def rounds_as_torch() -> bool:
     """Whether θ̂ is computed here as torch's kernel computes it, in this build and on this processor."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     # Whole vectors of any width, and what is left behind them.
-    theta, grad, first, second = (torch.randn(1031, generator=generator, device="cpu") for _ in range(4))
+    theta, grad, first, second = (torch.randn(1031, generator=generator, **_FLOAT) for _ in range(4))
     options = AdamWOptions(1e-2, 0.9, 0.999, 1e-8, 0.1, 3.0)
     updated, moments = theta.clone(), (first, second.square_())
     _fused_adamw([updated], [grad], [moments[0]], [moments[1]], [options], options.weight_decay)
     zeros, later = torch.zeros_like(theta), [moment.clone() for moment in moments]
     _fused_adamw([zeros], [grad], [later[0]], [later[1]], [options._replace(step=4.0)], 0.0)
-    own = [
-        _updated(own, *given, torch.tensor(_constants(used), device="cpu"))
-        for own, given, used in (
-            (theta, moments, options),
-            (torch.zeros_like(theta), later, options._replace(step=4.0, weight_decay=0.0)),
-        )
-    ]
-    return torch.equal(own[0], updated) and torch.equal(own[1], zeros)
+    own = _updated(theta, *moments, _on_cpu(_constants(options)).unbind())
+    update = _updated(zeros.new_zeros(()), later[0], later[1], _on_cpu(_constants(options._replace(step=4.0))).unbind())
+    return torch.equal(own, updated) and torch.equal(update, zeros)
 
 
 def _fused_adamw(
@@ -392,9 +402,21 @@ def _fused_adamw(
 ) -> None:
     """One step by torch's kernel, in place, of tensors that have the rates in common."""
     lr, beta1, beta2, eps = options[0][:4]
-    counts = [_count(own.step) for own in options]
-    rates = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
-    torch._fused_adamw_(weights, grads, first, second, [], counts, amsgrad=False, maximize=False, **rates)
+    torch._fused_adamw_(
+        weights,
+        grads,
+        first,
+        second,
+        [],
+        [_count(own.step) for own in options],
+        lr=lr,
+        beta1=beta1,
+        beta2=beta2,
+        weight_decay=weight_decay,
+        eps=eps,
+        amsgrad=False,
+        maximize=False,
+    )
 
 
 def _constants(options: AdamWOptions) -> tuple[float, float, float, float]:
@@ -404,7 +426,13 @@ def _constants(options: AdamWOptions) -> tuple[float, float, float, float]:
 
 @functools.lru_cache(maxsize=8)
 def _count(step: float) -> Tensor:
-    return torch.tensor(step, dtype=torch.float32, device="cpu")
+    return _on_cpu(step)
+
+
+def _on_cpu(values: object) -> Tensor:
+    """A tensor of integers or of floats, float32, whatever the defaults for dtype and device are."""
+    made = torch.tensor(values, device="cpu")
+    return made.float() if made.is_floating_point() else made
 
 
 def _updated(theta: Tensor, first: Tensor, second: Tensor, constants: Sequence[Tensor]) -> Tensor:

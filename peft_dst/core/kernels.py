@@ -195,9 +195,7 @@ def supports_group(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -
 
 
 def supports_tensors(weight: Tensor, grad: Tensor, *moments: Tensor) -> bool:
-    """Whether one parameter's tensors suit the kernels, and these run where they are. Its moments are given if there are any
-    yet.
-    """
+    """Whether one parameter's tensors suit the kernels, and these run there. Its moments are given if there are any yet."""
     return suit(weight, grad, *moments) and available(weight)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -62,7 +63,8 @@ def choose(
 def _tensor(weight: SparseWeight, group: Mapping[str, Any], state: Mapping[str, Any], values: Tensor) -> TiledTensor:
     grad = weight.parameter.grad
     assert grad is not None
-    options = AdamWOptions(group["lr"], *group["betas"], group["eps"], group["weight_decay"], float(state["step"]))
+    beta1, beta2 = group["betas"]
+    options = AdamWOptions(group["lr"], beta1, beta2, group["eps"], group["weight_decay"], float(state["step"]))
     first, second = (state[name] for name in MOMENTS)
     indices, seeds = weight.noted()
     return TiledTensor(weight.data, grad, first, second, options, indices, seeds, values, weight.seed_bound())
@@ -80,7 +82,8 @@ class TiledStep:
     """
 
     def __init__(self, optimizer: Optimizer, arguments: tuple[Any, ...]):
-        self.optimizer = optimizer
+        # Steps under way are known by their optimizers, which must not be kept by that.
+        self._optimizer = weakref.ref(optimizer)
         self.groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
         # A closure computes the gradients within the step; other hooks may still clip them, or look at what the step made.
         # A GradScaler may leave it to a fused optimizer to unscale them.
@@ -109,6 +112,12 @@ class TiledStep:
             and (weight.parameter.grad is None or weight.parameter.grad.dtype == torch.float32)
             for weight in silo.weights
         ) and suits_tiles(self.optimizer, self.groups, self.optimizer.state, constraint, silo)
+
+    @property
+    def optimizer(self) -> Optimizer:
+        optimizer = self._optimizer()
+        assert optimizer is not None
+        return optimizer
 
     @torch.no_grad()
     def begin(self) -> None:

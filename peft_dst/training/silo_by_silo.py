@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..core import Constraint, FixedStep, Silo, SparseWeight, Subset, concerned, gather, scatter
-from ..core import tiled_step
+from ..core import Constraint, FixedStep, Silo, SparseWeight, Subset, concerned, gather, scatter, tiled_step
 from ..core.choice import Choice
 from ..core.distances import wide_dtype
 from ..core.free import VALUES

@@ -1,4 +1,4 @@
-"""AdamW's step on tiles of zeros: what `select` finds on what torch's fused kernel makes of the weights, to the last bit."""
+"""AdamW's step on tiles of zeros: what `select` finds on what torch's fused kernel makes of weights, to the last bit."""
 
 from __future__ import annotations
 
@@ -192,9 +192,7 @@ def test_what_is_not_finite_is_named(value, where):
     tensor, position = {"outside": (0, inside + 1), "in the subset": (0, inside), "in a tail": (1, 76)}[where]
     grads[1][tensor].view(-1)[position] = value
     with pytest.raises(NonFiniteStepError) as found:
-        step_and_select(
-            [twin.tensors(own) for twin, own in zip(twins, grads, strict=True)], [5, 5], "inverse_relative"
-        )
+        step_and_select([twin.tensors(own) for twin, own in zip(twins, grads, strict=True)], [5, 5], "inverse_relative")
     assert (found.value.silo, found.value.position) == (1, tensor)
 
 
@@ -209,6 +207,25 @@ def test_bounds_hold_next_to_large_weights(monkeypatch):
                 grads = gradients(seeds)
                 (chosen,) = step_and_select([twin.tensors(grads)], [100], kind)
                 twin.check(chosen, grads, kind)
+
+
+@pytest.mark.parametrize("default", ["device", "dtype"])
+def test_defaults_are_of_no_concern(default):
+    torch.manual_seed(0)
+    twin = Twin([torch.randn(100, 200) * 0.05], [OPTIONS], 20)
+    for _ in range(3):
+        grads = gradients(twin.seeds)
+        tensors = twin.tensors(grads)
+        if default == "device":
+            with torch.device("meta"):
+                (chosen,) = step_and_select([tensors], [20], "inverse_relative")
+        else:
+            torch.set_default_dtype(torch.float64)
+            try:
+                (chosen,) = step_and_select([tensors], [20], "inverse_relative")
+            finally:
+                torch.set_default_dtype(torch.float32)
+        twin.check(chosen, grads, "inverse_relative")
 
 
 def test_this_build_rounds_as_torch():
