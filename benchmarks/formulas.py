@@ -189,8 +189,8 @@ FORMULAS = {
         f"3*n*d + {_NOTES}",
         f"A + {_LOSS}",
         f"n*d + {_TIED}",
-        f"2*n*d + {_CHOICE}",
-        "full fine-tuning, and a copy of the tuned weights while the optimizer steps",
+        f"n*d + n*d*(4 - d)/2 + {_CHOICE}",
+        "full fine-tuning; in half precision a copy of the tuned weights while the optimizer steps",
     ),
     "static subset, AdamW": Formula(
         "n*d + k*(d + d + 16 + 8)",
@@ -203,8 +203,8 @@ FORMULAS = {
         f"n*d + 8*n + {_NOTES} + {_HALF}",
         f"A + {_LOSS}",
         f"n*d + {_TIED}",
-        f"n*d + 4*s + {_CHOICE}",
-        "moments in float32, whatever the weights' dtype; a float32 working copy of one silo while the optimizer steps",
+        f"n*d + {_CHOICE}",
+        "moments in float32, whatever the weights' dtype; the fused step goes tile by tile",
     ),
     "DSTOptimizer(Adafactor, release_gradients)": Formula(
         f"n*d + 4*f + {_NOTES} + {_HALF}",

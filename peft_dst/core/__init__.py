@@ -1,7 +1,7 @@
 """The method itself, on plain tensors: silos, budgets, distances, selection, and the step that enforces the constraint.
 
-Nothing here knows of PEFT or transformers; the only import besides the standard library is torch, and Triton once a
-kernel is wanted.
+Nothing here knows of PEFT or transformers; the only imports besides the standard library are torch and numpy, and
+Triton once a kernel is wanted.
 
 * `silos`      which parameters compete with one another (names only)
 * `budgets`    how many components of each silo may differ from the seed
@@ -20,6 +20,7 @@ kernel is wanted.
 * `hook`       the global optimizer hook that calls it, for any `torch.optim` optimizer
 * `wrappers`   wrappers that step copies of the weights, which are refused
 * `reference`  the same step, dense and plain, to test the fast one against
+* `adamw_tiles` AdamW's step and the choice in one on a CPU (`tiled_step` in an optimizer's place, `adamw` for which)
 * `kernels`    AdamW's step and the choice in one on a GPU (with `kernels_triton`, and its plain `kernels_reference`)
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Mapping
 from typing import Any
@@ -84,7 +85,6 @@ class TiledStep:
     def __init__(self, optimizer: Optimizer, arguments: tuple[Any, ...]):
         # Steps under way are known by their optimizers, which must not be kept by that.
         self._optimizer = weakref.ref(optimizer)
-        self.groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
         # A closure computes the gradients within the step; other hooks may still clip them, or look at what the step made.
         # A GradScaler may leave it to a fused optimizer to unscale them.
         self._may = (
@@ -112,6 +112,11 @@ class TiledStep:
             and (weight.parameter.grad is None or weight.parameter.grad.dtype == torch.float32)
             for weight in silo.weights
         ) and suits_tiles(self.optimizer, self.groups, self.optimizer.state, constraint, silo)
+
+    @functools.cached_property
+    def groups(self) -> Groups:
+        """The parameter group of each of the optimizer's parameters; asked for before any are hidden."""
+        return {parameter: group for group in self.optimizer.param_groups for parameter in group["params"]}
 
     @property
     def optimizer(self) -> Optimizer:

@@ -47,7 +47,7 @@ class DSTOptimizer(Optimizer):
             so gradient accumulation and clipping, gradient scaling and data parallelism are refused when they are met.
         kernels: step AdamW and selection by one Triton kernel, which never writes the dense update (docs/kernels.md).
             None does so on CUDA, wherever the kernel is the step that was asked for and Triton can compile it; True refuses
-            to step where it cannot; False never.
+            to step where it cannot; False never. On the CPU a fused AdamW is stepped tile by tile, but for False.
         separable: declare that an optimizer from outside `torch.optim` treats every parameter by itself.
         **kwargs: passed to `optimizer_cls`, e.g. lr.
 

@@ -211,7 +211,9 @@ def test_after_a_step_that_raised_the_next_one_has_all_parameters(stepped, monke
             optimizer.step()
     backward(own, 3)
     optimizer.step()
-    assert all((weights(own)[name] != before[name]).any() for name in before if "weight" in name and "original" not in name)
+    assert all(
+        (weights(own)[name] != before[name]).any() for name in before if "weight" in name and "original" not in name
+    )
 
 
 def test_an_update_that_is_not_finite(stepped):
