@@ -30,7 +30,7 @@ from torch import Tensor
 from .distances import RELATIVE_FLOOR, distance
 from .kernels import NonFiniteStepError
 from .selection import Selection, block_size, just_below, kth_largest, largest, select
-from .tiles import TILE, positions_above
+from .tiles import positions_above
 
 
 # Half a unit in the last place, relative to what was rounded.
@@ -39,6 +39,8 @@ _HALF_ULP = 2.0**-24
 _ROUNDING = 2.0**-20
 # Where more than one component in so many is to be looked at again, Θ̂ as a whole is the faster way.
 _MANY = 2
+# Components of a tile: 1 MiB of float32. Of the other operands nothing has to stay in the cache.
+_TILE = 1 << 18
 # Components that are looked at again at one time.
 _PORTION = 1 << 20
 # Whatever the defaults for these are.
@@ -90,8 +92,9 @@ class Chosen(NamedTuple):
 
 
 class _Piece(NamedTuple):
-    """What of a tensor fits a tile, flat."""
+    """What of a tensor fits a tile, flat. `length` is that of its blocks, the last one filled up."""
 
+    length: int
     options: AdamWOptions
     weight: Tensor
     grad: Tensor
@@ -154,48 +157,49 @@ class _Batch:
     def first_pass(self) -> Tensor:
         """Update all moments, and return the largest product of each block outside the current subset, float32."""
         maxima = torch.empty(self.begins[-1], **_FLOAT)
-        buffers = [torch.empty(TILE, **_FLOAT) for _ in range(3)]
+        buffers = [torch.empty(_TILE, **_FLOAT) for _ in range(3)]
+        tiles = list(self._tiles())
+        lengths = [sum(piece.length for piece in pieces) for pieces in tiles]
+        begins = [0, *itertools.accumulate(lengths)]
         padded = self._padded([t.indices for t in self.tensors])
-        begin = 0
-        for pieces in self._tiles():
-            blocks = sum(self._padded_length(piece.weight) for piece in pieces) // self.block
-            product = buffers[0][: blocks * self.block].zero_()
+        ends = np.searchsorted(padded, begins)
+        subset = torch.from_numpy(padded - np.repeat(begins[:-1], np.diff(ends))).split(np.diff(ends).tolist())
+        parts_of_maxima = maxima.split([length // self.block for length in lengths])
+        for pieces, length, inside, own in zip(tiles, lengths, subset, parts_of_maxima, strict=True):
+            product = buffers[0][:length].zero_()
             parts = self._parts(product, pieces)
             self._step(parts, pieces, buffers[1])
             self._multiply(product, pieces, parts, buffers[2])
-            first, last = np.searchsorted(padded, (begin * self.block, (begin + blocks) * self.block))
-            if first < last:
-                product.index_fill_(0, torch.from_numpy(padded[first:last] - begin * self.block), 0.0)
-            torch.amax(product.abs_().view(blocks, self.block), 1, out=maxima[begin : begin + blocks])
-            begin += blocks
+            if inside.numel():
+                product.index_fill_(0, inside, 0.0)
+            torch.amax(product.abs_().view(-1, self.block), 1, out=own)
         return maxima
 
     def _tiles(self) -> Iterator[list[_Piece]]:
         """Pieces that are stepped together: a tile of them at most, with the same rates."""
         pieces: list[_Piece] = []
-        room = TILE
+        room = _TILE
         for t in self.tensors:
-            flat = (part.view(-1).split(TILE) for part in (t.weight, t.grad, t.exp_avg, t.exp_avg_sq))
-            for parts in zip(*flat, strict=True):
-                length = self._padded_length(parts[0])
+            flat = [part.view(-1) for part in (t.weight, t.grad, t.exp_avg, t.exp_avg_sq)]
+            # Most tensors fit a tile, and splitting takes its time.
+            for parts in (
+                [flat] if flat[0].numel() <= _TILE else zip(*(part.split(_TILE) for part in flat), strict=True)
+            ):
+                length = -(-parts[0].numel() // self.block) * self.block
                 if pieces and (length > room or pieces[-1].options[:4] != t.options[:4]):
                     yield pieces
-                    pieces, room = [], TILE
-                pieces.append(_Piece(t.options, *parts))
+                    pieces, room = [], _TILE
+                pieces.append(_Piece(length, t.options, *parts))
                 room -= length
         if pieces:
             yield pieces
 
-    def _padded_length(self, tensor: Tensor) -> int:
-        return -(-tensor.numel() // self.block) * self.block
-
     def _parts(self, tile: Tensor, pieces: Sequence[_Piece]) -> list[Tensor]:
         """Where the pieces lie in a tile."""
-        parts, begin = [], 0
-        for piece in pieces:
-            parts.append(tile[begin : begin + piece.weight.numel()])
-            begin += self._padded_length(piece.weight)
-        return parts
+        if len(pieces) == 1:
+            return [tile[: pieces[0].weight.numel()]]
+        begins = itertools.accumulate((piece.length for piece in pieces), initial=0)
+        return [tile[begin : begin + piece.weight.numel()] for begin, piece in zip(begins, pieces, strict=False)]
 
     def _step(self, zeros: list[Tensor], pieces: Sequence[_Piece], buffer: Tensor) -> None:
         """Make updates of zeros."""

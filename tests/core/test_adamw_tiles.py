@@ -8,11 +8,10 @@ import pytest
 import torch
 
 from peft_dst.core import adamw_tiles
-from peft_dst.core.adamw_tiles import AdamWOptions, TiledTensor, rounds_as_torch, step_and_select
+from peft_dst.core.adamw_tiles import _TILE, AdamWOptions, TiledTensor, rounds_as_torch, step_and_select
 from peft_dst.core.distances import DISTANCES
 from peft_dst.core.kernels import NonFiniteStepError
 from peft_dst.core.selection import select
-from peft_dst.core.tiles import TILE
 
 
 OPTIONS = AdamWOptions(lr=1e-2, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, step=0.0)
@@ -91,7 +90,7 @@ def gradients(seeds, dtype=torch.float32, sparsity=0.3):
 
 
 # A tile and more, a whole number of blocks, tails of all lengths, and nothing at all.
-SHAPES = [(300, 333), (17,), (5,), (TILE + 1001,), (0,), (64, 64)]
+SHAPES = [(300, 333), (17,), (5,), (_TILE + 1001,), (0,), (64, 64)]
 SIZE = sum(torch.Size(shape).numel() for shape in SHAPES)
 
 
