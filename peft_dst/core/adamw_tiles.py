@@ -152,7 +152,7 @@ class _Batch:
         self.begins = [0, *itertools.accumulate(-(-t.weight.numel() // self.block) for t in self.tensors)]
         firsts = [0, *itertools.accumulate(len(silo) for silo in silos)]
         self.silo_begins = [self.begins[first] for first in firsts]
-        self.constants = _on_cpu([_constants(t.options) for t in self.tensors])
+        self.constants = torch.tensor([_constants(t.options) for t in self.tensors], **_FLOAT)
 
     def first_pass(self) -> Tensor:
         """Update all moments, and return the largest product of each block outside the current subset, float32."""
@@ -180,11 +180,8 @@ class _Batch:
         pieces: list[_Piece] = []
         room = _TILE
         for t in self.tensors:
-            flat = [part.view(-1) for part in (t.weight, t.grad, t.exp_avg, t.exp_avg_sq)]
-            # Most tensors fit a tile, and splitting takes its time.
-            for parts in (
-                [flat] if flat[0].numel() <= _TILE else zip(*(part.split(_TILE) for part in flat), strict=True)
-            ):
+            flat = (_split(part.view(-1)) for part in (t.weight, t.grad, t.exp_avg, t.exp_avg_sq))
+            for parts in zip(*flat, strict=True):
                 length = -(-parts[0].numel() // self.block) * self.block
                 if pieces and (length > room or pieces[-1].options[:4] != t.options[:4]):
                     yield pieces
@@ -239,8 +236,7 @@ class _Batch:
             for parts in zip(*((t.exp_avg, t.exp_avg_sq) for t in self.tensors), strict=True)
         )
         seeds = torch.cat([t.seeds for t in self.tensors]).float()
-        counts = _on_cpu([t.indices.numel() for t in self.tensors])
-        constants = self.constants.repeat_interleave(counts, 0)
+        constants = self.constants.repeat_interleave(_counts([t.indices.numel() for t in self.tensors]), 0)
         updated = _updated(torch.cat([t.values for t in self.tensors]), first, second, constants.unbind(1))
         positions = torch.from_numpy(self._padded([t.indices for t in self.tensors]))
         return _Entries(positions, distance(self.kind, seeds, updated), updated)
@@ -264,7 +260,8 @@ class _Batch:
 
     def choose(self, maxima: Tensor, current: _Entries) -> list[Chosen]:
         """The new subsets."""
-        slack = _on_cpu([self._slack(t) for t in self.tensors]).repeat_interleave(_on_cpu(self.begins).diff())
+        slack = torch.tensor([self._slack(t) for t in self.tensors], **_FLOAT)
+        slack = slack.repeat_interleave(_counts(self.begins).diff())
         lower = (maxima * (1 - _ROUNDING)).sub_(slack).clamp_min_(0.0)
         upper = maxima.mul_(1 + _ROUNDING).add_(slack)
         for number, t in enumerate(self.tensors):
@@ -302,7 +299,7 @@ class _Batch:
 
     def _second_look(self, blocks: Sequence[Tensor], below: Sequence[float], current: _Entries) -> _Entries:
         """Components outside the current subset, in some blocks of each silo, whose distances are above a silo's bound."""
-        limits = _on_cpu(below).repeat_interleave(_on_cpu([len(own) for own in blocks]))
+        limits = torch.tensor(below, **_FLOAT).repeat_interleave(_counts([len(own) for own in blocks]))
         rows = _PORTION // self.block
         portions = zip(torch.cat(list(blocks)).split(rows), limits.split(rows), strict=True)
         parts = [self._look_at(*portion) for portion in portions if portion[0].numel()]
@@ -391,8 +388,9 @@ def rounds_as_torch() -> bool:
     _fused_adamw([updated], [grad], [moments[0]], [moments[1]], [options], options.weight_decay)
     zeros, later = torch.zeros_like(theta), [moment.clone() for moment in moments]
     _fused_adamw([zeros], [grad], [later[0]], [later[1]], [options._replace(step=4.0)], 0.0)
-    own = _updated(theta, *moments, _on_cpu(_constants(options)).unbind())
-    update = _updated(zeros.new_zeros(()), later[0], later[1], _on_cpu(_constants(options._replace(step=4.0))).unbind())
+    constants = [torch.tensor(_constants(options._replace(step=step)), **_FLOAT).unbind() for step in (3.0, 4.0)]
+    own = _updated(theta, *moments, constants[0])
+    update = _updated(zeros.new_zeros(()), later[0], later[1], constants[1])
     return torch.equal(own, updated) and torch.equal(update, zeros)
 
 
@@ -423,6 +421,11 @@ def _fused_adamw(
     )
 
 
+def _split(flat: Tensor) -> Sequence[Tensor]:
+    """A tensor in tiles. Most fit one, and torch's own way takes its time."""
+    return (flat,) if flat.numel() <= _TILE else flat.split(_TILE)
+
+
 def _constants(options: AdamWOptions) -> tuple[float, float, float, float]:
     lr, beta1, beta2, eps, weight_decay, step = options
     return 1 - lr * weight_decay, -lr / (1 - beta1**step), (1 - beta2**step) ** 0.5, eps
@@ -430,13 +433,11 @@ def _constants(options: AdamWOptions) -> tuple[float, float, float, float]:
 
 @functools.lru_cache(maxsize=8)
 def _count(step: float) -> Tensor:
-    return _on_cpu(step)
+    return torch.tensor(step, **_FLOAT)
 
 
-def _on_cpu(values: object) -> Tensor:
-    """A tensor of integers or of floats, float32, whatever the defaults for dtype and device are."""
-    made = torch.tensor(values, device="cpu")
-    return made.float() if made.is_floating_point() else made
+def _counts(values: Sequence[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64, device="cpu")
 
 
 def _updated(theta: Tensor, first: Tensor, second: Tensor, constants: Sequence[Tensor]) -> Tensor:

@@ -208,19 +208,23 @@ def test_bounds_hold_next_to_large_weights(monkeypatch):
                 twin.check(chosen, grads, kind)
 
 
-@pytest.mark.parametrize("default", ["device", "dtype"])
+@pytest.mark.parametrize("default", ["meta", torch.float64, torch.bfloat16])
 def test_defaults_are_of_no_concern(default):
+    rounds_as_torch.cache_clear()
+    adamw_tiles._count.cache_clear()
     torch.manual_seed(0)
     twin = Twin([torch.randn(100, 200) * 0.05], [OPTIONS], 20)
     for _ in range(3):
         grads = gradients(twin.seeds)
         tensors = twin.tensors(grads)
-        if default == "device":
+        if default == "meta":
             with torch.device("meta"):
+                assert rounds_as_torch()
                 (chosen,) = step_and_select([tensors], [20], "inverse_relative")
         else:
-            torch.set_default_dtype(torch.float64)
+            torch.set_default_dtype(default)
             try:
+                assert rounds_as_torch()
                 (chosen,) = step_and_select([tensors], [20], "inverse_relative")
             finally:
                 torch.set_default_dtype(torch.float32)
