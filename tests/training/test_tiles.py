@@ -190,7 +190,7 @@ def test_a_step_that_raises_has_changed_no_tuned_weight(stepped, monkeypatch):
     parameters = [list(group["params"]) for group in optimizer.param_groups]
     backward(own, 2)
     with monkeypatch.context() as patch:
-        patch.setattr(torch.optim.Adam, "_init_group", out_of_memory)
+        patch.setattr(torch.optim.AdamW, "_init_group", out_of_memory)
         with pytest.raises(MemoryError):
             optimizer.step()
     assert_same(weights(own), before)
@@ -206,7 +206,7 @@ def test_after_a_step_that_raised_the_next_one_has_all_parameters(stepped, monke
     own, optimizer, before, _ = stepped
     backward(own, 2)
     with monkeypatch.context() as patch:
-        patch.setattr(torch.optim.Adam, "_init_group", out_of_memory)
+        patch.setattr(torch.optim.AdamW, "_init_group", out_of_memory)
         with pytest.raises(MemoryError):
             optimizer.step()
     backward(own, 3)
@@ -257,7 +257,7 @@ def test_a_step_that_raised_keeps_nothing_alive(monkeypatch):
     own = model()
     optimizer = torch.optim.AdamW(trainable(own), **FUSED)
     backward(own, 0)
-    monkeypatch.setattr(torch.optim.Adam, "_init_group", out_of_memory)
+    monkeypatch.setattr(torch.optim.AdamW, "_init_group", out_of_memory)
     with pytest.raises(MemoryError):
         optimizer.step()
     assert optimizer in hook._tiled
