@@ -6,11 +6,15 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from peft import get_peft_model
 
+from peft_dst import DSTConfig
 from peft_dst.config import DEFAULT_EPSILON
 from peft_dst.recipes import at, load_recipe, make_recipe, settled, train
 from peft_dst.recipes.options import METHODS
 from peft_dst.recipes.rates import BY_EPSILON, FIXED, KINDS, by_rule
+from peft_dst.training.callback import training_advice
 from tests import toys
 
 
@@ -124,3 +128,10 @@ def test_a_run_says_what_it_took(tmp_path):
     assert record["recipe"]["training"]["learning_rate"] == expected
     assert load_recipe(tmp_path / "run" / "config.yaml").training.learning_rate == expected
     assert train(recipe, tmp_path / "run") == record, "the same recipe goes on with it"
+
+
+@pytest.mark.parametrize("epsilon", [0.001, 0.02, 0.05, 0.1, 0.2, 1.0])
+def test_a_rate_by_rule_is_no_low_one(epsilon, build):
+    model = get_peft_model(build("bert"), DSTConfig(epsilon=epsilon))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=by_rule("dynamic", epsilon), weight_decay=0.0)
+    assert training_advice(model, model.base_model.constraint(), optimizer) == []

@@ -16,8 +16,7 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, Trai
 
 from peft_dst import DSTCallback, DSTConfig, DSTOptimizer, create_dst_optimizer, parameter_groups
 from peft_dst.core.reference import reference_step
-from peft_dst.recipes.rates import by_rule
-from peft_dst.training import subset_metrics, training_advice
+from peft_dst.training import subset_metrics
 from tests.models import assert_same, batch, logits, train, weights
 
 
@@ -481,13 +480,6 @@ def test_the_callback_advises(change, match, build, tmp_path):
     args = arguments(tmp_path, weight_decay=change.get("weight_decay", 0.0), max_steps=1, **options)
     with pytest.warns(UserWarning, match=match):
         Trainer(model, args, train_dataset=Rows("bert"), callbacks=[DSTCallback()]).train()
-
-
-@pytest.mark.parametrize("epsilon", [0.001, 0.02, 0.05, 0.1, 0.2, 1.0])
-def test_a_rate_by_rule_is_no_low_one(epsilon, build):
-    model = get_peft_model(build("bert"), DSTConfig(epsilon=epsilon))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=by_rule("dynamic", epsilon), weight_decay=0.0)
-    assert training_advice(model, model.base_model.constraint(), optimizer) == []
 
 
 def test_the_callback_is_silent_where_all_is_well_and_says_where_it_is_idle(build, tmp_path):
