@@ -20,8 +20,9 @@ Triton once a kernel is wanted.
 * `hook`       the global optimizer hook that calls it, for any `torch.optim` optimizer
 * `wrappers`   wrappers that step copies of the weights, which are refused
 * `reference`  the same step, dense and plain, to test the fast one against
-* `adamw_tiles` AdamW's step and the choice in one on a CPU (`tiled_step` in an optimizer's place, `adamw` for which)
-* `kernels`    AdamW's step and the choice in one on a GPU (with `kernels_triton`, and its plain `kernels_reference`)
+* `adamw`      which silos' AdamW step and choice can be made in one, and what such a step is given
+* `adamw_tiles` how it is made on a CPU (`tiled_step` in an optimizer's place)
+* `kernels`    how it is made on a GPU (with `kernels_triton`, and its plain `kernels_reference`)
 """
 
 from .budgets import allocate_budgets
