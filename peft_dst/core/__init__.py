@@ -15,6 +15,7 @@ Triton once a kernel is wanted.
 * `schedule`   at which steps the subset is chosen
 * `constraint` one adapter's constraint: what happens around an optimizer step
 * `free`       training a subset that never changes
+* `hiding`     parameters that an optimizer's step passes by
 * `correction` what changed entries change in a layer's output
 * `stacking`   the same for several groups of samples in one call (on a GPU by `correction_triton`)
 * `hook`       the global optimizer hook that calls it, for any `torch.optim` optimizer

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from .adamw import Groups, State, make_step, supports
 from .adamw_tiles import Chosen, rounds_as_torch, step_and_select
 from .constraint import Constraint
+from .hiding import Hidden
 from .selection import SPARSE
 from .subset import Silo, Subset
 from .weights import SparseWeight
@@ -51,6 +52,9 @@ class TiledStep:
     Args:
         optimizer: the optimizer.
         arguments: those of its step.
+
+    Attributes:
+        hidden: the parameters that are missing in the optimizer's groups meanwhile.
     """
 
     def __init__(self, optimizer: Optimizer, arguments: tuple[Any, ...]):
@@ -66,7 +70,7 @@ class TiledStep:
         )
         self._silos: dict[Constraint, list[Silo]] = {}
         self._chosen: list[tuple[Silo, list[Subset], Chosen]] = []
-        self._hidden: list[tuple[dict[str, Any], list[Any]]] = []
+        self.hidden = Hidden()
 
     def take(self, constraint: Constraint, silos: list[Silo]) -> list[Silo]:
         """Take on those of a constraint's silos that suit, and return the others."""
@@ -112,20 +116,11 @@ class TiledStep:
             chosen = choose(self.groups, self.optimizer.state, constraint, silos, values)
             self._chosen += zip(silos, before, chosen, strict=True)
         mine = {id(weight.parameter) for silo, _, _ in self._chosen for weight in silo.weights}
-        for group in self.optimizer.param_groups if mine else []:
-            self._hidden.append((group, group["params"]))
-            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in mine]
-
-    @property
-    def hides(self) -> bool:
-        """Whether parameters are missing in the optimizer's groups meanwhile."""
-        return bool(self._hidden)
+        self.hidden.hide(self.optimizer, mine)
 
     def restore(self) -> None:
         """Give the optimizer its parameters back."""
-        for group, parameters in self._hidden:
-            group["params"] = parameters
-        self._hidden.clear()
+        self.hidden.restore()
 
     @torch.no_grad()
     def end(self) -> None:
