@@ -10,6 +10,7 @@ Triton once a kernel is wanted.
 * `selection`  the exact choice of a silo's subset
 * `iterative`  the paper's approximate choice, with a tracked threshold
 * `weights`    live weights that differ from their seed in a few known places
+* `checksums`  whether the seed is still what it was
 * `subset`     silos with their budgets, and what is free in them now
 * `step`       an optimizer's step under way, and how it is ended or undone
 * `schedule`   at which steps the subset is chosen
