@@ -6,7 +6,7 @@ Triton once a kernel is wanted.
 * `silos`      which parameters compete with one another (names only)
 * `budgets`    how many components of each silo may differ from the seed
 * `distances`  how far a component has moved from its seed
-* `tiles`      a silo's distances, computed in the cache and forgotten
+* `tiles`      a silo's distances, computed a tile at a time and forgotten
 * `selection`  the exact choice of a silo's subset
 * `iterative`  the paper's approximate choice, with a tracked threshold
 * `weights`    live weights that differ from their seed in a few known places
