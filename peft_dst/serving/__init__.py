@@ -1,6 +1,7 @@
 """Many deltas on one base, at inference.
 
 * `storage`  a model's parameters in one piece, so that entries anywhere in it are written at once
+* `heads`    the modules of which a delta may bring another size
 * `placed`   a delta made ready for that storage
 * `cache`    what was used last, within a budget of bytes
 * `shelf`    deltas by name: read, made ready and held
