@@ -69,10 +69,14 @@ class Placed:
     Attributes:
         parts: its entries, one part a buffer at most.
         dense: whole tensors (a head) that take the place of parameters, by the parameters' names.
+        name: what it is called on a shelf; the base has none.
+        version: its number there, which no other one has had.
     """
 
     parts: tuple[Part, ...]
     dense: Mapping[str, nn.Parameter] = field(default_factory=dict)
+    name: str | None = None
+    version: int | None = None
 
     @property
     def nbytes(self) -> int:

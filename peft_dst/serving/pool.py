@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from os import PathLike
@@ -21,24 +21,13 @@ from .storage import FlatStorage
 from .turns import Turn
 
 
-class _Shown(NamedTuple):
-    """What is in the weights: a delta's name, its version, and what was written; the base has neither of the first."""
-
-    name: str | None = None
-    version: int | None = None
-    placed: Placed = UNCHANGED
-
-
 class _Mixed(NamedTuple):
     """What the last mixed batch was made of."""
 
-    versions: dict[str, int]
     deltas: dict[str, Mixable]
     subsets: Subsets
 
 
-# The base in the weights.
-_BASE = _Shown()
 # What a thread has in use that computes a mixed batch.
 _MIXED = object()
 
@@ -69,16 +58,10 @@ class _Use:
                 raise RuntimeError(f"this thread {mine}, and would wait for itself to have {name!r}; leave that first.")
             # Tasks of one thread need not leave in the order in which they came.
             pool._turn.again()
-        elif name is None:
-            pool._turn.take(UNCHANGED, pool._show, _BASE)
         else:
-            version, placed = pool._shelf.at_hand(name)
-            if placed is None:
-                shown = pool._shown
-                held = shown.placed if (shown.name, shown.version) == (name, version) else None
-                placed = pool._shelf.ready(name, held)
+            placed = UNCHANGED if name is None else pool._shelf.ready(name, pool._shown)
             # Those who come to others find the delta in place: only the first one may write while nobody reads.
-            pool._turn.take(placed, pool._show, _Shown(name, version, placed))
+            pool._turn.take(placed, pool._show, placed)
         mine.has = name
         mine.times += 1
         return pool.model
@@ -179,7 +162,8 @@ class DeltaPool:
         self._mine = _Mine()
         # A module that runs with a delta's values may call another one that does.
         self._weights = threading.RLock()
-        self._shown = _BASE
+        #: What is in the weights.
+        self._shown = UNCHANGED
         # Names of the base's parameters that a delta's whole tensors may stand in for.
         self._replaced: set[str] = set()
         self._switches = 0
@@ -221,7 +205,7 @@ class DeltaPool:
             if self._mixed is not None and name in self._mixed.deltas:
                 self._mixed = None
             if self.shown == name:
-                self._switch(_BASE)
+                self._switch(UNCHANGED)
 
     def names(self) -> list[str]:
         """The deltas' names, in the order in which they were added."""
@@ -301,18 +285,14 @@ class DeltaPool:
             with self.use(next(iter(wanted))) as model:
                 yield model
             return
-        versions = {name: self._shelf.version(name) for name in wanted if name is not None}
-        before = self._mixed
-        held = (
-            {} if before is None else {n: d for n, d in before.deltas.items() if before.versions[n] == versions.get(n)}
-        )
-        found = {name: self._shelf.mixable(name, held.get(name)) for name in versions}
+        before = self._mixed.deltas if self._mixed is not None else {}
+        found = {name: self._shelf.mixable(name, before.get(name)) for name in wanted if name is not None}
 
-        with self._alone(self._show_base, versions), self._noted_as_mixed():
+        with self._alone(self._show_base, list(found.values())), self._noted_as_mixed():
             # A generation asks for the same deltas again and again.
             if self._mixed is None or self._mixed.deltas != found:
                 changes = {name: one.changes for name, one in found.items()}
-                self._mixed = _Mixed(versions, found, Subsets(self._readers.modules, changes, writing=self._weights))
+                self._mixed = _Mixed(found, Subsets(self._readers.modules, changes, writing=self._weights))
             given = [BASE if name is None else name for name in names]
             with mixed(self.model, self._mixed.subsets, given, copies):
                 yield self.model
@@ -375,7 +355,7 @@ class DeltaPool:
         """Put the base's weights back, and let everything go. Waits for what is in use."""
         with self._alone():
             if not self._shelf.closed:
-                self._switch(_BASE)
+                self._switch(UNCHANGED)
             self._shelf.close()
             self._mixed = None
 
@@ -394,45 +374,44 @@ class DeltaPool:
 
     def _seeds_at(self, buffer: int, positions: Tensor) -> Tensor:
         with self._weights:
-            return seeds_below(self._shown.placed, self.storage, buffer, positions)
+            return seeds_below(self._shown, self.storage, buffer, positions)
 
-    def _show(self, wanted: _Shown) -> None:
+    def _show(self, wanted: Placed) -> None:
         """At the beginning of a turn: have a delta in the weights, if its name still stands for it."""
-        if wanted.name is not None:
-            self._check_version(wanted.name, wanted.version)
-        if self._shown.placed is not wanted.placed:
+        self._check(wanted)
+        if self._shown is not wanted:
             self._switch(wanted)
 
-    def _show_base(self, versions: Mapping[str, int]) -> None:
+    def _show_base(self, deltas: Iterable[Mixable]) -> None:
         """At the beginning of a mixed batch's turn."""
-        for name, version in versions.items():
-            self._check_version(name, version)
-        self._show(_BASE)
+        for one in deltas:
+            self._check(one.placed)
+        self._show(UNCHANGED)
 
-    def _check_version(self, name: str, version: int | None) -> None:
-        if not self._shelf.is_version(name, version):
-            raise UnknownDelta(f"the delta {name!r} was removed.")
+    def _check(self, placed: Placed) -> None:
+        if placed.name is not None and not self._shelf.is_version(placed.name, placed.version):
+            raise UnknownDelta(f"the delta {placed.name!r} was removed.")
 
-    def _switch(self, wanted: _Shown) -> None:
+    def _switch(self, wanted: Placed) -> None:
         """Take out the delta that is in the weights, and put in another; nobody uses the model meanwhile."""
-        before, placed = self._shown.placed, wanted.placed
+        before = self._shown
         self.storage.check(self._replaced)
         with self._weights:
             try:
                 write(self.storage, before, seeds=True)
-                if self._replaced or placed.dense:
+                if self._replaced or wanted.dense:
                     self._put_back()
                     # Noted before any is there, so that an interrupt in between is no harm.
-                    self._replaced.update(placed.dense)
-                    for key, parameter in placed.dense.items():
+                    self._replaced.update(wanted.dense)
+                    for key, parameter in wanted.dense.items():
                         self.storage.replace(key, parameter)
-                write(self.storage, placed)
+                write(self.storage, wanted)
             except BaseException:
                 # Whatever was written of either, the base is below both.
                 write(self.storage, before, seeds=True)
-                write(self.storage, placed, seeds=True)
+                write(self.storage, wanted, seeds=True)
                 self._put_back()
-                self._shown = _BASE
+                self._shown = UNCHANGED
                 raise
             self._shown = wanted
         self._switches += 1

@@ -7,6 +7,7 @@ import itertools
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
@@ -170,27 +171,12 @@ class Shelf:
 
     # What is held
 
-    def at_hand(self, name: str) -> tuple[int, Placed | None]:
-        """A delta's version, and the delta itself if it is held ready.
-
-        Raises:
-            UnknownDelta, RuntimeError: as `ready`.
-        """
-        with self._lock:
-            if (known := self._known.get(name)) is None:
-                # Closed, it knows none.
-                self._check_open()
-                known = self._of(name)
-            if (placed := self._ready.get(name)) is not None:
-                self._counts["hits"] += 1
-            return known.version, placed
-
     def ready(self, name: str, held: Placed | None = None) -> Placed:
         """The delta, ready: from memory, from a loading that is under way, or from its source.
 
         Args:
             name: its name.
-            held: it, where the caller still has it from before.
+            held: what the caller still has from before, be it this one or not.
 
         Raises:
             UnknownDelta: if there is none of that name.
@@ -199,9 +185,11 @@ class Shelf:
         """
         while True:
             with self._lock:
-                self._check_open()
-                self._of(name)
-                if (placed := self._ready.get(name) or held) is not None:
+                version = self._of(name).version
+                placed = self._ready.get(name)
+                if placed is None and held is not None and held.version == version:
+                    placed = held
+                if placed is not None:
                     self._counts["hits"] += 1
                     return placed
                 if (future := self._loading.get(name)) is None:
@@ -218,19 +206,18 @@ class Shelf:
 
         Args:
             name: its name.
-            held: it, where the caller still has it from before.
+            held: what the caller still has of that name from before.
 
         Raises:
             UnknownDelta, DeltaError, RuntimeError: as `ready`.
         """
-        version = self.version(name)
         placed = self.ready(name, None if held is None else held.placed)
         with self._lock:
             if (found := self._mixables.get(name) or held) is not None and found.placed is placed:
                 return found
         found = self._arrange(placed)
         with self._lock:
-            if self.is_version(name, version):
+            if self.is_version(name, placed.version):
                 self._mixables.put(name, found)
                 self._sizes[name] = found.nbytes
         return found
@@ -246,7 +233,6 @@ class Shelf:
             UnknownDelta, RuntimeError: as `ready`.
         """
         with self._lock:
-            self._check_open()
             self._of(name)
             if name not in self._ready and name not in self._loading:
                 future = self._loading[name] = Future()
@@ -266,7 +252,7 @@ class Shelf:
         try:
             source, version = self._look_up(name)
             delta = source if isinstance(source, SparseDelta) else self._from_disk(name, source, version)
-            placed = self._place(delta)
+            placed = replace(self._place(delta), name=name, version=version)
         except BaseException as error:
             with self._lock:
                 if self._loading.get(name) is future:
@@ -308,15 +294,16 @@ class Shelf:
 
     def _look_up(self, name: str) -> Known:
         with self._lock:
-            self._check_open()
             return self._of(name)
 
     # With the lock held
 
     def _of(self, name: str) -> Known:
-        if name not in self._known:
+        if (known := self._known.get(name)) is None:
+            # Closed, there is none at all.
+            self._check_open()
             raise UnknownDelta(f"there is no delta {name!r}; add it first.")
-        return self._known[name]
+        return known
 
     def _check_open(self) -> None:
         if self._closed:
