@@ -65,7 +65,7 @@ class Asked:
 
 def together(engine, asked):
     """Submit these so that they are taken in one round."""
-    with engine._changed:
+    with engine._desk._changed:
         for one in asked:
             engine.submit(one.request)
 

@@ -8,9 +8,8 @@ import threading
 import pytest
 import torch
 
-from peft_dst.server import engine as engine_module
 from peft_dst.server.cohorts import Cohort, Continuation
-from peft_dst.server.engine import Classify, Engine, Full, Generate, Stopped
+from peft_dst.server.engine import Classify, Engine, Full, Generate, Stopped, desk, plans, rounds
 from peft_dst.serving import DeltaPool
 from tests.models import bert
 from tests.server.engines import (
@@ -29,8 +28,8 @@ from tests.server.test_classifier import MODELS
 @pytest.mark.parametrize("mixes", [True, False, None])
 def test_many_at_once(causal, mixes, monkeypatch):
     """In waves from several threads, mixed, apart, and with that changing: no wrong answer, none lost, none told twice."""
-    monkeypatch.setattr(engine_module, "Planner", lambda: Always(mixes))
-    monkeypatch.setattr(engine_module, "STEPS", 3)
+    monkeypatch.setattr(plans, "Planner", lambda: Always(mixes))
+    monkeypatch.setattr(rounds, "STEPS", 3)
     rng = random.Random(0)
     cases = []
     for _ in range(40):
@@ -62,8 +61,8 @@ def test_many_at_once(causal, mixes, monkeypatch):
 
 def test_a_long_text_makes_no_batch_of_long_ones(causal, monkeypatch):
     """Short ones would be padded to its length."""
-    monkeypatch.setattr(engine_module, "TOKENS", 24)
-    monkeypatch.setattr(engine_module, "Planner", lambda: Always(True))
+    monkeypatch.setattr(plans, "TOKENS", 24)
+    monkeypatch.setattr(plans, "Planner", lambda: Always(True))
     prompts = [[3 + i % 7 for i in range(size)] for size in (2, 30, 3, 9, 1, 12, 12, 2)]
     deltas = [None, *causal.names(), None, *causal.names()]
     want = [expected(causal, delta, prompt, 3) for delta, prompt in zip(deltas, prompts, strict=True)]
@@ -74,7 +73,7 @@ def test_a_long_text_makes_no_batch_of_long_ones(causal, monkeypatch):
             read.append((len(members), max(len(member.prompt) for member in members)))
             super().__init__(model, members)
 
-    monkeypatch.setattr(engine_module, "Cohort", Watched)
+    monkeypatch.setattr(rounds, "Cohort", Watched)
     engine = Engine(causal)
     shapes = []
     causal.model.register_forward_pre_hook(
@@ -96,9 +95,9 @@ def test_a_long_text_makes_no_batch_of_long_ones(causal, monkeypatch):
 
 def test_short_texts_are_not_continued_beside_long_ones(causal, monkeypatch):
     """Whose keys and values would be as long, and as much to go through for each token. They grow out of their batch."""
-    monkeypatch.setattr(engine_module, "SHORT", 8)
-    monkeypatch.setattr(engine_module, "STEPS", 1)
-    monkeypatch.setattr(engine_module, "Planner", lambda: Always(True))
+    monkeypatch.setattr(rounds, "SHORT", 8)
+    monkeypatch.setattr(rounds, "STEPS", 1)
+    monkeypatch.setattr(plans, "Planner", lambda: Always(True))
     prompts = [[3 + i % 7 for i in range(size)] for size in (2, 5, 20, 29, 3)]
     deltas = [None, "task0", "task1", None, "task2"]
     want = [expected(causal, delta, prompt, 6) for delta, prompt in zip(deltas, prompts, strict=True)]
@@ -126,7 +125,7 @@ def test_short_texts_are_not_continued_beside_long_ones(causal, monkeypatch):
 
 def test_no_more_deltas_go_together_than_there_is_room_for(causal, monkeypatch):
     """Once it is known what they take. Others are computed one after the other."""
-    monkeypatch.setattr(engine_module, "Planner", lambda: Always(True))
+    monkeypatch.setattr(plans, "Planner", lambda: Always(True))
     names = causal.names()
     with causal.mix(names):
         sizes = [causal.mixed_nbytes(name) for name in names]
@@ -155,7 +154,7 @@ def test_no_more_deltas_go_together_than_there_is_room_for(causal, monkeypatch):
 
 def test_many_new_prompts_do_not_hold_up_those_that_are_continued(causal, monkeypatch):
     """They are read some at a time, and everybody's next token is made in between."""
-    monkeypatch.setattr(engine_module, "READ", 24)
+    monkeypatch.setattr(desk, "READ", 24)
     prompts = [[3 + i % 7 for i in range(size)] for size in (10, 10, 10, 30, 10, 2)]
     want = [expected(causal, None, prompt, 3) for prompt in prompts]
     gate = Gate(causal.model)

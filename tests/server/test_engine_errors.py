@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -10,9 +9,8 @@ import torch
 from torch import nn
 
 from peft_dst.delta import DeltaError, SparseDelta
-from peft_dst.server import engine as engine_module
 from peft_dst.server.cohorts import Cohort, Continuation
-from peft_dst.server.engine import Classify, Engine, Generate, Stopped
+from peft_dst.server.engine import Classify, Engine, Generate, Stopped, companies, plans, rounds
 from peft_dst.server.sampling import Sampling
 from tests.models import bert
 from tests.server.engines import (
@@ -47,7 +45,7 @@ def test_errors_are_told_to_whom_they_concern(causal):
 @pytest.mark.parametrize("at", [1, 3])
 def test_a_model_that_cannot_be_mixed(causal, at, monkeypatch):
     """Found out when reading, or in a later step: nobody notices but the log, and it is not tried for ever."""
-    monkeypatch.setattr(engine_module, "Planner", lambda: Always(True))
+    monkeypatch.setattr(plans, "Planner", lambda: Always(True))
     calls = []
 
     def refuses(module, args, kwargs):
@@ -138,9 +136,7 @@ def test_a_delta_that_cannot_be_mixed_does_not_keep_others_from_it(mixing, alone
 def test_a_delta_that_failed_once_is_tried_with_others_again(mixing, monkeypatch, caplog):
     """Too many open files, say, are no property of a delta. Should it fail again, it is left alone for twice as long."""
     now = [1e6]
-    monkeypatch.setattr(
-        engine_module, "time", SimpleNamespace(monotonic=lambda: now[0], perf_counter=time.perf_counter)
-    )
+    monkeypatch.setattr(companies, "time", SimpleNamespace(monotonic=lambda: now[0]))
     mix = mixing.pool.mix
     failing(mixing.pool, "task1", alone=False)
     for after in (0, 59, 2, 119):
@@ -226,7 +222,7 @@ def test_a_delta_that_cannot_be_read_is_tried_once_for_all_of_its_requests(causa
 
 def test_heads_of_different_sizes(monkeypatch, caplog):
     """Each goes with those of its own size, once it is known."""
-    monkeypatch.setattr(engine_module, "Planner", lambda: Always(True))
+    monkeypatch.setattr(plans, "Planner", lambda: Always(True))
     torch.manual_seed(0)
     base = bert().double().eval()
     pool = pooled(base, 2)
@@ -283,8 +279,8 @@ def test_batches_that_cannot_be_put_together_or_parted_go_on(causal, mixes, monk
             return super().mixes(sizes)
 
     planner = Changing(None)
-    monkeypatch.setattr(engine_module, "Planner", lambda: planner)
-    monkeypatch.setattr(engine_module, "STEPS", 1)
+    monkeypatch.setattr(plans, "Planner", lambda: planner)
+    monkeypatch.setattr(rounds, "STEPS", 1)
     name = "join" if mixes else "divide"
     real = getattr(Cohort, name)
 
@@ -336,7 +332,7 @@ def test_one_that_cannot_leave_its_batch_ends_no_other(causal, monkeypatch, capl
 def test_an_error_where_none_is_expected(causal, monkeypatch, caplog):
     """Those in computation are told; others come after them."""
     engine = Engine(causal)
-    monkeypatch.setattr(engine, "_arrange", lambda new: 1 / 0)
+    monkeypatch.setattr(engine._rounds, "_arrange", lambda new: 1 / 0)
     bad = Asked(Generate, None, continuation=Continuation([5], 9))
     engine.submit(bad.request)
     assert isinstance(bad.wait(), ZeroDivisionError)

@@ -7,9 +7,8 @@ import threading
 
 import pytest
 
-from peft_dst.server import engine as engine_module
 from peft_dst.server.cohorts import Continuation
-from peft_dst.server.engine import Engine, Full, Generate
+from peft_dst.server.engine import Engine, Full, Generate, plans, rounds
 from tests.server.engines import (
     SECONDS,
     Always,
@@ -37,7 +36,7 @@ def test_a_delta_removed_under_way(causal):
 
 def test_a_delta_that_goes_takes_no_other_with_it(causal, monkeypatch):
     """Of a mixed batch only its own requests fail."""
-    monkeypatch.setattr(engine_module, "Planner", lambda: Always(True))
+    monkeypatch.setattr(plans, "Planner", lambda: Always(True))
     engine = Engine(causal)
     begun = threading.Event()
     members = {
@@ -59,7 +58,7 @@ def test_a_delta_that_goes_takes_no_other_with_it(causal, monkeypatch):
 @pytest.mark.parametrize("where", ["between steps", "before a step"])
 def test_a_delta_replaced_under_way(causal, where, mixes, monkeypatch):
     """No token of the new one comes into an answer of the old one; others go on."""
-    monkeypatch.setattr(engine_module, "STEPS", 1)
+    monkeypatch.setattr(rounds, "STEPS", 1)
     other = noisy(copy.deepcopy(causal.model), 7)
     want = {delta: expected(causal, delta, [5, 6, 7], 9) for delta in ("task0", "task1")}
     members = {delta: Continuation([5, 6, 7], 9) for delta in ("task0", "task1")}
@@ -85,7 +84,7 @@ def test_a_delta_replaced_under_way(causal, where, mixes, monkeypatch):
         return mix(names, copies)
 
     monkeypatch.setattr(causal, "mix", mixing)
-    monkeypatch.setattr(engine_module, "Planner", lambda: Replacing(mixes))
+    monkeypatch.setattr(plans, "Planner", lambda: Replacing(mixes))
     engine = Engine(causal)
     asked = {delta: Asked(Generate, delta, continuation=member) for delta, member in members.items()}
     together(engine, asked.values())
@@ -114,7 +113,7 @@ def test_nothing_is_remembered_of_deltas_that_are_gone(causal):
         assert asked.wait() is None
         causal.remove("new")
     assert engine.stop(SECONDS)
-    assert len(engine._companies) <= 2 * (len(causal) + 1) + 2
+    assert len(engine._rounds._companies._shapes) <= 2 * (len(causal) + 1) + 2
 
 
 def test_nothing_is_computed_for_those_that_went_away_while_they_waited(causal):
@@ -159,7 +158,7 @@ def test_those_that_went_away_leave_the_queue(causal):
 
 def test_nothing_is_computed_for_those_that_went_away_under_way(causal, monkeypatch):
     """Neither a further token, nor a prompt that was to be read after another delta's."""
-    monkeypatch.setattr(engine_module, "Planner", lambda: Always(False))
+    monkeypatch.setattr(plans, "Planner", lambda: Always(False))
     gate = Gate(causal.model)
     engine = Engine(causal)
     asked = [Asked(Generate, f"task{i}", continuation=Continuation([5, 6], 9)) for i in range(2)]
