@@ -7,11 +7,7 @@ import torch
 
 from peft_dst.server.engine import Engine, plans
 from tests.models import BUILDERS
-from tests.server.engines import (
-    SECONDS,
-    Always,
-    pooled,
-)
+from tests.server.engines import SECONDS, Always, pooled
 
 
 @pytest.fixture

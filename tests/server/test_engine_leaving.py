@@ -9,26 +9,18 @@ import pytest
 
 from peft_dst.server.cohorts import Continuation
 from peft_dst.server.engine import Engine, Full, Generate, plans, rounds
-from tests.server.engines import (
-    SECONDS,
-    Always,
-    Asked,
-    Gate,
-    expected,
-    noisy,
-    together,
-)
+from tests.server.engines import SECONDS, Always, Asked, Gate, expected, generating, noisy, together
 
 
 def test_a_delta_removed_under_way(causal):
     engine = Engine(causal)
-    long = Asked(Generate, "task0", continuation=Continuation([5], 10_000))
+    long = generating("task0", [5], 10_000)
     engine.submit(long.request)
     while not long.request.continuation.tokens:
         pass
     causal.remove("task0")
     assert isinstance(long.wait(), KeyError)
-    other = Asked(Generate, "task1", continuation=Continuation([5], 2))
+    other = generating("task1", [5], 2)
     engine.submit(other.request)
     assert other.wait() is None
     engine.stop(SECONDS)
@@ -96,7 +88,7 @@ def test_a_delta_replaced_under_way(causal, where, mixes, monkeypatch):
     assert members["task0"].tokens == want["task0"][:3]
     assert members["task1"].tokens == want["task1"]
     # The new one is there for those who come now.
-    after = Asked(Generate, "task0", continuation=Continuation([5, 6, 7], 9))
+    after = generating("task0", [5, 6, 7], 9)
     engine.submit(after.request)
     assert after.wait() is None
     assert after.request.continuation.tokens == expected(causal, "task0", [5, 6, 7], 9)
@@ -108,7 +100,7 @@ def test_nothing_is_remembered_of_deltas_that_are_gone(causal):
     engine = Engine(causal)
     for _ in range(20):
         causal.add("new", delta)
-        asked = Asked(Generate, "new", Continuation([5, 6], 2))
+        asked = generating("new", [5, 6], 2)
         engine.submit(asked.request)
         assert asked.wait() is None
         causal.remove("new")
@@ -118,8 +110,8 @@ def test_nothing_is_remembered_of_deltas_that_are_gone(causal):
 
 def test_nothing_is_computed_for_those_that_went_away_while_they_waited(causal):
     engine = Engine(causal, capacity=1)
-    first = Asked(Generate, None, continuation=Continuation([5], 10_000))
-    second = Asked(Generate, "task0", continuation=Continuation([6], 2))
+    first = generating(None, [5], 10_000)
+    second = generating("task0", [6], 2)
     for one in (first, second):
         engine.submit(one.request)
     for one in (second, first):
@@ -133,13 +125,13 @@ def test_nothing_is_computed_for_those_that_went_away_while_they_waited(causal):
 def test_those_that_went_away_leave_the_queue(causal):
     gate = Gate(causal.model)
     engine = Engine(causal, capacity=1, queue=2)
-    first = Asked(Generate, None, continuation=Continuation([5], 2))
+    first = generating(None, [5], 2)
     engine.submit(first.request)
     assert gate.reached.wait(SECONDS)
-    waiting = [Asked(Generate, "task0", continuation=Continuation([6, 7], 2)) for _ in range(2)]
+    waiting = [generating("task0", [6, 7], 2) for _ in range(2)]
     for one in waiting:
         engine.submit(one.request)
-    third = Asked(Generate, "task1", continuation=Continuation([5, 6, 7], 2))
+    third = generating("task1", [5, 6, 7], 2)
     with pytest.raises(Full, match="2 requests are waiting already"):
         engine.submit(third.request)
     for one in waiting:
@@ -161,7 +153,7 @@ def test_nothing_is_computed_for_those_that_went_away_under_way(causal, monkeypa
     monkeypatch.setattr(plans, "Planner", lambda: Always(False))
     gate = Gate(causal.model)
     engine = Engine(causal)
-    asked = [Asked(Generate, f"task{i}", continuation=Continuation([5, 6], 9)) for i in range(2)]
+    asked = [generating(f"task{i}", [5, 6], 9) for i in range(2)]
     together(engine, asked)
     assert gate.reached.wait(SECONDS)
     for one in asked:

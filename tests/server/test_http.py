@@ -18,31 +18,24 @@ import httpx
 import pydantic
 import pytest
 import torch
-import transformers as hf
 from safetensors.torch import save
 
 from peft_dst.delta.packed import DESCRIPTION
 from peft_dst.server.app import create_app
-from peft_dst.server.cohorts import Continuation
-from peft_dst.server.engine import Generate, Stopped
+from peft_dst.server.engine import Stopped
 from peft_dst.server.limits import Limits
 from peft_dst.server.protocol import ChatRequest
 from peft_dst.server.sampling import Sampling
 from peft_dst.server.service import Service
 from peft_dst.serving import UnknownDelta
-from tests import toys
-from tests.server.engines import SECONDS, Asked, Gate
-from tests.server.test_app import TEMPLATE, TOKEN, put, served, write_deltas
+from tests.server.engines import SECONDS, Gate, generating
+from tests.server.servers import TOKEN, parts_of, put, served, write_deltas
 
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
     """A tiny causal model and its tokenizer."""
-    folder = tmp_path_factory.mktemp("serving")
-    toys.model(folder, "llama")
-    tokenizer = hf.AutoTokenizer.from_pretrained(folder)
-    tokenizer.chat_template = TEMPLATE
-    return hf.AutoModelForCausalLM.from_pretrained(folder).eval(), tokenizer
+    return parts_of(tmp_path_factory.mktemp("serving"))
 
 
 @pytest.fixture
@@ -171,7 +164,7 @@ def test_a_service_that_closes_says_so(service, url, tmp_path):
 def test_who_closes_again_does_not_wait_again(service):
     """As the server does: when it is told to stop, and when its last answer has gone. A pass may last beyond both."""
     gate = Gate(service.model)
-    asked = Asked(Generate, None, continuation=Continuation([5], 9))
+    asked = generating(None, [5], 9)
     service.engine.submit(asked.request)
     assert gate.reached.wait(SECONDS)
     begin = time.monotonic()
