@@ -59,7 +59,7 @@ INSIDE = {
         "saving",
         "__init__",
     ],
-    "server/engine": ["requests", "desk", "companies", "plans", "halving", "rounds", "thread", "__init__"],
+    "server/engine": ["requests", "loading", "desk", "companies", "plans", "halving", "rounds", "thread", "__init__"],
 }
 MAY_IMPORT = {
     "core": {"torch", "numpy"},

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import deque
 from collections.abc import Sequence
 
+from ...delta import DeltaError
 from ...serving import DeltaPool, UnknownDelta
 from ..cohorts import Continuation
-from .requests import Full, Generate, R, Request, Stopped, version_of
+from .loading import Loading
+from .requests import Full, Generate, R, Request, Stopped, removed, version_of
 
 
 LOG = logging.getLogger(__name__)
@@ -35,11 +36,12 @@ class Desk:
     def __init__(self, pool: DeltaPool, capacity: int, queue: int) -> None:
         self.pool, self.capacity, self.queue = pool, capacity, queue
         self.lost = False
-        self._waiting: deque[Request] = deque()
+        self._waiting: list[Request] = []
         # Those that were submitted and have not ended.
         self._open: set[Request] = set()
         self._running: dict[Continuation, Generate] = {}
         self._changed = threading.Condition()
+        self._loading = Loading(pool, self._changed)
         self._closed = False
 
     # Of any thread
@@ -80,6 +82,8 @@ class Desk:
         with self._changed:
             self._closed = True
             self._waiting.clear()
+            self._loading.clear()
+            self._changed.notify()
             left = list(self._open)
             self.lost = self.lost or bool(left)
         for request in left:
@@ -100,21 +104,45 @@ class Desk:
     # Of the engine's
 
     def take(self) -> list[Request] | None:
-        """New requests, as many as there is room and time for; None when this is closed and nothing is left."""
+        """New requests, as many as there is room and time for; None when this is closed and nothing is left.
+
+        It waits until there is something to compute, or to tell.
+        """
         with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._running or self._closed)
-            if self._closed and not self._waiting and not self._running:
-                return None
-            gone = [request for request in self._waiting if request.cancelled]
-            self._waiting = deque(request for request in self._waiting if not request.cancelled)
-            new: list[Request] = []
-            left = READ
-            while self._waiting and self.running + len(new) < self.capacity:
-                left -= self._waiting[0].size
-                if new and left < 0:
+            while True:
+                ending, new = self._ending(), self._beginning()
+                if new or ending or self._running:
                     break
-                new.append(self._waiting.popleft())
-        self.present(gone)
+                if self._closed and not self._waiting:
+                    return None
+                self._changed.wait()
+        for request, error in ending:
+            # The files of a delta that was removed are gone, too.
+            self.drop(request, (self.removed(request) or error) if isinstance(error, DeltaError) else error)
+        return new
+
+    def _ending(self) -> list[tuple[Request, BaseException | None]]:
+        """Those that are not wanted any more, or whose delta cannot be used: they wait no longer. With what went wrong."""
+        errors = self._loading.errors()
+        ending = [one for one in self._waiting if one.cancelled or one.key in errors]
+        self._waiting = [one for one in self._waiting if not one.cancelled and one.key not in errors]
+        return [(one, None if one.cancelled else errors[one.key]) for one in ending]
+
+    def _beginning(self) -> list[Request]:
+        """Those that wait no longer as they are computed. Others overtake one whose delta is still being read."""
+        new: list[Request] = []
+        staying: list[Request] = []
+        left = READ
+        for at, request in enumerate(self._waiting):
+            if self.running + len(new) >= self.capacity or (new and request.size > left):
+                staying += self._waiting[at:]
+                break
+            if self._loading.lets(request):
+                left -= request.size
+                new.append(request)
+            else:
+                staying.append(request)
+        self._waiting = staying
         return new
 
     def begin(self, requests: Sequence[Generate]) -> None:
@@ -143,11 +171,7 @@ class Desk:
 
     def removed(self, request: Request) -> UnknownDelta | None:
         """What to tell it if its delta has gone, or is another one now."""
-        if request.delta is None:
-            return None
-        if request.version is not None and version_of(self.pool, request.delta) == request.version:
-            return None
-        return UnknownDelta(f"the delta {request.delta!r} was removed.")
+        return removed(self.pool, request.key)
 
     def drop(self, request: Request, error: BaseException | None) -> None:
         """The end of a request that is not done."""

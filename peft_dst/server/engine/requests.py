@@ -99,6 +99,14 @@ def version_of(pool: DeltaPool, delta: str | None) -> int | None:
         return None
 
 
+def removed(pool: DeltaPool, key: Key) -> UnknownDelta | None:
+    """What to tell those whose delta has gone, or is another one now."""
+    delta, version = key
+    if delta is None or (version is not None and version_of(pool, delta) == version):
+        return None
+    return UnknownDelta(f"the delta {delta!r} was removed.")
+
+
 def by_delta(requests: Sequence[R]) -> list[list[R]]:
     """Those of each delta together."""
     return grouped(requests, lambda request: request.key)
