@@ -10,6 +10,7 @@ import pytest
 
 from peft_dst.delta import DeltaError, SparseDelta
 from peft_dst.server.engine import Engine, Stopped
+from peft_dst.server.engine.loading import Loading
 from peft_dst.serving import DeltaPool
 from tests.server.engines import SECONDS, Gate, check_answers, expected, generating, noisy, together
 from tests.serving.helpers import pool_of, until
@@ -20,12 +21,13 @@ class Slow:
 
     def __init__(self, monkeypatch):
         self.reading, self.go = threading.Event(), threading.Event()
-        self.read, self.error = [], None
+        self.read, self.by, self.error = [], [], None
         self._load = SparseDelta.load
         monkeypatch.setattr(SparseDelta, "load", self._slowly)
 
     def _slowly(self, path):
         self.read.append(path.name)
+        self.by.append(threading.current_thread().name)
         if path.name.startswith("slow"):
             self.reading.set()
             if not self.go.wait(20):
@@ -185,6 +187,22 @@ def test_who_goes_away_meanwhile(engine, slow, plain):
     assert slow.read == ["slow", "slow too"]
 
 
+def test_who_wants_the_same_as_one_that_goes_away(engine, slow, plain, monkeypatch):
+    """Before it is read at all."""
+    stays, goes = (generating("slow", [5, 6, 7], 4) for _ in range(2))
+    following = Loading._next
+
+    def late(loading):
+        goes.request.continuation.cancelled = True
+        return following(loading)
+
+    monkeypatch.setattr(Loading, "_next", late)
+    slow.go.set()
+    together(engine, [stays, goes])
+    assert goes.wait() is None
+    check_answers([stays], [plain["slow"]])
+
+
 def test_who_waited_goes_first(engine, slow, plain):
     """Of those that wait when it has been read; it is not left behind for those who come later."""
     gate = Gate(engine.pool.model)
@@ -221,19 +239,24 @@ def test_what_others_push_out_is_read_in_place(causal, folders, plain, slow):
     slow.go.set()
     with pool_of(causal.model, folders.values()) as pool:
         size = max(pool.ready(name).nbytes for name in folders)
-    slow.read.clear()
+    slow.go.clear()
+    slow.reading.clear()
     with pool_of(causal.model, folders.values(), budget=size) as pool:
-        gate = Gate(pool.model)
         engine = Engine(pool)
-        first = ask(engine, None)
-        assert gate.reached.wait(SECONDS)
-        # They are seen together, and read while the thread computes.
         asked = [generating(name, [5, 6, 7], 1) for name in folders]
         together(engine, asked)
+        assert slow.reading.wait(SECONDS)
+        # All four are read while the thread computes, of which there is room for the last one.
+        gate = Gate(pool.model)
+        first = ask(engine, None)
+        assert gate.reached.wait(SECONDS)
+        slow.go.set()
+        until(lambda: pool.statistics.loads == 4)
+        before = len(slow.by)
         gate.open.set()
         check_answers([first, *asked], [plain[None], *(plain[name][:1] for name in folders)])
         assert engine.stop(SECONDS)
-        assert len(slow.read) <= 2 * len(folders)
+    assert set(slow.by[before:]) == {"peft-dst-engine"}
 
 
 def test_a_closed_pool_is_told_of(causal):

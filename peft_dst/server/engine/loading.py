@@ -63,7 +63,6 @@ class Loading:
                 if key is not None:
                     self._note(key, error)
                 key = self._next()
-                self._changed.notify()
             if key is None:
                 return
             error = self._load(key)
@@ -74,6 +73,7 @@ class Loading:
                 return key
             # Whoever else wants it is seen again.
             del self._wanted[key]
+            self._changed.notify()
         return None
 
     def _load(self, key: Key) -> BaseException | None:
@@ -89,6 +89,7 @@ class Loading:
 
     def _note(self, key: Key, error: BaseException | None) -> None:
         self._wanted.pop(key, None)
+        self._changed.notify()
         if error is not None:
             self._errors[key] = error
             return
