@@ -337,7 +337,7 @@ class DeltaPool:
         return self._shelf.ready(name)
 
     def is_ready(self, name: str) -> bool:
-        """Whether a delta is held, so that nothing has to be read to use it; not of one that is not known."""
+        """Whether a delta is held within the budget, so that nothing is read to use it; of none that is unknown."""
         return self._shelf.is_ready(name)
 
     def mixed_nbytes(self, name: str | None) -> int:

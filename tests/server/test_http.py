@@ -13,6 +13,7 @@ import socket
 import struct
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pydantic
@@ -20,6 +21,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
+from peft_dst.delta import SparseDelta
 from peft_dst.delta.packed import DESCRIPTION
 from peft_dst.server.app import create_app
 from peft_dst.server.engine import Stopped
@@ -240,6 +242,31 @@ def test_a_request_that_does_not_come_to_its_end(parts, tmp_path):
             assert b"connection: close" in answer.lower()
             assert b"the request has not come within 0.5 seconds." in answer
         assert list(tmp_path.iterdir()) == []
+
+
+def test_who_waits_for_a_delta_is_told_in_time(parts, tmp_path, monkeypatch):
+    """And others do not wait with it."""
+    base, tokenizer = copy.deepcopy(parts[0]), parts[1]
+    write_deltas(base, tmp_path, 1)
+    service = Service(base, tokenizer, "base", tmp_path, limits=Limits(seconds=2.0))
+    reading, go, load = threading.Event(), threading.Event(), SparseDelta.load
+
+    def slowly(path):
+        reading.set()
+        assert go.wait(SECONDS)
+        return load(path)
+
+    monkeypatch.setattr(SparseDelta, "load", slowly)
+    with served(service) as url, ThreadPoolExecutor(1) as threads:
+        waits = threads.submit(ask, url, model="task0")
+        try:
+            assert reading.wait(SECONDS)
+            assert ask(url).status_code == 200
+            answer = waits.result()
+            assert (answer.status_code, answer.json()["error"]["code"]) == (504, "timeout")
+        finally:
+            go.set()
+        assert ask(url, model="task0").status_code == 200
 
 
 def test_an_upload_whose_description_is_too_large_is_not_parsed(url, tmp_path, monkeypatch):
