@@ -31,7 +31,8 @@ from peft import get_peft_model
 from torch import nn
 
 import peft_dst
-from peft_dst.core.kernels import AdamWTensor, adamw_scalars, adamw_step, available, failure
+from peft_dst.core.adamw import AdamWOptions, AdamWTensor
+from peft_dst.core.kernels import adamw_step, available, failure
 
 from . import common
 
@@ -73,6 +74,10 @@ def plain(layout: list[list[tuple[int, ...]]], dtype: torch.dtype) -> Callable[[
     return torch.optim.AdamW(weights, lr=LR, betas=BETAS, eps=EPS, weight_decay=0.0, fused=True).step
 
 
+def options(step: int) -> AdamWOptions:
+    return AdamWOptions(LR, *BETAS, EPS, 0.0, float(step))
+
+
 class Constrained:
     """A step under the constraint. Noise on the gradients is drawn anew between steps, outside the timing."""
 
@@ -87,7 +92,7 @@ class Constrained:
                     grad,
                     torch.zeros_like(weight, dtype=torch.float32),
                     torch.zeros_like(weight, dtype=torch.float32),
-                    adamw_scalars(LR, BETAS, EPS, 0.0, 1),
+                    options(1),
                     none,
                     none.to(dtype),
                     none.float(),
@@ -101,11 +106,11 @@ class Constrained:
 
     def step(self) -> None:
         self.steps += 1
-        scalars = adamw_scalars(LR, BETAS, EPS, 0.0, self.steps)
+        own = options(self.steps)
         results = adamw_step(self.silos, self.budgets, self.kind)
         self.silos = [
             [
-                AdamWTensor(t.weight, t.grad, t.exp_avg, t.exp_avg_sq, scalars, indices, seeds, values)
+                AdamWTensor(t.weight, t.grad, t.exp_avg, t.exp_avg_sq, own, indices, seeds, values)
                 for t, indices, seeds, values in zip(
                     silo, result.selection.indices, result.seeds, result.values, strict=True
                 )

@@ -6,22 +6,25 @@ Triton once a kernel is wanted.
 * `silos`      which parameters compete with one another (names only)
 * `budgets`    how many components of each silo may differ from the seed
 * `distances`  how far a component has moved from its seed
-* `tiles`      a silo's distances, computed in the cache and forgotten
+* `tiles`      a silo's distances, computed a tile at a time and forgotten
 * `selection`  the exact choice of a silo's subset
 * `iterative`  the paper's approximate choice, with a tracked threshold
 * `weights`    live weights that differ from their seed in a few known places
+* `checksums`  whether the seed is still what it was
 * `subset`     silos with their budgets, and what is free in them now
 * `step`       an optimizer's step under way, and how it is ended or undone
 * `schedule`   at which steps the subset is chosen
 * `constraint` one adapter's constraint: what happens around an optimizer step
 * `free`       training a subset that never changes
+* `hiding`     parameters that an optimizer's step passes by
 * `correction` what changed entries change in a layer's output
 * `stacking`   the same for several groups of samples in one call (on a GPU by `correction_triton`)
 * `hook`       the global optimizer hook that calls it, for any `torch.optim` optimizer
 * `wrappers`   wrappers that step copies of the weights, which are refused
 * `reference`  the same step, dense and plain, to test the fast one against
-* `adamw_tiles` AdamW's step and the choice in one on a CPU (`tiled_step` in an optimizer's place, `adamw` for which)
-* `kernels`    AdamW's step and the choice in one on a GPU (with `kernels_triton`, and its plain `kernels_reference`)
+* `adamw`      which silos' AdamW step and choice can be made in one, and what such a step is given
+* `adamw_tiles` how it is made on a CPU (`tiled_step` in an optimizer's place)
+* `kernels`    how it is made on a GPU (with `kernels_triton`, and its plain `kernels_reference`)
 """
 
 from .budgets import allocate_budgets

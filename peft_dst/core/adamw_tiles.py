@@ -20,15 +20,14 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .adamw import AdamWOptions, AdamWTensor, NonFiniteStepError, adamw_scalars
 from .distances import RELATIVE_FLOOR, distance
-from .kernels import NonFiniteStepError
 from .selection import Selection, block_size, just_below, kth_largest, largest, select
 from .tiles import positions_above
 
@@ -45,43 +44,6 @@ _TILE = 1 << 18
 _PORTION = 1 << 20
 # Whatever the defaults for these are.
 _FLOAT: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
-
-
-class AdamWOptions(NamedTuple):
-    """Options of a parameter group, and the number of the step, counted from 1."""
-
-    lr: float
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
-    step: float
-
-
-@dataclass(frozen=True)
-class TiledTensor:
-    """One tensor of a silo before the step, contiguous and on the CPU as all that belongs to it. Only moments are written.
-
-    Attributes:
-        weight: live weight Θt, any shape, float32, bfloat16 or float16.
-        grad: its gradient, same shape, any of these dtypes.
-        exp_avg, exp_avg_sq: first and second moment, same shape, float32; updated in place.
-        options: for the step now to be made.
-        indices: flat positions of the current subset, int64 (k,), sorted.
-        seeds: seed values there, (k,) in the weight's dtype.
-        values: exact values of Θt there, float32 (k,), of which the live weight is the rounding.
-        bound: no |θ0| is larger.
-    """
-
-    weight: Tensor
-    grad: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    options: AdamWOptions
-    indices: Tensor
-    seeds: Tensor
-    values: Tensor
-    bound: float
 
 
 class Chosen(NamedTuple):
@@ -114,7 +76,7 @@ class _Entries(NamedTuple):
 
 
 @torch.no_grad()
-def step_and_select(silos: Sequence[Sequence[TiledTensor]], budgets: Sequence[int], kind: str) -> list[Chosen]:
+def step_and_select(silos: Sequence[Sequence[AdamWTensor]], budgets: Sequence[int], kind: str) -> list[Chosen]:
     """Make one AdamW step of the moments of some silos, and choose their subsets as `select` would on the dense Θ̂.
 
     Args:
@@ -143,7 +105,7 @@ class _Batch:
         constants: of each tensor what its update and θt are multiplied and divided by, float32 (tensors, 4).
     """
 
-    def __init__(self, silos: Sequence[Sequence[TiledTensor]], budgets: Sequence[int], kind: str):
+    def __init__(self, silos: Sequence[Sequence[AdamWTensor]], budgets: Sequence[int], kind: str):
         self.silos = silos
         self.tensors = [tensor for silo in silos for tensor in silo]
         self.budgets = budgets
@@ -366,7 +328,7 @@ class _Batch:
         first = sum(len(silo) for silo in self.silos[:number])
         return first, first + len(self.silos[number])
 
-    def _slack(self, t: TiledTensor) -> float:
+    def _slack(self, t: AdamWTensor) -> float:
         """How far a product may be from a distance besides: by the rounding of θ̂, which is as large as a seed, by weight
         decay, and by the roundings of its factor and of the seed times it.
         """
@@ -427,8 +389,8 @@ def _split(flat: Tensor) -> Sequence[Tensor]:
 
 
 def _constants(options: AdamWOptions) -> tuple[float, float, float, float]:
-    lr, beta1, beta2, eps, weight_decay, step = options
-    return 1 - lr * weight_decay, -lr / (1 - beta1**step), (1 - beta2**step) ** 0.5, eps
+    scalars = adamw_scalars(options)
+    return scalars.decay, scalars.step, scalars.correction, scalars.eps
 
 
 @functools.lru_cache(maxsize=8)

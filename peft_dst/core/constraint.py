@@ -310,7 +310,7 @@ def _to_step(constraint: Constraint, parameters: set[int]) -> list[Silo]:
                 return []
             check_steppable(weight, weight.parameter.grad)
             # Where it had no memory when the adapter was added.
-            weight.watch()
+            weight.seed_checksum.watch()
         if constraint.tracking:
             check_held_alone(
                 (weight.parameter for weight in silo.weights), "threshold='iterative'", "Use threshold='exact'."
@@ -341,7 +341,7 @@ def check_steppable(weight: SparseWeight, gradient: Tensor | None) -> None:
         RuntimeError: if its adapter is disabled, or not the only active one, or it was resized or has no memory.
     """
     weight.check_memory()
-    weight.check_shape()
+    weight.seed_checksum.check_shape()
     if weight.disabled and gradient is not None:
         raise RuntimeError(
             f"an optimizer is stepping {weight.name!r} while its adapter is disabled (or shows rescaled): the step would "

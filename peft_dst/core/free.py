@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from torch.optim import Optimizer
 
 from .constraint import Constraint, check_steppable
 from .distances import wide_dtype
+from .hiding import Hidden
 from .weights import SparseWeight, gather, scatter, widened
 
 
@@ -103,6 +103,9 @@ class FixedStep:
     Args:
         optimizer: the optimizer.
 
+    Attributes:
+        hidden: the parameters that are missing in the optimizer's groups meanwhile.
+
     Raises:
         RuntimeError: if a subset was not given yet, its values are not the optimizer's though its weights are, they were
             replaced since, or a weight is in no state to be stepped.
@@ -112,7 +115,7 @@ class FixedStep:
     def __init__(self, optimizer: Optimizer):
         self.state = optimizer.state
         self.constraints: list[tuple[Constraint, list[SparseWeight]]] = []
-        self._hidden: list[tuple[dict[str, Any], list[Any]]] = []
+        self.hidden = Hidden()
         self._begun: list[SparseWeight] = []
         # What stood in the live weights when they began to be written.
         self._before: dict[SparseWeight, Tensor] = {}
@@ -136,10 +139,7 @@ class FixedStep:
             self.constraints.append((constraint, mine))
             for weight in ready:
                 self._prepare(weight)
-        for group in optimizer.param_groups if dense else []:
-            if any(id(parameter) in dense for parameter in group["params"]):
-                self._hidden.append((group, group["params"]))
-                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in dense]
+        self.hidden.hide(optimizer, dense)
 
     @torch.no_grad()
     def _prepare(self, weight: SparseWeight) -> None:
@@ -162,16 +162,9 @@ class FixedStep:
             values.copy_(exact)
         values.copy_(widened(live, values))
 
-    @property
-    def hides(self) -> bool:
-        """Whether parameters are missing in the optimizer's groups meanwhile."""
-        return bool(self._hidden)
-
     def restore(self) -> None:
         """Give the optimizer its parameters back; the step is over."""
-        for group, parameters in self._hidden:
-            group["params"] = parameters
-        self._hidden.clear()
+        self.hidden.restore()
         for weight in self._begun:
             if weight.stepping is not None and weight.stepping() is self:
                 weight.stepping = None

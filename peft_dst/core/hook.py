@@ -76,7 +76,7 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
         _undo(steps)
         _give_back(optimizer)
         raise
-    if (fixed.hides or tiled.hides) and optimizer not in _whole_states:
+    if (fixed.hidden or tiled.hidden) and optimizer not in _whole_states:
         _whole_states.add(optimizer)
         optimizer.register_state_dict_pre_hook(_give_back)
         optimizer.register_load_state_dict_pre_hook(_give_back)
@@ -130,9 +130,9 @@ def _is_inherited(optimizer: Optimizer) -> bool:
 
 def _give_back(optimizer: Optimizer, *unused: Any) -> None:
     """Give an optimizer all of its parameters back, in the order in which they were hidden."""
-    for hidden in (_tiled.get(optimizer), _fixed.get(optimizer)):
-        if hidden is not None:
-            hidden.restore()
+    for step in (_tiled.get(optimizer), _fixed.get(optimizer)):
+        if step is not None:
+            step.restore()
 
 
 def _is_skipped(optimizer: Optimizer) -> bool:

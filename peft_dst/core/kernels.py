@@ -20,14 +20,15 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType, ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .adamw import AdamWOptions, AdamWTensor, NonFiniteStepError, adamw_scalars
 from .distances import DISTANCES
 from .selection import Selection
-from .tiles import NonFiniteDistanceError, bits
+from .tiles import bits
 
 
 # Bits of infinity in float32: those of a finite distance are below.
@@ -42,54 +43,6 @@ _CHUNK = 1 << 24
 _LANES = 256
 _FIRST_SLOT = 5
 _FIRST_COMPONENT = 7
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-class AdamWScalars(NamedTuple):
-    """What AdamW multiplies and divides by in one step of one parameter group, each rounded to float32 where it is used.
-
-    Attributes:
-        decay: 1 - lr · weight_decay.
-        lerp: weight of the gradient in the first moment, 1 - β1; where that is 0.5 or more it is less 1, and the result is
-            counted from the gradient (as torch's lerp does).
-        beta2: β2.
-        weight2: 1 - β2.
-        correction: √(1 - β2^step).
-        eps: ε of AdamW.
-        step: -lr / (1 - β1^step).
-    """
-
-    decay: float
-    lerp: float
-    beta2: float
-    weight2: float
-    correction: float
-    eps: float
-    step: float
-
-
-@dataclass(frozen=True)
-class AdamWTensor:
-    """One tensor of a silo before the step. All tensors are contiguous and on one device; no seed is needed but these.
-
-    Attributes:
-        weight: live weight Θt, any shape, float32, bfloat16 or float16.
-        grad: its gradient, same shape, any of these dtypes.
-        exp_avg, exp_avg_sq: first and second moment, same shape, float32; updated in place.
-        scalars: of its parameter group, for the step now to be made.
-        indices: flat positions of the current subset, int64 (k,), sorted.
-        seeds: seed values there, (k,) in the weight's dtype.
-        values: exact values there, float32 (k,), of which the live weight is the rounding.
-    """
-
-    weight: Tensor
-    grad: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    scalars: AdamWScalars
-    indices: Tensor
-    seeds: Tensor
-    values: Tensor
 
 
 @dataclass(frozen=True)
@@ -105,30 +58,6 @@ class SiloStep:
     selection: Selection
     seeds: list[Tensor]
     values: list[Tensor]
-
-
-class NonFiniteStepError(NonFiniteDistanceError):
-    """As its parent; `silo` is the index, among the silos of the call, of the one concerned."""
-
-    def __init__(self, silo: int, position: int):
-        super().__init__(position)
-        self.silo = silo
-
-
-def adamw_scalars(lr: float, betas: tuple[float, float], eps: float, weight_decay: float, step: float) -> AdamWScalars:
-    """The factors of a step, in Python floats as `torch.optim` computes them; `step` counts from 1."""
-    beta1, beta2 = betas
-    # torch takes the complement of a weight that is already rounded.
-    weight = float(torch.tensor(1 - beta1, dtype=torch.float32, device="cpu"))
-    return AdamWScalars(
-        decay=1 - lr * weight_decay,
-        lerp=weight if weight < 0.5 else weight - 1,
-        beta2=beta2,
-        weight2=1 - beta2,
-        correction=(1 - beta2**step) ** 0.5,
-        eps=eps,
-        step=-lr / (1 - beta1**step),
-    )
 
 
 @functools.cache
@@ -160,7 +89,8 @@ def failure(device: torch.device) -> Exception | None:
     if not _meant_for(device):
         return None
     one, none = torch.zeros(1, device=device), torch.empty(0, device=device)
-    tensor = AdamWTensor(one, one, one, one, adamw_scalars(0.0, (0.0, 0.0), 0.0, 0.0, 1), none.long(), none, none)
+    options = AdamWOptions(lr=0.0, beta1=0.0, beta2=0.0, eps=0.0, weight_decay=0.0, step=1.0)
+    tensor = AdamWTensor(one, one, one, one, options, none.long(), none, none)
     batch, first = _Batch([[tensor]], [0], "absolute"), torch.zeros(1, dtype=torch.int64, device=device)
     try:
         batch.read(first, first)
@@ -177,38 +107,6 @@ def available(tensor: Tensor) -> bool:
     That variable must be set before anything imports triton.
     """
     return _meant_for(tensor.device) and failure(tensor.device) is None
-
-
-def supports_group(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> bool:
-    """Whether the fused step is the step of this optimizer for one of its parameter groups.
-
-    It is for AdamW, and for Adam without weight decay; a subclass may do anything, so none is taken. Neither amsgrad,
-    maximize, differentiable and capturable, nor rates that are tensors.
-    """
-    if type(optimizer) not in (torch.optim.AdamW, torch.optim.Adam):
-        return False
-    if any(group.get(option) for option in ("amsgrad", "maximize", "differentiable", "capturable")):
-        return False
-    if any(isinstance(value, Tensor) for value in (group["lr"], *group["betas"], group["weight_decay"])):
-        return False
-    return group["weight_decay"] == 0 or bool(group.get("decoupled_weight_decay", type(optimizer) is torch.optim.AdamW))
-
-
-def supports_tensors(weight: Tensor, grad: Tensor, *moments: Tensor) -> bool:
-    """Whether one parameter's tensors suit the kernels, and these run there. Its moments are given if there are any yet."""
-    return suit(weight, grad, *moments) and available(weight)
-
-
-def suit(weight: Tensor, grad: Tensor, *moments: Tensor) -> bool:
-    """Whether one parameter's tensors are what the fused steps work on: layout, dtypes, shapes, one device."""
-    tensors = (weight, grad, *moments)
-    return (
-        all(t.layout == torch.strided and t.is_contiguous() and t.device == weight.device for t in tensors)
-        and all(t.shape == weight.shape for t in tensors)
-        and weight.dtype in _DTYPES
-        and grad.dtype in _DTYPES
-        and all(moment.dtype == torch.float32 for moment in moments)
-    )
 
 
 def block_size(n: int, budget: int) -> int:
@@ -341,7 +239,7 @@ class _Batch:
         pointers = [[t.data_ptr() for t in (x.grad, x.exp_avg, x.exp_avg_sq, x.weight)] for x in self.tensors]
         columns = (self.sizes, self.first_slots, first, _offsets(self.sizes))
         self.table = self._to_device([[*own, *rest] for own, *rest in zip(pointers, *columns, strict=True)])
-        self.scalars = self._to_device([t.scalars for t in self.tensors], torch.float32)
+        self.scalars = self._to_device([adamw_scalars(t.options) for t in self.tensors], torch.float32)
         self.wide = self._to_device([t.weight.element_size() == 4 for t in self.tensors], torch.int32)
         self.group = self._to_device(group, torch.int32)
         self.programs = [self._spread(members, [tiles[p] for p in members]).int() for members in self.groups.values()]

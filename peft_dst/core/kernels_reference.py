@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .adamw import AdamWScalars
 from .distances import distance
-from .kernels import AdamWScalars
 from .tiles import bits
 
 

@@ -1,7 +1,7 @@
 """Device code of the fused step, in Triton; `kernels` calls it, and holds the same formulas in plain torch.
 
 A batch of tensors is described by a table, so that one launch serves them all. `table` is int64 of shape (T, 8), with
-the columns below, and `scalars` float32 of shape (T, 7), the fields of `kernels.AdamWScalars` in their order. Every
+the columns below, and `scalars` float32 of shape (T, 7), the fields of `adamw.AdamWScalars` in their order. Every
 offset into a tensor is computed in int64.
 
 Weights and gradients are read as bit patterns and widened here: a marked weight is known by its bits, and the

@@ -1,6 +1,6 @@
 """The exact choice of a silo's subset: the budget's largest distances, without sorting and without a stored Δ.
 
-Δ is computed in tiles that stay in the cache, and forgotten. What is kept of it depends on the budget k of n components:
+Δ is computed a tile at a time, and forgotten. What is kept of it depends on the budget k of n components:
 
 * Small budgets keep *block maxima*. Every block holds a component as large as its maximum, so the k-th largest maximum
   is a lower bound of the k-th largest distance, and every winner lies in a block whose maximum reaches it. Only those

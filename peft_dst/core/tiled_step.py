@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .adamw import MOMENTS, Groups, State, supports
-from .adamw_tiles import AdamWOptions, Chosen, TiledTensor, rounds_as_torch, step_and_select
+from .adamw import Groups, State, make_step, supports
+from .adamw_tiles import Chosen, rounds_as_torch, step_and_select
 from .constraint import Constraint
-from .kernels import NonFiniteStepError, suit
+from .hiding import Hidden
 from .selection import SPARSE
 from .subset import Silo, Subset
 from .weights import SparseWeight
@@ -29,7 +29,7 @@ def suits_tiles(engine: Optimizer, groups: Groups, state: State, constraint: Con
         silo.budget * SPARSE <= silo.size
         and silo.weights[0].data.device.type == "cpu"
         and all(groups.get(weight.parameter, {}).get("fused") for weight in silo.weights)
-        and supports(engine, groups, state, constraint, silo, suit)
+        and supports(engine, groups, state, constraint, silo)
         and rounds_as_torch()
     )
 
@@ -37,38 +37,10 @@ def suits_tiles(engine: Optimizer, groups: Groups, state: State, constraint: Con
 def choose(
     groups: Groups, state: State, constraint: Constraint, silos: list[Silo], values: Mapping[SparseWeight, Tensor]
 ) -> list[Chosen]:
-    """Update the moments of some silos, all of which suit, and choose their subsets. Nothing else is changed.
-
-    Args:
-        groups: the parameter group of each parameter.
-        state: the state of each, which is updated.
-        constraint: the constraint.
-        silos: some of its silos.
-        values: the float32 values (k,) of each weight's current subset.
-
-    Raises:
-        FloatingPointError: if an update is NaN or infinite.
+    """Update the moments of some silos, all of which suit, and choose their subsets (`adamw.make_step`). Nothing else is
+    changed.
     """
-    counters = [state[weight.parameter]["step"] for silo in silos for weight in silo.weights]
-    torch._foreach_add_(counters, 1)
-    batch = [
-        [_tensor(weight, groups[weight.parameter], state[weight.parameter], values[weight]) for weight in silo.weights]
-        for silo in silos
-    ]
-    try:
-        return step_and_select(batch, [silo.budget for silo in silos], constraint.distance)
-    except NonFiniteStepError as error:
-        raise constraint.non_finite(silos[error.silo], error.position) from error
-
-
-def _tensor(weight: SparseWeight, group: Mapping[str, Any], state: Mapping[str, Any], values: Tensor) -> TiledTensor:
-    grad = weight.parameter.grad
-    assert grad is not None
-    beta1, beta2 = group["betas"]
-    options = AdamWOptions(group["lr"], beta1, beta2, group["eps"], group["weight_decay"], float(state["step"]))
-    first, second = (state[name] for name in MOMENTS)
-    indices, seeds = weight.noted()
-    return TiledTensor(weight.data, grad, first, second, options, indices, seeds, values, weight.seed_bound())
+    return make_step(step_and_select, groups, state, constraint, silos, values)
 
 
 class TiledStep:
@@ -80,6 +52,9 @@ class TiledStep:
     Args:
         optimizer: the optimizer.
         arguments: those of its step.
+
+    Attributes:
+        hidden: the parameters that are missing in the optimizer's groups meanwhile.
     """
 
     def __init__(self, optimizer: Optimizer, arguments: tuple[Any, ...]):
@@ -95,7 +70,7 @@ class TiledStep:
         )
         self._silos: dict[Constraint, list[Silo]] = {}
         self._chosen: list[tuple[Silo, list[Subset], Chosen]] = []
-        self._hidden: list[tuple[dict[str, Any], list[Any]]] = []
+        self.hidden = Hidden()
 
     def take(self, constraint: Constraint, silos: list[Silo]) -> list[Silo]:
         """Take on those of a constraint's silos that suit, and return the others."""
@@ -141,20 +116,11 @@ class TiledStep:
             chosen = choose(self.groups, self.optimizer.state, constraint, silos, values)
             self._chosen += zip(silos, before, chosen, strict=True)
         mine = {id(weight.parameter) for silo, _, _ in self._chosen for weight in silo.weights}
-        for group in self.optimizer.param_groups if mine else []:
-            self._hidden.append((group, group["params"]))
-            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in mine]
-
-    @property
-    def hides(self) -> bool:
-        """Whether parameters are missing in the optimizer's groups meanwhile."""
-        return bool(self._hidden)
+        self.hidden.hide(self.optimizer, mine)
 
     def restore(self) -> None:
         """Give the optimizer its parameters back."""
-        for group, parameters in self._hidden:
-            group["params"] = parameters
-        self._hidden.clear()
+        self.hidden.restore()
 
     @torch.no_grad()
     def end(self) -> None:

@@ -1,4 +1,4 @@
-"""Distances of a silo, computed a tile at a time in memory that stays in the cache, and never all of them at once."""
+"""Distances of a silo, computed a tile at a time and forgotten; on a CPU in memory that stays in the cache."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from .distances import distance, wide_dtype
 
 # Components of a tile: 512 KiB of float32, which stay in a core's second-level cache together with both operands.
 TILE = 1 << 17
+# The same on a GPU, where each costs the launches of some kernels, which are to take longer than these: 16 MiB of float32
+# or, in large silos, a part of these up to 64.
+_SMALLEST, _PART, _LARGEST = 1 << 22, 8, 1 << 24
 
 
 class NonFiniteDistanceError(FloatingPointError):
@@ -26,6 +29,13 @@ class NonFiniteDistanceError(FloatingPointError):
 def bits(tensor: Tensor) -> Tensor:
     """The bit patterns of a floating tensor as integers of the same width: 0.0 and -0.0 differ, NaN equals itself."""
     return tensor.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
+
+
+def tile_size(device: torch.device, size: int) -> int:
+    """Components of a tile, a power of two, of a silo of some size on a device."""
+    if device.type == "cpu":
+        return TILE
+    return min(_LARGEST, max(_SMALLEST, (1 << (size // _PART).bit_length()) // 2))
 
 
 def positions_above(distances: Tensor, bound: float, limit: float = math.inf) -> Tensor:
@@ -64,20 +74,21 @@ class Tiles:
         self.dtype = wide_dtype(*seeds, *updates)
         self.uniform = all(wide_dtype(*pair) == self.dtype for pair in self.pairs)
         self.device = updates[0].device
+        self._tile = tile_size(self.device, self.size)
         # Narrow operands are widened in place. Memory fetched and freed for each tile would end up in pieces between what
         # is kept of the tiles: on the CPU as much as 8 bytes a component of the silo.
         narrow = any(tensor.dtype != self.dtype for pair in self.pairs for tensor in pair)
-        length = min(TILE, self.size) if narrow else 0
+        length = min(self._tile, self.size) if narrow else 0
         self._wide = [torch.empty(length, dtype=self.dtype, device=self.device) for _ in range(2)]
 
     def tiles(self) -> Iterator[tuple[int, int, Tensor]]:
         """(tensor, first flat position, its distances) of every tile in order; the next one overwrites the last."""
-        scratch = torch.empty(min(TILE, self.size), dtype=self.dtype, device=self.device)
+        scratch = torch.empty(min(self._tile, self.size), dtype=self.dtype, device=self.device)
         for i, pair in enumerate(self.pairs):
             if not pair[0].numel():
                 continue
             start = 0
-            for seed, updated in zip(*(tensor.split(TILE) for tensor in pair), strict=True):
+            for seed, updated in zip(*(tensor.split(self._tile) for tensor in pair), strict=True):
                 n = seed.numel()
                 yield i, start, self.distance(i, seed, updated, out=scratch if n == scratch.numel() else scratch[:n])
                 start += n
@@ -146,7 +157,7 @@ class Tiles:
         whole, rest = divmod(seed.numel(), block)
         # The last block, where it is shorter, stands behind the whole ones.
         tail = rest > 0 and int(rows[-1]) == whole
-        for some in (rows[:-1] if tail else rows).split(TILE // block):
+        for some in (rows[:-1] if tail else rows).split(self._tile // block):
             if some.numel():
                 parts = [t[: whole * block].view(whole, block).index_select(0, some).view(-1) for t in (seed, updated)]
                 yield i, self.distance(i, *parts), some * block

@@ -10,7 +10,6 @@ that, but for shapes and for what is said to be of the whole tensor.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
 from typing import Protocol, cast
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
+from .checksums import SeedChecksum
 from .shards import Box, box_of, divide_again, local, put_local, together
 from .tiles import bits
 
@@ -72,6 +72,7 @@ class SparseWeight:
         averaged_by: the DistributedDataParallel module that averages gradients before they are gathered for `free`, as far
             as the last forward pass told; `averaged` is whether it does so after that pass.
         stepped: whether an optimizer step has changed the weight since this was last set to False.
+        seed_checksum: what tells a change of the seed that nobody told us of.
     """
 
     def __init__(self, module: nn.Module, attribute: str, name: str):
@@ -100,12 +101,7 @@ class SparseWeight:
         #: What of the whole tensor the noted positions are positions in.
         self._noted_in: Box | None = None
         self.requires_grad_before = self.parameter.requires_grad
-        self._watched = False
-        self._checksum: tuple[torch.dtype, torch.Size, int] | None = None
-        #: Of the whole seed, where that was noted before it was divided, or by all processes (`join_checksums`); and the
-        #: dtype that the seed had.
-        self.whole_checksum: int | None = None
-        self._whole_dtype: torch.dtype | None = None
+        self.seed_checksum = SeedChecksum(self)
         #: The outermost optimizer step that has begun over this weight and has not come to its end.
         self.under_way: Undoable | None = None
         self._live: Tensor | None = None
@@ -258,12 +254,12 @@ class SparseWeight:
         # Whatever the default device is.
         self.indices, self.seeds = torch.empty(0, dtype=torch.int64, device="cpu"), torch.empty(0, device="cpu")
         self._noted_in = None
-        self._checksum = self.whole_checksum = None
+        self.seed_checksum.forget()
 
     def let_go(self) -> None:
         """No adapter tunes the weight any more: it may change as it will."""
         self.forget()
-        self._watched = False
+        self.seed_checksum.let_go()
 
     def place(self, indices: Tensor, seeds: Tensor) -> None:
         """Take note of a subset that has already been written."""
@@ -292,8 +288,8 @@ class SparseWeight:
         inside, self.indices = box.inwards(self.indices)
         self.seeds, self._noted_in = self.seeds[inside], box
         # The whole one's checksum is of no use here.
-        if self._checksum is not None and not self.data.is_meta:
-            self.remember_seed()
+        if self.seed_checksum.is_noted:
+            self.seed_checksum.note()
 
     def noted(self) -> tuple[Tensor, Tensor]:
         """Flat positions of the subset in the live weight, int64 (k,), and the seed's values there, (k,)."""
@@ -385,127 +381,3 @@ class SparseWeight:
         """Undo a step that raised half-way and so never came to its end."""
         if self.under_way is not None:
             self.under_way.recover()
-
-    def remember_seed(self) -> None:
-        """Note a checksum of the whole seed, so that `check_seed` can tell a change nobody told us of."""
-        self._watched = True
-        if not self.data.is_meta:
-            data = self._follow()
-            self._checksum = data.dtype, self.shape, self._sum(data, self.seeds, self.values())
-            if not self.is_divided:
-                self.note_whole(self._checksum[2])
-
-    def note_whole(self, checksum: int | None) -> None:
-        """Note the checksum of the whole seed, in the dtype of that of what is held here."""
-        self.whole_checksum, self._whole_dtype = checksum, None if self._checksum is None else self._checksum[0]
-
-    @property
-    def own_checksum(self) -> int | None:
-        """Of the seed of what this process holds; None if it was not noted."""
-        self._follow()
-        return None if self._checksum is None else self._checksum[2]
-
-    def watch(self) -> None:
-        """Note the seed's checksum if that was not done yet: the weight may be trained from now on."""
-        if self._checksum is None:
-            self.remember_seed()
-
-    def remember_seed_again(self) -> None:
-        """Renew the checksum after new dense weights were loaded, if there was one."""
-        if self._watched:
-            self.remember_seed()
-
-    def remember_seed_cast(self, cast: Callable[[Tensor], Tensor]) -> None:
-        """Renew the checksum for what a cast (`nn.Module._apply`) is about to make of the weight."""
-        if self._checksum is None or self.data.is_meta or cast(self.data.new_empty(0)).dtype == self.data.dtype:
-            return
-        if self.seed_is_intact():
-            self.generation += 1
-            new = cast(self._follow())
-            self._checksum = new.dtype, self.shape, self._sum(new, cast(self.seeds), cast(self.values()))
-            self.note_whole(None if self.is_divided else self._checksum[2])
-
-    def check_shape(self) -> None:
-        """Check that the weight has the shape it had when its seed was noted.
-
-        Raises:
-            RuntimeError: if not.
-        """
-        if self._checksum is not None and self._checksum[1] != self.shape:
-            raise RuntimeError(
-                f"{self.name!r} has changed its shape since the adapter was added, so its positions and budget no longer "
-                "hold. Resize the base model (resize_token_embeddings) before get_peft_model."
-            )
-
-    def seed_is_intact(self) -> bool:
-        """Whether everything outside the subset still has the seed's bits, or its values in a wider dtype, where somebody
-        has given `.data` of the parameter another one; True if the seed was never noted.
-
-        Raises:
-            RuntimeError: if the weight has no memory.
-        """
-        if self._checksum is None:
-            return True
-        self.check_memory()
-        data = self._follow()
-        dtype, shape, checksum = self._checksum
-        return shape == self.shape and checksum == self._sum_in(dtype, data, self.seeds, self.values())
-
-    def was_narrowed(self) -> bool:
-        """Whether the weight has come to a dtype that does not hold all values of the one its seed was noted in, so that
-        nobody can tell whether it is still that seed.
-        """
-        return self._checksum is not None and not _holds(self.data.dtype, self._checksum[0])
-
-    def whole_is_intact(self, whole: Tensor, positions: Tensor, seeds: Tensor) -> bool:
-        """The same of the whole weight, gathered from all processes that hold it together.
-
-        Args:
-            whole: the weight.
-            positions: flat positions of the subset in it, int64 (k,).
-            seeds: the seed's values there, (k,).
-
-        Returns:
-            True also if the whole seed was never noted, or if it was gathered in another dtype than it has.
-        """
-        if self.whole_checksum is None or whole.dtype != self.data.dtype:
-            return True
-        dtype = self._whole_dtype or whole.dtype
-        return self.whole_checksum == self._sum_in(dtype, whole, seeds, gather(whole, positions))
-
-    @classmethod
-    def _sum_in(cls, dtype: torch.dtype, live: Tensor, seeds: Tensor, values: Tensor) -> int | None:
-        """The checksum that the seed had in a dtype which does not round any of it; None if it has not come from there."""
-        if dtype == live.dtype:
-            return cls._sum(live, seeds, values)
-        if not _holds(live.dtype, dtype) or _rounded(live, dtype) != _rounded(values, dtype):
-            return None
-        return cls._sum(live.to(dtype), seeds.to(dtype), values.to(dtype))
-
-    @staticmethod
-    def _sum(live: Tensor, seeds: Tensor, values: Tensor) -> int:
-        # A sum of bit patterns can be corrected at the subset, so the seed need not be rebuilt to be summed.
-        total = bits(live).sum(dtype=torch.int64)
-        return int(total + bits(seeds).sum(dtype=torch.int64) - bits(values).sum(dtype=torch.int64))
-
-
-def join_checksums(weights: Iterable[SparseWeight]) -> None:
-    """Note the checksums of whole seeds that were divided before they were noted. To be called by all that hold them."""
-    found = [weight for weight in weights if weight.is_divided and weight.whole_checksum is None]
-    processes = together(weight.box for weight in found)
-    if processes is not None:
-        own = [(weight.own_checksum or 0) * processes.counts(weight.box) for weight in found]
-        missing = [weight.own_checksum is None for weight in found]
-        message = torch.tensor([own, missing], dtype=torch.int64, device=processes.mesh.device_type)
-        for weight, total, unknown in zip(found, *processes.reduce(message).tolist(), strict=True):
-            weight.note_whole(None if unknown else total)
-
-
-def _holds(wide: torch.dtype, dtype: torch.dtype) -> bool:
-    """Whether a dtype has all values of another one."""
-    return torch.promote_types(wide, dtype) == wide
-
-
-def _rounded(tensor: Tensor, dtype: torch.dtype) -> int:
-    """The number of values of a tensor that a narrower dtype does not have."""
-    return int((bits(tensor.to(dtype).to(tensor.dtype)) != bits(tensor)).sum())

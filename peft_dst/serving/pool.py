@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from os import PathLike
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -38,8 +37,56 @@ class _Mixed(NamedTuple):
     subsets: Subsets
 
 
+# The base in the weights.
+_BASE = _Shown()
 # What a thread has in use that computes a mixed batch.
 _MIXED = object()
+
+
+class _Mine(threading.local):
+    """What a thread has in use, and how many times."""
+
+    has: object = None
+    times = 0
+
+    def __str__(self) -> str:
+        return "computes a mixed batch" if self.has is _MIXED else f"uses {self.has!r}"
+
+
+class _Use:
+    """A delta in the weights while a block runs. A generator would take longer than the rest of a small switch."""
+
+    __slots__ = ("_name", "_pool")
+
+    def __init__(self, pool: DeltaPool, name: str | None) -> None:
+        self._pool, self._name = pool, name
+
+    def __enter__(self) -> nn.Module:
+        pool, name = self._pool, self._name
+        mine = pool._mine
+        if mine.times:
+            if mine.has != name:
+                raise RuntimeError(f"this thread {mine}, and would wait for itself to have {name!r}; leave that first.")
+            # Tasks of one thread need not leave in the order in which they came.
+            pool._turn.again()
+        elif name is None:
+            pool._turn.take(UNCHANGED, pool._show, _BASE)
+        else:
+            version, placed = pool._shelf.at_hand(name)
+            if placed is None:
+                shown = pool._shown
+                held = shown.placed if (shown.name, shown.version) == (name, version) else None
+                placed = pool._shelf.ready(name, held)
+            # Those who come to others find the delta in place: only the first one may write while nobody reads.
+            pool._turn.take(placed, pool._show, _Shown(name, version, placed))
+        mine.has = name
+        mine.times += 1
+        return pool.model
+
+    def __exit__(self, *error: object) -> None:
+        pool = self._pool
+        pool._mine.times -= 1
+        pool._turn.leave()
 
 
 @dataclass(frozen=True)
@@ -129,11 +176,10 @@ class DeltaPool:
             workers=workers,
         )
         self._turn = Turn()
-        # What this thread has in use, and how many times.
-        self._mine = threading.local()
+        self._mine = _Mine()
         # A module that runs with a delta's values may call another one that does.
         self._weights = threading.RLock()
-        self._shown = _Shown()
+        self._shown = _BASE
         # Names of the base's parameters that a delta's whole tensors may stand in for.
         self._replaced: set[str] = set()
         self._switches = 0
@@ -175,7 +221,7 @@ class DeltaPool:
             if self._mixed is not None and name in self._mixed.deltas:
                 self._mixed = None
             if self.shown == name:
-                self._switch(_Shown())
+                self._switch(_BASE)
 
     def names(self) -> list[str]:
         """The deltas' names, in the order in which they were added."""
@@ -214,39 +260,21 @@ class DeltaPool:
 
     # Use
 
-    @contextmanager
-    def use(self, name: str | None) -> Iterator[nn.Module]:
-        """Have a delta in the weights for a while.
+    def use(self, name: str | None) -> AbstractContextManager[nn.Module]:
+        """Have a delta in the weights for a while: `with pool.use("support") as model`.
 
         Args:
             name: its name; None for the base itself.
 
-        Yields:
-            The model.
+        Returns:
+            What gives the model when it is entered.
 
         Raises:
-            UnknownDelta: if there is none of that name.
+            UnknownDelta: on entering, if there is none of that name.
             DeltaError: if it cannot be read, or is another base's. The weights are as they were.
             RuntimeError: if the model's parameters were moved since the pool was made, or the pool is closed.
         """
-        if hasattr(self._mine, "has"):
-            if self._mine.has != name:
-                raise RuntimeError(
-                    f"this thread {self._has()}, and would wait for itself to have {name!r}; leave that first."
-                )
-            # Tasks of one thread need not leave in the order in which they came.
-            with self._turn.again(), self._noted(name):
-                yield self.model
-            return
-        wanted, versions = _Shown(), {}
-        if name is not None:
-            version, shown = self._shelf.version(name), self._shown
-            held = shown.placed if (shown.name, shown.version) == (name, version) else None
-            wanted, versions = _Shown(name, version, self._shelf.ready(name, held)), {name: version}
-
-        # Those who come to others find the delta in place: only the first one may write while nobody reads.
-        with self._turn.of(wanted.placed, partial(self._show, wanted, versions)), self._noted(name):
-            yield self.model
+        return _Use(self, name)
 
     @contextmanager
     def mix(self, names: Sequence[str | None], copies: int = 1) -> Iterator[nn.Module]:
@@ -280,7 +308,7 @@ class DeltaPool:
         )
         found = {name: self._shelf.mixable(name, held.get(name)) for name in versions}
 
-        with self._alone(partial(self._show, _Shown(), versions)), self._noted(_MIXED):
+        with self._alone(self._show_base, versions), self._noted_as_mixed():
             # A generation asks for the same deltas again and again.
             if self._mixed is None or self._mixed.deltas != found:
                 changes = {name: one.changes for name, one in found.items()}
@@ -290,32 +318,27 @@ class DeltaPool:
                 yield self.model
 
     @contextmanager
-    def _noted(self, has: object) -> Iterator[None]:
-        self._mine.has, self._mine.times = has, getattr(self._mine, "times", 0) + 1
+    def _noted_as_mixed(self) -> Iterator[None]:
+        self._mine.has = _MIXED
+        self._mine.times += 1
         try:
             yield
         finally:
             self._mine.times -= 1
-            if not self._mine.times:
-                del self._mine.has
 
-    def _has(self) -> str:
-        return "computes a mixed batch" if self._mine.has is _MIXED else f"uses {self._mine.has!r}"
-
-    @contextmanager
-    def _alone(self, enter: Callable[[], None] | None = None) -> Iterator[None]:
+    def _alone(self, enter: Callable[..., None] | None = None, *given: Any) -> AbstractContextManager[None]:
         """Wait for everybody else to leave the weights.
 
         Args:
             enter: called then, before anybody else may come.
+            given: what it is called with.
 
         Raises:
             RuntimeError: if this thread itself uses them.
         """
-        if hasattr(self._mine, "has"):
-            raise RuntimeError(f"this thread {self._has()}; leave that first.")
-        with self._turn.of(object(), enter):
-            yield
+        if self._mine.times:
+            raise RuntimeError(f"this thread {self._mine}; leave that first.")
+        return self._turn.of(object(), enter, *given)
 
     def prefetch(self, *names: str) -> None:
         """Have deltas read and made ready in the background.
@@ -356,7 +379,7 @@ class DeltaPool:
         """Put the base's weights back, and let everything go. Waits for what is in use."""
         with self._alone():
             if not self._shelf.closed:
-                self._switch(_Shown())
+                self._switch(_BASE)
             self._shelf.close()
             self._mixed = None
 
@@ -377,13 +400,22 @@ class DeltaPool:
         with self._weights:
             return seeds_below(self._shown.placed, self.storage, buffer, positions)
 
-    def _show(self, wanted: _Shown, versions: Mapping[str, int]) -> None:
-        """At the beginning of a turn: have a delta in the weights, if the names still stand for what they did."""
-        for name, version in versions.items():
-            if not self._shelf.is_version(name, version):
-                raise UnknownDelta(f"the delta {name!r} was removed.")
+    def _show(self, wanted: _Shown) -> None:
+        """At the beginning of a turn: have a delta in the weights, if its name still stands for it."""
+        if wanted.name is not None:
+            self._check_version(wanted.name, wanted.version)
         if self._shown.placed is not wanted.placed:
             self._switch(wanted)
+
+    def _show_base(self, versions: Mapping[str, int]) -> None:
+        """At the beginning of a mixed batch's turn."""
+        for name, version in versions.items():
+            self._check_version(name, version)
+        self._show(_BASE)
+
+    def _check_version(self, name: str, version: int | None) -> None:
+        if not self._shelf.is_version(name, version):
+            raise UnknownDelta(f"the delta {name!r} was removed.")
 
     def _switch(self, wanted: _Shown) -> None:
         """Take out the delta that is in the weights, and put in another; nobody uses the model meanwhile."""
@@ -392,18 +424,19 @@ class DeltaPool:
         with self._weights:
             try:
                 write(self.storage, before, seeds=True)
-                self._put_back()
-                # Noted before any is there, so that an interrupt in between is no harm.
-                self._replaced.update(placed.dense)
-                for key, parameter in placed.dense.items():
-                    self.storage.replace(key, parameter)
+                if self._replaced or placed.dense:
+                    self._put_back()
+                    # Noted before any is there, so that an interrupt in between is no harm.
+                    self._replaced.update(placed.dense)
+                    for key, parameter in placed.dense.items():
+                        self.storage.replace(key, parameter)
                 write(self.storage, placed)
             except BaseException:
                 # Whatever was written of either, the base is below both.
                 write(self.storage, before, seeds=True)
                 write(self.storage, placed, seeds=True)
                 self._put_back()
-                self._shown = _Shown()
+                self._shown = _BASE
                 raise
             self._shown = wanted
         self._switches += 1

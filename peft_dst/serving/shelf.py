@@ -137,7 +137,7 @@ class Shelf:
         """As `DeltaPool.version`."""
         return self._look_up(name).version
 
-    def is_version(self, name: str, version: int) -> bool:
+    def is_version(self, name: str, version: int | None) -> bool:
         """Whether a name still stands for what it did."""
         known = self._known.get(name)
         return known is not None and known.version == version
@@ -168,6 +168,21 @@ class Shelf:
         self._prefetcher.shutdown(wait=False)
 
     # What is held
+
+    def at_hand(self, name: str) -> tuple[int, Placed | None]:
+        """A delta's version, and the delta itself if it is held ready.
+
+        Raises:
+            UnknownDelta, RuntimeError: as `ready`.
+        """
+        with self._lock:
+            if (known := self._known.get(name)) is None:
+                # Closed, it knows none.
+                self._check_open()
+                known = self._of(name)
+            if (placed := self._ready.get(name)) is not None:
+                self._counts["hits"] += 1
+            return known.version, placed
 
     def ready(self, name: str, held: Placed | None = None) -> Placed:
         """The delta, ready: from memory, from a loading that is under way, or from its source.

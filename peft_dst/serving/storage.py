@@ -6,19 +6,24 @@ entries. In one buffer it is a single one.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import mmap
 import operator
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+
+from ..core.tiles import bits
 
 
 # Parameters start at multiples of so many bytes, as torch's allocators have them.
 ALIGNMENT = 64
-# Parameters that one check looks at.
-LOOKED_AT = 4
+# Bytes of a huge page.
+HUGE = 2**21
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,7 @@ class FlatStorage:
         parameters: all of the model's, by each of their names; also those that stay where they are.
         owners: by each of these names the module that has the parameter, and what it is called there.
         buffers: one for each dtype and device, (n,).
+        arrays: for each of them its bits over the same memory, if it is on the CPU.
         places: where parameters are in them, by each of their names.
     """
 
@@ -63,6 +69,7 @@ class FlatStorage:
         paths = ((name, *name.rpartition(".")[::2]) for name in self.parameters)
         self.owners = {name: (model.get_submodule(path), attribute) for name, path, attribute in paths}
         self.buffers: list[Tensor] = []
+        self.arrays: list[np.ndarray | None] = []
         self.places: dict[str, Place] = {}
         names: dict[int, list[str]] = {}
         owners: dict[int, nn.Parameter] = {}
@@ -81,7 +88,7 @@ class FlatStorage:
                 starts.append(end)
                 end += -(-owners[key].numel() // step) * step
             with torch.inference_mode(False):
-                buffer = torch.zeros(end, dtype=dtype, device=device)
+                buffer = _zeros(end, dtype, device)
             for key, start in zip(members, starts, strict=True):
                 parameter = owners[key]
                 view = buffer[start : start + parameter.numel()].view(parameter.shape)
@@ -90,8 +97,9 @@ class FlatStorage:
                 for name in names[key]:
                     self.places[name] = Place(len(self.buffers), start, parameter.shape)
             self.buffers.append(buffer)
-        self._looked = 0
+            self.arrays.append(bits(buffer).numpy() if buffer.is_cpu else None)
         self._watched = [(name, *self.owners[name], self._pointer(place)) for name, place in self.places.items()]
+        self._looked = 0
 
     def _pointer(self, place: Place) -> int:
         buffer = self.buffers[place.buffer]
@@ -139,8 +147,8 @@ class FlatStorage:
     def check(self, replaced: Collection[str] = ()) -> None:
         """Check that the model still computes with these buffers.
 
-        A few parameters are looked at in each call, the next ones in the next: a model is moved or cast as a whole, and to
-        look at each of them would take longer than a switch.
+        One parameter is looked at in each call, the next one in the next: a model is moved or cast as a whole, and to look
+        at all of them would take longer than a switch.
 
         Args:
             replaced: names of parameters that a delta's whole tensors stand in for at the moment.
@@ -148,17 +156,34 @@ class FlatStorage:
         Raises:
             RuntimeError: if another parameter was moved, cast or replaced.
         """
-        end = self._looked + LOOKED_AT
-        watched, self._looked = self._watched[self._looked : end], end if end < len(self._watched) else 0
-        for name, module, attribute, pointer in watched:
-            parameter = module._parameters.get(attribute)
-            # What was pruned or parametrised is no parameter any more.
-            there = parameter is not None and (parameter.data_ptr() == pointer or not parameter.numel())
-            if not there and name not in replaced:
-                raise RuntimeError(
-                    f"{name} was moved, cast or replaced since the pool was made, so that deltas would be written into "
-                    "weights nobody uses. Move and cast the model first, then make the pool."
-                )
+        if not self._watched:
+            return
+        name, module, attribute, pointer = self._watched[self._looked]
+        self._looked = (self._looked + 1) % len(self._watched)
+        parameter = module._parameters.get(attribute)
+        # What was pruned or parametrised is no parameter any more.
+        there = parameter is not None and (parameter.data_ptr() == pointer or not parameter.numel())
+        if not there and name not in replaced:
+            raise RuntimeError(
+                f"{name} was moved, cast or replaced since the pool was made, so that deltas would be written into "
+                "weights nobody uses. Move and cast the model first, then make the pool."
+            )
+
+
+def _zeros(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros (size,), in huge pages where the system has them.
+
+    What is written in a switch is spread over all of the memory: in pages of 4 KiB, nearly each entry is in one of its own,
+    whose address has to be looked up.
+    """
+    nbytes = size * dtype.itemsize
+    if device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE") or nbytes < HUGE:
+        return torch.zeros(size, dtype=dtype, device=device)
+    # Zeros, as the system gives them; before the first of them is touched.
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype)
 
 
 def _check_apart(parameters: Mapping[str, nn.Parameter]) -> None:

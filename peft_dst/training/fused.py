@@ -1,28 +1,16 @@
-"""Between DSTOptimizer and the fused AdamW kernels: which silos they can step, and the state that goes in and out."""
+"""Between DSTOptimizer and the fused AdamW kernels: where they are wanted, and which silos they can step."""
 
 from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
-from ..core import Constraint, Silo, SparseWeight, adamw
-from ..core.adamw import MOMENTS, Groups, State
-from ..core.kernels import (
-    AdamWScalars,
-    AdamWTensor,
-    NonFiniteStepError,
-    SiloStep,
-    adamw_scalars,
-    adamw_step,
-    failure,
-    supports_tensors,
-)
+from ..core import Constraint, Silo, adamw
+from ..core.adamw import Groups, State
+from ..core.kernels import available, failure
 
 
 # Where the kernels are used unasked.
@@ -64,56 +52,4 @@ def _remedy(device: torch.device, error: Exception) -> str:
 
 def supports(engine: Optimizer, groups: Groups, state: State, constraint: Constraint, silo: Silo) -> bool:
     """Whether the kernels can make an optimizer's step of one silo and the selection after it (`core.adamw.supports`)."""
-    return adamw.supports(engine, groups, state, constraint, silo, supports_tensors)
-
-
-def step(
-    groups: Groups,
-    state: State,
-    constraint: Constraint,
-    silos: list[Silo],
-    values: Mapping[SparseWeight, Tensor],
-    note: Callable[[list[SiloStep]], None],
-) -> None:
-    """Step some silos, all of them supported.
-
-    Args:
-        groups: the parameter group of each parameter.
-        state: the state of each, which is updated.
-        constraint: the constraint.
-        silos: some of its silos.
-        values: the float32 values (k,) of each weight's current subset.
-        note: takes note of their new subsets, right before these are written (`adamw_step`).
-
-    Raises:
-        FloatingPointError: if an update is NaN or infinite. The live weights are then as before, the state is not.
-    """
-    weights = [weight for silo in silos for weight in silo.weights]
-    counters = [state[weight.parameter]["step"] for weight in weights]
-    # On the host the counters cost nothing to read; where an optimizer keeps them on the device, one wait reads them all.
-    one_place = len({counter.device for counter in counters}) == 1
-    counts = iter(torch.stack(counters).tolist() if one_place else [float(counter) for counter in counters])
-    # Of each group's tensors they are the same, unless some of them began later.
-    scalars: dict[tuple[int, float], AdamWScalars] = {}
-    batch: list[list[AdamWTensor]] = []
-    for silo in silos:
-        batch.append([])
-        for weight in silo.weights:
-            group, count = groups[weight.parameter], next(counts) + 1
-            own = scalars.get((id(group), count))
-            if own is None:
-                own = adamw_scalars(group["lr"], group["betas"], group["eps"], group["weight_decay"], count)
-                scalars[id(group), count] = own
-            batch[-1].append(_tensor(weight, own, state[weight.parameter], values[weight]))
-    torch._foreach_add_(counters, 1)
-    try:
-        adamw_step(batch, [silo.budget for silo in silos], constraint.distance, note)
-    except NonFiniteStepError as error:
-        raise constraint.non_finite(silos[error.silo], error.position) from error
-
-
-def _tensor(weight: SparseWeight, scalars: AdamWScalars, state: Mapping[str, Any], values: Tensor) -> AdamWTensor:
-    gradient = weight.parameter.grad
-    assert gradient is not None
-    first, second = (state[name] for name in MOMENTS)
-    return AdamWTensor(weight.data, gradient, first, second, scalars, weight.indices, weight.seeds, values)
+    return available(silo.weights[0].data) and adamw.supports(engine, groups, state, constraint, silo)

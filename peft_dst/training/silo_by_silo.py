@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -9,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ..core import Constraint, FixedStep, Silo, SparseWeight, Subset, concerned, gather, scatter, tiled_step
+from ..core.adamw import make_step
 from ..core.choice import Choice
 from ..core.distances import wide_dtype
 from ..core.free import VALUES
-from ..core.kernels import SiloStep
+from ..core.kernels import SiloStep, adamw_step
 from ..core.shards import like, local
 from ..core.weights import widened
 from . import fused
@@ -128,7 +130,8 @@ class SiloBySilo:
                     weight.place(indices, seeds)
                     self._keep_exact(weight, exact)
 
-        fused.step(self.groups, self.optimizer.state, constraint, silos, values, note)
+        step = functools.partial(adamw_step, note=note)
+        make_step(step, self.groups, self.optimizer.state, constraint, silos, values)
 
     def _suits_kernels(self, constraint: Constraint, silo: Silo) -> bool:
         optimizer = self.optimizer

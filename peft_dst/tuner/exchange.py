@@ -253,11 +253,12 @@ def _check_seen(hosted: Sequence[tuple[str, SparseLayer]], state_dict: Mapping[s
     with processes.all_or_none("saving") if processes is not None else nullcontext():
         for number, ((marker, _), weight) in enumerate(weights.items()):
             weight.recover()
-            weight.check_shape()
+            weight.seed_checksum.check_shape()
             whole = gathered.get((marker, weight.attribute))
-            intact = weight.seed_is_intact()
+            intact = weight.seed_checksum.is_intact()
             if intact and whole is not None:
-                intact = weight.whole_is_intact(whole, *_subset(weight, marker, whole, state_dict))
+                positions, seeds = _subset(weight, marker, whole, state_dict)
+                intact = weight.seed_checksum.whole_is_intact(whole, seeds, gather(whole, positions))
             if changed is None and not intact:
                 changed = number
     if processes is not None:
@@ -267,7 +268,7 @@ def _check_seen(hosted: Sequence[tuple[str, SparseLayer]], state_dict: Mapping[s
         changed = found if found < len(weights) else None
     if changed is not None:
         culprit = list(weights.values())[changed]
-        if culprit.was_narrowed():
+        if culprit.seed_checksum.was_narrowed():
             raise RuntimeError(
                 f"{culprit.name!r} was cast to a narrower dtype behind the adapter's back (`.data` of a parameter was "
                 "replaced, or a module that only shares it was cast), so nobody can tell whether it is still the seed "

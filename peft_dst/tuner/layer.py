@@ -102,7 +102,7 @@ class SparseLayer(StatefulRecords, BaseTunerLayer):
             tuned = any(parameter in self.tuned.get(name, ()) for name in names)
             weight.parameter.requires_grad_(tuned and not inference_mode)
             if tuned and not inference_mode:
-                weight.watch()
+                weight.seed_checksum.watch()
         self.sync()
 
     def enable_adapters(self, enabled: bool) -> None:
@@ -129,7 +129,7 @@ class SparseLayer(StatefulRecords, BaseTunerLayer):
             if any(parameter in self.tuned.get(name, ()) for name in concerned):
                 weight.parameter.requires_grad_(requires_grad)
                 if requires_grad:
-                    weight.watch()
+                    weight.seed_checksum.watch()
         if concerned:
             self.is_trainable = requires_grad
             self._train_fixed()

@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..core import Constraint
+from ..core.checksums import join_checksums
 from ..core.free import watch
-from ..core.weights import join_checksums
 from ..core.wrappers import guard_constructor
 from ..delta import MARKER
 from .constraints import constraints, processes_of
@@ -136,7 +136,7 @@ def _check_agreement(model: nn.Module, trained: Sequence[Constraint], wrapper: D
     }
     _compare(groups, {**adapters, **dense, **_all(_description, trained)})
     weights = [weight for constraint in trained for weight in constraint.weights]
-    if any(weight.is_divided and weight.whole_checksum is None for weight in weights):
+    if any(weight.is_divided and weight.seed_checksum.whole is None for weight in weights):
         join_checksums(dict.fromkeys(weights))
         _compare(groups, _all(_checksums, trained))
     for constraint in trained:
@@ -175,7 +175,7 @@ def _compare(groups: Sequence[dist.ProcessGroup], own: dict[str, object]) -> Non
 
 
 def _checksums(constraint: Constraint) -> dict[str, object]:
-    return {f"the checksum of the base's {weight.name!r}": weight.whole_checksum for weight in constraint.weights}
+    return {f"the checksum of the base's {weight.name!r}": weight.seed_checksum.whole for weight in constraint.weights}
 
 
 def _description(constraint: Constraint) -> dict[str, object]:

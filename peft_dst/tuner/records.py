@@ -377,7 +377,7 @@ class HostRecords(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HostRecords:
         # Children are moved and cast before their parents: the host still has the dtype that is about to change.
         for weight in self.weights.values():
-            weight.remember_seed_cast(fn)
+            weight.seed_checksum.note_cast(fn)
         return super()._apply(fn, recurse)
 
 

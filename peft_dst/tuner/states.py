@@ -204,7 +204,7 @@ class StatefulRecords(HostRecords):
             self._place(parameter, *notes[parameter])
         self.sync()
         for parameter in overwritten:
-            self.weights[parameter].remember_seed_again()
+            self.weights[parameter].seed_checksum.note_again()
 
     def _place(self, parameter: str, positions: Tensor, seeds: Tensor) -> None:
         weight = self.weights[parameter]
@@ -283,7 +283,7 @@ class StatefulRecords(HostRecords):
         came.sums[parameter] = sum_of_bits
         self._overwritten.clear()
         self.sync()
-        self.weights[parameter].remember_seed_again()
+        self.weights[parameter].seed_checksum.note_again()
 
     def detach(self) -> None:
         """Leave the host, whose weights stay as they are."""

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from peft_dst.core import adamw_tiles
-from peft_dst.core.adamw_tiles import _TILE, AdamWOptions, TiledTensor, rounds_as_torch, step_and_select
+from peft_dst.core.adamw import AdamWOptions, AdamWTensor, NonFiniteStepError, adamw_scalars
+from peft_dst.core.adamw_tiles import _TILE, rounds_as_torch, step_and_select
 from peft_dst.core.distances import DISTANCES
-from peft_dst.core.kernels import NonFiniteStepError
 from peft_dst.core.selection import select
 
 
@@ -45,7 +45,7 @@ class Twin:
             bound = float(seed.float().abs().max()) if seed.numel() else 0.0
             seeds = seed.flatten()[at]
             found.append(
-                TiledTensor(weight, grads[i], *self.moments[i], self.options[i], at, seeds, self.values[i], bound)
+                AdamWTensor(weight, grads[i], *self.moments[i], self.options[i], at, seeds, self.values[i], bound)
             )
         return found
 
@@ -212,6 +212,7 @@ def test_bounds_hold_next_to_large_weights(monkeypatch):
 def test_defaults_are_of_no_concern(default):
     rounds_as_torch.cache_clear()
     adamw_tiles._count.cache_clear()
+    adamw_scalars.cache_clear()
     torch.manual_seed(0)
     twin = Twin([torch.randn(100, 200) * 0.05], [OPTIONS], 20)
     for _ in range(3):

@@ -14,6 +14,14 @@ import torch
 
 from peft_dst.core import DISTANCES, NonFiniteDistanceError, distance, select
 from peft_dst.core import kernels as K
+from peft_dst.core.adamw import (
+    AdamWOptions,
+    AdamWScalars,
+    AdamWTensor,
+    adamw_scalars,
+    supports_group,
+    supports_tensors,
+)
 from peft_dst.core.distances import RELATIVE_FLOOR
 from peft_dst.core.kernels_reference import adamw_maxima_reference, moments_reference, updated_reference
 from peft_dst.core.tiles import bits
@@ -31,7 +39,7 @@ class Dense:
     seed: torch.Tensor
     theta: torch.Tensor
     moments: tuple[torch.Tensor, torch.Tensor]
-    fused: K.AdamWTensor
+    fused: AdamWTensor
 
 
 def make(shape, dtype=F32, device="cpu", seed=None) -> Dense:
@@ -39,25 +47,23 @@ def make(shape, dtype=F32, device="cpu", seed=None) -> Dense:
     seed = seed.to(device)
     moments = (0.002 * torch.randn(seed.shape, device=device), 1e-4 * (0.5 + torch.rand(seed.shape, device=device)))
     none = torch.empty(0, dtype=torch.int64, device=device)
-    fused = K.AdamWTensor(
-        seed.clone(), seed, *(m.clone() for m in moments), SCALARS[0], none, none.to(dtype), none.float()
+    fused = AdamWTensor(
+        seed.clone(), seed, *(m.clone() for m in moments), options(1), none, none.to(dtype), none.float()
     )
     return Dense(seed.flatten(), seed.flatten().float().clone(), tuple(m.flatten() for m in moments), fused)
 
 
-def scalars(step, lr=1e-2, betas=(0.9, 0.999), weight_decay=0.0):
-    return K.adamw_scalars(lr, betas, 1e-8, weight_decay, step)
-
-
-SCALARS = [scalars(1)]
+def options(step, lr=1e-2, betas=(0.9, 0.999), weight_decay=0.0):
+    return AdamWOptions(lr, *betas, 1e-8, weight_decay, step)
 
 
 def dense_step(silo, grads, rates, budget, kind):
     """Step of the plain method on float32 copies; returns the selection."""
     updates = []
     for tensor, grad, rate in zip(silo, grads, rates, strict=True):
-        moments_reference(grad.flatten(), *tensor.moments, rate)
-        updates.append(updated_reference(tensor.theta, *tensor.moments, rate))
+        scalars = adamw_scalars(rate)
+        moments_reference(grad.flatten(), *tensor.moments, scalars)
+        updates.append(updated_reference(tensor.theta, *tensor.moments, scalars))
     selection = select([tensor.seed.float() for tensor in silo], updates, budget, kind)
     for tensor, updated, indices in zip(silo, updates, selection.indices, strict=True):
         tensor.theta = tensor.seed.float().clone()
@@ -73,13 +79,13 @@ def fused_step(silos, grads, rates, budgets, kind):
         for tensor, grad, rate in zip(silo, silo_grads, silo_rates, strict=True):
             f = tensor.fused
             silos_before[-1].append(
-                K.AdamWTensor(f.weight, grad, f.exp_avg, f.exp_avg_sq, rate, f.indices, f.seeds, f.values)
+                AdamWTensor(f.weight, grad, f.exp_avg, f.exp_avg_sq, rate, f.indices, f.seeds, f.values)
             )
     steps = K.adamw_step(silos_before, budgets, kind)
     for silo, before, step in zip(silos, silos_before, steps, strict=True):
         new = zip(silo, before, step.selection.indices, step.seeds, step.values, strict=True)
         for tensor, b, indices, seeds, values in new:
-            tensor.fused = K.AdamWTensor(b.weight, b.grad, b.exp_avg, b.exp_avg_sq, b.scalars, indices, seeds, values)
+            tensor.fused = AdamWTensor(b.weight, b.grad, b.exp_avg, b.exp_avg_sq, b.options, indices, seeds, values)
     return steps
 
 
@@ -114,7 +120,7 @@ def run(silos, budgets, kind, steps=3, grad_dtype=None, rates=None):
             [(0.02 * torch.randn_like(t.fused.weight.float())).to(grad_dtype or t.seed.dtype) for t in silo]
             for silo in silos
         ]
-        own = rates(step) if rates else [[scalars(step)] * len(silo) for silo in silos]
+        own = rates(step) if rates else [[options(step)] * len(silo) for silo in silos]
         before = subset(silos)
         selections = [dense_step(*args, kind) for args in zip(silos, grads, own, budgets, strict=True)]
         taken = fused_step(silos, grads, own, budgets, kind)
@@ -132,7 +138,7 @@ def test_equals_the_dense_step(device, kind, dtype):
     silo = [make((32, 64), dtype, device), make((33,), dtype, device), make((400,), dtype, device)]
 
     def rates(step):
-        return [[scalars(step, betas=(0.3, 0.9), weight_decay=0.01)] * 3]
+        return [[options(step, betas=(0.3, 0.9), weight_decay=0.01)] * 3]
 
     stayed, came = run([silo], [90], kind, steps=3, rates=rates)
     assert stayed > 20
@@ -154,8 +160,8 @@ def test_mixed_dtypes_rates_and_silos(device):
     ]
 
     def rates(step):
-        decayed = scalars(step, lr=0.02, weight_decay=0.1)
-        return [[decayed, scalars(step), scalars(step + 3, betas=(0.3, 0.95))], [decayed], [scalars(step)] * 2]
+        decayed = options(step, lr=0.02, weight_decay=0.1)
+        return [[decayed, options(step), options(step + 3, betas=(0.3, 0.95))], [decayed], [options(step)] * 2]
 
     run(silos, [20, 100, 0], "absolute", grad_dtype=BF16, rates=rates)
 
@@ -170,7 +176,7 @@ def test_empty_tensors_and_empty_silos(device):
     run(silos, [3, 0, 2], "absolute")
     # A silo without tensors has no dense twin.
     assert (
-        fused_step([[], empty], [[], [t.seed for t in empty]], [[], [scalars(1)] * 2], [0, 0], "absolute")[0].values
+        fused_step([[], empty], [[], [t.seed for t in empty]], [[], [options(1)] * 2], [0, 0], "absolute")[0].values
         == []
     )
     assert K.adamw_step([], [], "absolute") == []
@@ -183,7 +189,7 @@ def test_unaligned_views_go_another_way(device):
     silo = [make((2048,), F32, device), make((3000,), F32, device, seed=flat[1:])]
     f = silo[1].fused
     weight = torch.empty(3001, device=device)[1:].copy_(f.weight)
-    silo[1].fused = K.AdamWTensor(weight, f.grad, f.exp_avg, f.exp_avg_sq, f.scalars, f.indices, f.seeds, f.values)
+    silo[1].fused = AdamWTensor(weight, f.grad, f.exp_avg, f.exp_avg_sq, f.options, f.indices, f.seeds, f.values)
     assert weight.data_ptr() % 16
     run([silo], [30], "relative")
 
@@ -196,7 +202,7 @@ def test_ties_go_to_the_lower_tensor_and_index(device):
             moment.zero_()
     grads = [torch.ones_like(t.seed) for t in silo]
     grads[0][:200] = 0.0
-    rates = [scalars(1)] * 3
+    rates = [options(1)] * 3
     selection = dense_step(silo, grads, rates, 330, "absolute")
     step = fused_step([silo], [grads], [rates], [330], "absolute")[0]
     assert_equal_state(silo, step, selection)
@@ -210,12 +216,12 @@ def test_fewer_non_zero_distances_than_budget(device):
             moment.zero_()
     grads = [torch.zeros_like(t.seed) for t in silo]
     grads[1][[17, 400]] = 1.0
-    step = fused_step([silo], [grads], [[scalars(1)] * 2], [100], "absolute")[0]
+    step = fused_step([silo], [grads], [[options(1)] * 2], [100], "absolute")[0]
     assert [i.tolist() for i in step.selection.indices] == [[], [17, 400]]
     # Now without any gradient at all: nothing has moved, nothing is free.
     still = [make((500,), F32, device)]
     still[0].fused.exp_avg.zero_()
-    step = fused_step([still], [[torch.zeros(500, device=device)]], [[scalars(1)]], [10], "absolute")[0]
+    step = fused_step([still], [[torch.zeros(500, device=device)]], [[options(1)]], [10], "absolute")[0]
     assert step.selection.indices[0].numel() == 0
     assert step.selection.threshold == 0
 
@@ -227,9 +233,9 @@ def test_an_entry_back_at_its_seed_is_not_free(device):
     at = torch.tensor([7, 90], device=device)
     moved = tensor.seed[at] + torch.tensor([0.0, 0.5], device=device)
     tensor.fused.weight[at] = moved
-    t = K.AdamWTensor(
+    t = AdamWTensor(
         *(tensor.fused.weight, torch.zeros_like(tensor.seed), tensor.fused.exp_avg, tensor.fused.exp_avg_sq),
-        *(scalars(1), at, tensor.seed[at], moved),
+        *(options(1), at, tensor.seed[at], moved),
     )
     (step,) = K.adamw_step([[t]], [5], "absolute")
     assert step.selection.indices[0].tolist() == [90]
@@ -252,7 +258,7 @@ def test_non_finite_is_found_and_the_weights_are_put_back(device, where, value):
         culprit.weight[next(i for i in range(1200) if i not in culprit.indices.tolist())] = value
     before = [t.fused.weight.clone() for silo in silos for t in silo]
     with pytest.raises(NonFiniteDistanceError) as caught:
-        fused_step(silos, grads, [[scalars(2)], [scalars(2)] * 2], [10, 20], "absolute")
+        fused_step(silos, grads, [[options(2)], [options(2)] * 2], [10, 20], "absolute")
     assert (caught.value.silo, caught.value.position) == (1, position)
     for tensor, weight in zip((t for silo in silos for t in silo), before, strict=True):
         assert_same_bits(tensor.fused.weight, weight)
@@ -264,10 +270,11 @@ def test_marked_weights_do_not_compete_but_their_moments_go_on(device):
         bits(tensor.fused.weight)[[0, 5, 2999]] = -1
         assert tensor.fused.weight.isnan().sum() == 3
         grad = 100 * torch.randn_like(tensor.seed)
-        before = K.AdamWTensor(tensor.fused.weight, grad, *tensor.moments, scalars(3), *[torch.empty(0)] * 3)
+        before = AdamWTensor(tensor.fused.weight, grad, *tensor.moments, options(3), *[torch.empty(0)] * 3)
         want = [m.clone() for m in tensor.moments]
         batch = K._Batch([[empty_subset(before)]], [3], "inverse_relative")
-        wanted = adamw_maxima_reference(before.weight, grad, *want, scalars(3), "inverse_relative", batch.block)
+        scalars = adamw_scalars(before.options)
+        wanted = adamw_maxima_reference(before.weight, grad, *want, scalars, "inverse_relative", batch.block)
         maxima, _ = batch.first_pass()
         assert_same_bits(maxima.view(F32), wanted)
         assert_same_bits(before.exp_avg, want[0])
@@ -276,8 +283,8 @@ def test_marked_weights_do_not_compete_but_their_moments_go_on(device):
 
 def empty_subset(t):
     none = torch.empty(0, dtype=torch.int64, device=t.weight.device)
-    return K.AdamWTensor(
-        t.weight, t.grad, t.exp_avg, t.exp_avg_sq, t.scalars, none, none.to(t.weight.dtype), none.float()
+    return AdamWTensor(
+        t.weight, t.grad, t.exp_avg, t.exp_avg_sq, t.options, none, none.to(t.weight.dtype), none.float()
     )
 
 
@@ -292,11 +299,10 @@ def test_offsets_beyond_two_to_the_31(device, aligned):
     far, n = 2**33, 4096 if aligned else 3000
     tensor = make((n,), BF16, device)
     grad = torch.randn_like(tensor.seed)
-    t = K.AdamWTensor(tensor.fused.weight, grad, *tensor.moments, scalars(2), *[torch.empty(0)] * 3)
+    t = AdamWTensor(tensor.fused.weight, grad, *tensor.moments, options(2), *[torch.empty(0)] * 3)
     batch = K._Batch([[empty_subset(t)]], [40], "absolute")
-    wanted = adamw_maxima_reference(
-        t.weight, grad, *(m.clone() for m in tensor.moments), scalars(2), "absolute", batch.block
-    )
+    moments = [m.clone() for m in tensor.moments]
+    wanted = adamw_maxima_reference(t.weight, grad, *moments, adamw_scalars(t.options), "absolute", batch.block)
     for column, width in enumerate((2, 4, 4, 2)):
         batch.table[0, column] -= far * width
     # Components, first slot, first program: as if all tiles before were those of other launches.
@@ -331,9 +337,10 @@ def test_close_to_torch_adamw(device, betas, weight_decay):
         if step > 1:
             before = theta.detach().clone(), *(optimizer.state[theta][k].clone() for k in ("exp_avg", "exp_avg_sq"))
         optimizer.step()
-    rate = scalars(3, betas=betas, weight_decay=weight_decay)
+    rate = options(3, betas=betas, weight_decay=weight_decay)
+    scalars = adamw_scalars(rate)
     none = torch.empty(0, dtype=torch.int64, device=device)
-    t = K.AdamWTensor(before[0], theta.grad, before[1], before[2], rate, none, none.float(), none.float())
+    t = AdamWTensor(before[0], theta.grad, before[1], before[2], rate, none, none.float(), none.float())
     # All but one compete, so all values are seen.
     (step,) = K.adamw_step([[t]], [theta.numel() - 1], "absolute")
     kept, unit = step.selection.indices[0], 2.0**-23
@@ -341,7 +348,7 @@ def test_close_to_torch_adamw(device, betas, weight_decay):
     larger = torch.maximum(before[1].abs(), theta.grad.abs())
     assert ((t.exp_avg - state["exp_avg"]).abs() <= 2 * unit * larger).all()
     assert ((t.exp_avg_sq - state["exp_avg_sq"]).abs() <= 2 * unit * state["exp_avg_sq"]).all()
-    move = rate.step * larger / (state["exp_avg_sq"].sqrt() / rate.correction)
+    move = scalars.step * larger / (state["exp_avg_sq"].sqrt() / scalars.correction)
     allowed = unit * (theta.detach().abs() + old.abs() + 8 * move.abs())
     assert ((step.values[0] - theta.detach()[kept]).abs() <= allowed[kept]).all()
 
@@ -351,7 +358,7 @@ def test_what_is_supported():
 
     def supports(cls, **options):
         optimizer = cls([theta], lr=options.pop("lr", 1e-3), **options)
-        return K.supports_group(optimizer, optimizer.param_groups[0])
+        return supports_group(optimizer, optimizer.param_groups[0])
 
     class Own(torch.optim.AdamW):
         pass
@@ -369,15 +376,15 @@ def test_what_is_supported():
 
 def test_which_tensors_are_supported(device):
     w = torch.zeros(4, 6, device=device)
-    assert K.supports_tensors(w, w, w, w)
-    assert K.supports_tensors(w.bfloat16(), w.half(), w, w)
-    assert K.supports_tensors(w, w)
-    assert not K.supports_tensors(w, w.double())
-    assert not K.supports_tensors(w.t(), w.t(), w.t(), w.t())
-    assert not K.supports_tensors(w.double(), w, w, w)
-    assert not K.supports_tensors(w.bfloat16(), w.bfloat16(), w.bfloat16(), w.bfloat16())
-    assert not K.supports_tensors(w, w.flatten(), w, w)
-    assert not K.supports_tensors(w, w.to_sparse(), w, w)
+    assert supports_tensors(w, w, w, w)
+    assert supports_tensors(w.bfloat16(), w.half(), w, w)
+    assert supports_tensors(w, w)
+    assert not supports_tensors(w, w.double())
+    assert not supports_tensors(w.t(), w.t(), w.t(), w.t())
+    assert not supports_tensors(w.double(), w, w, w)
+    assert not supports_tensors(w.bfloat16(), w.bfloat16(), w.bfloat16(), w.bfloat16())
+    assert not supports_tensors(w, w.flatten(), w, w)
+    assert not supports_tensors(w, w.to_sparse(), w, w)
 
 
 def test_wrong_arguments_are_refused_before_anything_is_changed():
@@ -393,8 +400,9 @@ def test_nothing_follows_the_default_device(device):
     """Which may be a GPU, where a factor of the step would be computed and waited for, or one without memory."""
     silo = [make((300,), F32, device), make((), BF16, device)]
     grads = [torch.ones_like(t.seed) for t in silo]
+    adamw_scalars.cache_clear()
     with torch.device("meta"):
-        rates = [scalars(1), scalars(1, betas=(0.3, 0.9))]
+        rates = [options(1), options(1, betas=(0.3, 0.9))]
         steps = fused_step([silo, []], [grads, []], [rates, []], [30, 0], "absolute")
         assert fused_step([[]], [[]], [[]], [0], "absolute")[0].selection.threshold == 0
     assert sum(indices.numel() for indices in steps[0].selection.indices) == 30
@@ -440,7 +448,7 @@ def test_constants_agree_with_the_device_code():
     assert code.LANES.value == K._LANES
     assert code.FIRST_SLOT.value == K._FIRST_SLOT
     assert code.COLUMNS.value == K._FIRST_COMPONENT + 1
-    assert code.SCALARS.value == len(K.AdamWScalars._fields)
+    assert code.SCALARS.value == len(AdamWScalars._fields)
 
 
 def test_the_plain_twin_is_the_method():
@@ -448,7 +456,8 @@ def test_the_plain_twin_is_the_method():
     tensor = make((1000,))
     grad = torch.randn(1000)
     wanted = [m.clone() for m in tensor.moments]
-    moments_reference(grad, *wanted, scalars(2))
-    delta = distance("relative", tensor.seed, updated_reference(tensor.seed, *wanted, scalars(2)))
-    maxima = adamw_maxima_reference(tensor.seed, grad, *tensor.moments, scalars(2), "relative", 64)
+    scalars = adamw_scalars(options(2))
+    moments_reference(grad, *wanted, scalars)
+    delta = distance("relative", tensor.seed, updated_reference(tensor.seed, *wanted, scalars))
+    maxima = adamw_maxima_reference(tensor.seed, grad, *tensor.moments, scalars, "relative", 64)
     assert maxima.tolist() == [float(part.max()) for part in delta.split(64)]

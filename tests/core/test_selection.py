@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from peft_dst.core import DISTANCES, NonFiniteDistanceError, select
+from peft_dst.core import DISTANCES, NonFiniteDistanceError, select, tiles
 from peft_dst.core.reference import reference_step
 
 
@@ -30,6 +30,27 @@ def test_equals_a_full_sort(sizes, kind):
     for budget in sorted({0, 1, 2, n // 1000, n // 100, n // 10, n // 2, n - 1, n} & set(range(n + 1))):
         selection = assert_selected(seeds, updates, budget, kind)
         assert sum(i.numel() for i in selection.indices) == budget
+
+
+@pytest.mark.parametrize("tile", [1 << 10, 1 << 14, 1 << 24])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tiles_of_any_size_find_the_same(tile, dtype, monkeypatch):
+    """Those of a GPU, as those of a CPU."""
+    seeds = [torch.randn(n).to(dtype) for n in (5, 1, 200_000, 64, 33_001)]
+    updates = [seed.float() + 0.01 * torch.randn(seed.shape) for seed in seeds]
+    monkeypatch.setattr(tiles, "tile_size", lambda device, size: tile)
+    for budget in (1, 200, 2_000, 50_000, 233_071):
+        assert_selected([seed.float() for seed in seeds], updates, budget, "inverse_relative")
+        own = select(seeds, updates, budget, "inverse_relative")
+        wanted = select([seed.float() for seed in seeds], updates, budget, "inverse_relative")
+        assert [i.tolist() for i in own.indices] == [i.tolist() for i in wanted.indices]
+
+
+def test_how_large_tiles_are():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert {tiles.tile_size(cpu, n) for n in (0, 10**6, 10**9)} == {1 << 17}
+    sizes = (0, 10**6, 1 << 25, (1 << 26) - 1, 1 << 26, 1 << 27, 10**10)
+    assert [tiles.tile_size(gpu, n).bit_length() - 1 for n in sizes] == [22, 22, 22, 22, 23, 24, 24]
 
 
 @pytest.mark.parametrize("budget", [1, 10, 100, 4000, 9999])

@@ -75,25 +75,25 @@ def test_edits_do_not_trip_autograd():
 
 def test_a_checksum_notices_any_change_outside_the_subset():
     weight = host(torch.randn(1000))
-    assert weight.seed_is_intact()
-    weight.remember_seed()
+    assert weight.seed_checksum.is_intact()
+    weight.seed_checksum.note()
     weight.apply(torch.tensor([3, 900]), torch.tensor([5.0, 6.0]))
-    assert weight.seed_is_intact()
+    assert weight.seed_checksum.is_intact()
     weight.data[3] = 7.0
-    assert weight.seed_is_intact()
+    assert weight.seed_checksum.is_intact()
     kept = weight.data[4].clone()
     weight.data[4] = torch.nextafter(kept, kept + 1)
-    assert not weight.seed_is_intact()
+    assert not weight.seed_checksum.is_intact()
     weight.data[4] = kept
     weight.revert()
-    assert weight.seed_is_intact()
+    assert weight.seed_checksum.is_intact()
     # A cast that was announced changes what is compared; changes are still noticed.
     weight.apply(torch.tensor([3, 900]), torch.tensor([5.0, 6.0]))
-    weight.remember_seed_cast(lambda t: t.to(torch.bfloat16))
+    weight.seed_checksum.note_cast(lambda t: t.to(torch.bfloat16))
     weight.module.to(torch.bfloat16)
-    assert weight.seed_is_intact()
+    assert weight.seed_checksum.is_intact()
     weight.data[7] += 1
-    assert not weight.seed_is_intact()
+    assert not weight.seed_checksum.is_intact()
 
 
 def test_a_step_that_raised_is_recovered_from():

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
 from transformers import AutoModelForCausalLM
 
 from peft_dst import DSTConfig
-from peft_dst.core.weights import join_checksums
+from peft_dst.core.checksums import join_checksums
 from tests.distributed.sharded import divide, make, optimizer_of, step, subsets
 from tests.models import BUILDERS, batch
 
@@ -221,16 +221,16 @@ def test_another_base_is_refused_by_all(together, tmp_path):
 def note(rank, world):
     model = make(world, "bert", {"epsilon": 0.02})
     first, second, *_ = model.constraint().weights
-    sums = [first.whole_checksum, second.whole_checksum]
+    sums = [first.seed_checksum.whole, second.seed_checksum.whole]
     for weight in (first, second):
-        weight.own_checksum  # noqa: B018  notes it anew for what is held here
-        weight.whole_checksum = None
+        weight.seed_checksum.own  # noqa: B018  notes it anew for what is held here
+        weight.seed_checksum.whole = None
     if rank == 1:
-        second._checksum = None
+        second.seed_checksum._own = None
     join_checksums([first, second])
-    assert first.whole_checksum == sums[0]
+    assert first.seed_checksum.whole == sums[0]
     # What one process does not know is not known.
-    assert second.whole_checksum is None
+    assert second.seed_checksum.whole is None
 
 
 def test_checksums_are_joined(together):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from torch import nn
 
 from peft_dst import DSTConfig
 from peft_dst.delta import DeltaError, SparseDelta, SparseTensor
-from peft_dst.serving import DeltaPool, pool, storage
+from peft_dst.serving import DeltaPool, FlatStorage, pool
 from peft_dst.serving.heads import heads_of
+from peft_dst.serving.placed import Part, Placed, write
 from tests.models import BUILDERS, bert, train
 from tests.serving.helpers import answer, applied, bits_of, deltas_of, pool_of, same
 
@@ -30,6 +32,22 @@ def test_weights_are_those_of_the_delta_in_use(name, tmp_path):
             assert same(bits_of(base), want[task] if task else seed)
     made.close()
     assert same(bits_of(base), seed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_what_is_written_on_the_cpu_is_what_scatter_writes(dtype):
+    values = torch.tensor([0.0, -0.0, math.inf, 1e30, 1e-7, -3.0], dtype=dtype)
+    part = Part(0, torch.tensor([1, 2, 5, 6, 8, 11]), values, torch.randn(6).to(dtype))
+    layer = nn.Linear(12, 1, bias=False, dtype=dtype)
+    flat, plain = FlatStorage(copy.deepcopy(layer)), FlatStorage(layer)
+    plain.arrays[0] = None
+    for seeds in (False, True):
+        before = plain.buffers[0].clone()
+        for each in (flat, plain):
+            write(each, Placed((part,)), seeds)
+        one, other = (each.buffers[0].view(torch.uint8) for each in (flat, plain))
+        assert torch.equal(one, other)
+        assert not torch.equal(other, before.view(torch.uint8))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -184,10 +202,10 @@ def test_a_model_that_was_moved_is_refused(served):
 
 
 def test_a_parameter_that_was_replaced_is_found_soon(served):
-    """A check looks at a few, and at all of them within some switches."""
+    """A check looks at one, and at all of them within some switches."""
     name, parameter = list(served.model.named_parameters())[-1]
     parameter.data = parameter.data.clone()
-    turns = -(-len(served.storage.places) // storage.LOOKED_AT)
+    turns = len(served.storage.places)
 
     def switch() -> None:
         for i in range(turns):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+
 import pytest
 import torch
 from torch import nn
@@ -41,11 +43,39 @@ def test_storage_of_several_dtypes_and_layouts():
     assert all(torch.equal(model.get_parameter(name), tensor) for name, tensor in before.items())
     assert "counts" not in flat
     assert "later" not in flat
-    flat.check()
+
+    def check(*replaced: str) -> None:
+        for _ in flat.places:
+            flat.check(replaced)
+
+    check()
     model[1].float()
     with pytest.raises(RuntimeError, match=r"1\.weight was moved, cast or replaced since the pool was made"):
-        flat.check()
-    flat.check(["1.weight", "1.bias"])
+        check()
+    check("1.weight", "1.bias")
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_large_buffers_are_in_huge_pages_where_there_are_some(refused, monkeypatch):
+    """And are the same without them."""
+    asked = []
+
+    class Memory(mmap.mmap):
+        def madvise(self, advice: int) -> None:
+            asked.append(advice)
+            if refused:
+                raise OSError
+            super().madvise(advice)
+
+    monkeypatch.setattr(storage.mmap, "mmap", Memory)
+    model = nn.Sequential(nn.Linear(700, 800), nn.Linear(800, 5))
+    before = bits_of(model)
+    (buffer,) = FlatStorage(model).buffers
+    assert same(bits_of(model), before)
+    # What is between the parameters is zero, too.
+    assert buffer.count_nonzero() == sum(p.count_nonzero() for p in model.parameters())
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        assert asked == [mmap.MADV_HUGEPAGE]
 
 
 def sharing(kind: str) -> nn.Module:

@@ -10,6 +10,7 @@ import torch
 
 from peft_dst.delta import SparseDelta
 from peft_dst.serving import placed
+from peft_dst.serving.turns import Turn
 from tests.serving.helpers import answer, bits_of, pool_of, same, until
 
 
@@ -214,8 +215,13 @@ def test_tasks_of_one_thread_are_counted(served):
 
 def test_who_has_it_does_not_queue_behind_others(served):
     """Else it would wait for those who wait for it."""
+
+    def other() -> None:
+        with served.use("task1"):
+            pass
+
     with served.use("task0"):
-        thread = threading.Thread(target=lambda: served.use("task1").__enter__())
+        thread = threading.Thread(target=other)
         thread.start()
         until(lambda: served._turn.waiting)
         with served.use("task0"):
@@ -251,3 +257,26 @@ def test_a_delta_that_is_checked_keeps_nobody_from_the_weights(served, tasks, mo
     go.set()
     for thread in threads:
         thread.join(60)
+
+
+def test_ctrl_c_when_a_turn_has_just_been_taken_leaves_it(monkeypatch):
+    """It may come when the lock has been left already: nobody would ever end such a turn."""
+    turn = Turn()
+
+    class Interrupted:
+        def __enter__(self) -> None:
+            lock.acquire()
+
+        def __exit__(self, *_: object) -> None:
+            lock.release()
+            monkeypatch.undo()
+            raise KeyboardInterrupt
+
+    lock = turn._lock
+    monkeypatch.setattr(turn, "_lock", Interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        turn.take("mine")
+    thread = threading.Thread(target=turn.take, args=("another's",), daemon=True)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive()
