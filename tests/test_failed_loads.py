@@ -107,7 +107,7 @@ def test_an_adapter_that_is_awaited_harms_no_other(saved, build, tmp_path, monke
 
 @pytest.mark.parametrize("add", ["trained", "awaited"])
 @pytest.mark.parametrize("load", [PeftModel.load_adapter, set_peft_model_state_dict])
-def test_a_head_of_another_width(load, add, saved, build, tmp_path):
+def test_a_head_of_another_width(load, add, saved, build):
     """Found out before anything is loaded, unlike torch does; asked to ignore it, PEFT leaves the head out."""
     folder, _, model = saved(modules_to_save=["classifier"])
     wide = bert(num_labels=5)

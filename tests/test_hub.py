@@ -269,7 +269,7 @@ def test_budgets_that_are_no_fraction(options, budget, build, tmp_path):
     assert f"| default | {budget} | " in (tmp_path / "README.md").read_text()
 
 
-def test_the_snippet_of_the_card_runs(tmp_path, monkeypatch):
+def test_the_snippet_of_the_card_runs():
     model = tuned()
     model.push_to_hub(REPO, token=TOKEN)
     code = card().text.partition("```python\n")[2].partition("```")[0]

@@ -65,7 +65,7 @@ MAY_IMPORT = {
     "core": {"torch", "numpy"},
     "delta": {"torch", "numpy", "safetensors"},
     "mixing": {"torch"},
-    "serving": {"torch"},
+    "serving": {"torch", "numpy"},
     "subsets": {"torch", "numpy", "safetensors", "tqdm"},
 }
 

@@ -170,7 +170,7 @@ def test_within_a_meta_device_context(build):
 
 
 @pytest.mark.parametrize("selection", ["random", "magnitude", "bitfit"])
-def test_a_static_subset_needs_the_seed(selection, build):
+def test_a_static_subset_needs_the_seed(selection):
     base = on_meta()
     modules = [name for name, _ in base.named_modules()]
     with pytest.raises(

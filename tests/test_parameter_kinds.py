@@ -230,7 +230,7 @@ def test_sparse_gradients_of_embeddings(how):
     assert torch.allclose(*trained)
 
 
-def test_buffers_and_what_the_user_froze(tmp_path):
+def test_buffers_and_what_the_user_froze():
     """Running statistics move as in any training; frozen parameters are tuned, and frozen again afterwards."""
     base, x = make("BatchNorm")
     base.register_parameter("own", nn.Parameter(torch.ones(())))

@@ -172,7 +172,7 @@ def test_bare_state_dict_functions(build, saved):
     assert torch.equal(logits(twin, "bert"), output)
 
 
-def test_state_dicts_in_memory(build, saved):
+def test_state_dicts_in_memory(saved):
     """Keep-the-best-in-memory: several state dicts taken, then one put back."""
     _, _, model = saved()
     first, output = get_peft_model_state_dict(model), logits(model, "bert")

@@ -114,7 +114,7 @@ def refused(model, match):
     assert_same(before, dict(model.state_dict()))
 
 
-def test_refusals_of_sources(build, tmp_path):
+def test_refusals_of_sources(build):
     model = get_peft_model(build("bert"), DSTConfig(epsilon=0.02))
     ones = {name: torch.ones_like(parameter) for name, parameter in build("bert").named_parameters()}
     with refused(model, "takes no subset from outside"):
@@ -163,7 +163,7 @@ def test_magnitudes_of_a_model_that_was_cast_since_a_step(build):
         assert torch.equal(one.indices, other.indices)
 
 
-def test_bitfit_needs_biases(build):
+def test_bitfit_needs_biases():
     with pytest.raises(ValueError, match="none of the tuned parameters is one"):
         get_peft_model(BUILDERS["llama"](), DSTConfig(selection="bitfit"))
 

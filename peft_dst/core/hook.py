@@ -129,7 +129,7 @@ def _is_inherited(optimizer: Optimizer) -> bool:
 
 
 def _give_back(optimizer: Optimizer, *unused: Any) -> None:
-    """Give an optimizer all of its parameters back, in the order in which they were hidden."""
+    """Give an optimizer all of its parameters back, those that were hidden last first."""
     for step in (_tiled.get(optimizer), _fixed.get(optimizer)):
         if step is not None:
             step.restore()

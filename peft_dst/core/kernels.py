@@ -85,6 +85,9 @@ def _meant_for(device: torch.device) -> bool:
 def failure(device: torch.device) -> Exception | None:
     """What went wrong when a kernel was tried on a device, as without a C compiler. None if nothing did, or if there is no
     kernel for that device.
+
+    Raises:
+        RuntimeError: what the device itself raises, as where its memory is full. It is tried again next time.
     """
     if not _meant_for(device):
         return None
@@ -95,6 +98,9 @@ def failure(device: torch.device) -> Exception | None:
     try:
         batch.read(first, first)
     except Exception as error:
+        # The device's own trouble, as where its memory is full, is not the compiler's, and may pass.
+        if isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError) or "[CUDA]" in str(error):
+            raise
         # Whose frames hold tensors.
         return error.with_traceback(None)
     return None

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from .adamw import Groups, State, make_step, supports
 from .adamw_tiles import Chosen, rounds_as_torch, step_and_select
@@ -60,12 +61,14 @@ class TiledStep:
     def __init__(self, optimizer: Optimizer, arguments: tuple[Any, ...]):
         # Steps under way are known by their optimizers, which must not be kept by that.
         self._optimizer = weakref.ref(optimizer)
-        # A closure computes the gradients within the step; other hooks may still clip them, or look at what the step made.
+        # A closure computes the gradients within the step; other hooks may still clip them, or look at what the step made:
+        # the optimizer's own, and of those of all optimizers whatever is not ours, of which there is one each.
         # A GradScaler may leave it to a fused optimizer to unscale them.
         self._may = (
             all(argument is None for argument in arguments)
             and not optimizer._optimizer_step_pre_hooks
             and not optimizer._optimizer_step_post_hooks
+            and max(len(_global_optimizer_pre_hooks), len(_global_optimizer_post_hooks)) <= 1
             and getattr(optimizer, "grad_scale", None) is None
         )
         self._silos: dict[Constraint, list[Silo]] = {}

@@ -86,7 +86,7 @@ def describes(records: Any, directory: str | os.PathLike[str]) -> bool:
     path = Path(directory) / WEIGHTS_NAME
     if not path.is_file():
         return True
-    summaries, (found, _) = parse_summaries(records), find_records(load_file(path))
+    summaries, (found, _) = parse_summaries(records), find_records(_tensors(path))
     if found.keys() != summaries.keys():
         return False
     try:
@@ -95,6 +95,13 @@ def describes(records: Any, directory: str | os.PathLike[str]) -> bool:
     except DeltaError:
         return False
     return True
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise DeltaError(f"{path} cannot be read ({error}). It is damaged; save or download it again.") from error
 
 
 def is_wrapper_s_copy(key: str, tensors: Mapping[str, Tensor], adapter: str = "") -> bool:
@@ -302,11 +309,7 @@ def read(path: str | os.PathLike[str], *, allow_nonfinite: bool = False) -> Cont
         metadata = read_metadata(path)
         config = {**_checked(path, metadata.get("config")), "records": metadata.get("records")}
     summaries = parse_summaries(config.pop("records", None), path)
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise DeltaError(f"{path} cannot be read ({error}). It is damaged; save or download it again.") from error
-    found, dense = find_records(tensors)
+    found, dense = find_records(_tensors(path))
     if found.keys() != summaries.keys():
         name = min(found.keys() ^ summaries.keys())
         wrong = (

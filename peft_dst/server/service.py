@@ -86,9 +86,9 @@ class Service:
         most = longest(model, tokenizer, self.limits.tokens)
         self.prompts = Prompts(tokenizer, size, most, self.limits.characters)
         ends = model.generation_config.eos_token_id if self.generates else None
-        # Until when what was begun may take, once it is closed.
-        self._end = math.inf
         self.ends = frozenset([ends] if isinstance(ends, int) else ends or [])
+        # When closing began and its grace, in monotonic seconds: for what was begun nobody waits any longer.
+        self._end = math.inf
 
     def names(self) -> list[str]:
         """What clients may name as a model: the base and the deltas."""

@@ -1,6 +1,7 @@
 """Many deltas on one base, at inference.
 
 * `storage`  a model's parameters in one piece, so that entries anywhere in it are written at once
+* `heads`    the modules of which a delta may bring another size
 * `placed`   a delta made ready for that storage
 * `cache`    what was used last, within a budget of bytes
 * `shelf`    deltas by name: read, made ready and held
@@ -8,7 +9,7 @@
 * `pool`     one delta in the weights, or several in one batch
 * `planner`  whether they go together, or one after the other
 
-Imports torch, the core and the delta only: neither PEFT nor transformers is needed to serve.
+Imports torch, numpy, the core and the delta only: neither PEFT nor transformers is needed to serve.
 """
 
 from .planner import Planner

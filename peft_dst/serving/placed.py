@@ -158,8 +158,8 @@ def _dense(delta: SparseDelta, storage: FlatStorage, heads: Container[nn.Module]
         if tensor.shape != parameter.shape and not _is_resized(name, dense, storage, heads):
             raise DeltaError(
                 f"the delta brings a tensor of shape {tuple(tensor.shape)} for {name!r}, which has "
-                f"{tuple(parameter.shape)} in this model. A head alone may have another number of rows, and brings all of "
-                "its tensors then."
+                f"{tuple(parameter.shape)} in this model. A head may have another number of rows, and embeddings more; "
+                "all of their tensors come with them then."
             )
         if tensor.is_floating_point() != parameter.is_floating_point() or tensor.is_complex():
             raise DeltaError(

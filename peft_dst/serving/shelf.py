@@ -163,6 +163,7 @@ class Shelf:
             self._closed = True
             self._known.clear()
             self._digests.clear()
+            self._sizes.clear()
             self._ready, self._mixables, self._read = Cache(0), Cache(0), Cache(0)
         # What is queued is not cancelled but refused, as its futures may be waited for.
         self._prefetcher.shutdown(wait=False)
@@ -222,13 +223,14 @@ class Shelf:
         Raises:
             UnknownDelta, DeltaError, RuntimeError: as `ready`.
         """
+        version = self.version(name)
         placed = self.ready(name, None if held is None else held.placed)
         with self._lock:
             if (found := self._mixables.get(name) or held) is not None and found.placed is placed:
                 return found
         found = self._arrange(placed)
         with self._lock:
-            if name in self._known and not self._closed:
+            if self.is_version(name, version):
                 self._mixables.put(name, found)
                 self._sizes[name] = found.nbytes
         return found

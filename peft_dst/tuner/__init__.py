@@ -15,6 +15,8 @@
 * `weighted`  an adapter from several: weighted sums, TIES, DARE
 * `plan`      an adapter that is about to be added, checked
 * `model`     DSTModel: places the markers, owns the constraints
+* `settling`  what was loaded is checked, and comes into the weights
+* `bare`      state dicts of tuned weights without what markers write beside them are not taken for a new seed
 * `hotswap`   another adapter in the place of one that is loaded
 * `rescale`   adapters at a part of their strength
 * `card`      the model card

@@ -216,7 +216,7 @@ def test_long_names_are_numbered():
     assert lines[-2:] == ["(1) one", f"(2) {'b' * 25}"]
 
 
-def test_which_two_of_several_do_not_go_together(saved, tmp_path):
+def test_which_two_of_several_do_not_go_together(saved):
     folder, _, _ = saved()
     other = get_peft_model(llama(), DSTConfig(epsilon=0.02, init_weights=False))
     with pytest.raises(ValueError, match=r"^first and third: .* belong to different bases"):

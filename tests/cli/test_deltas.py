@@ -310,7 +310,7 @@ def test_the_pages_reader_makes_the_merged_weights(desk, run, monkeypatch):
     assert_same(weights, dict(Checkpoint("merged")))
 
 
-def test_progress_is_shown_on_a_terminal_only(desk, run, monkeypatch, capsys):
+def test_progress_is_shown_on_a_terminal_only(desk, run, monkeypatch):
     shown = []
 
     class Bar:

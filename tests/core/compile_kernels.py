@@ -1,5 +1,5 @@
-"""Every kernel compiled for GPUs that need not be there, in what it may be specialised for: a program of
-`test_compiled_kernels`, given the package's folder.
+"""Every kernel compiled for GPUs that need not be there, with some of what it may be specialised for (`PASSES`): a program
+of `test_compiled_kernels`, given the package's folder.
 """
 
 from __future__ import annotations

@@ -265,7 +265,7 @@ def test_another_base_is_refused_before_anything_is_written(case, trained, tmp_p
     assert set(tmp_path.iterdir()) == there
 
 
-def test_dense_tensors_that_would_overwrite_the_base(trained, tmp_path):
+def test_dense_tensors_that_would_overwrite_the_base(trained):
     base, delta, _ = trained(modules_to_save=["classifier"])
     for key, message in (
         ("base_model.model.bert.pooler.dense.bias", "belongs to none of the adapter's modules_to_save"),

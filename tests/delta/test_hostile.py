@@ -99,7 +99,7 @@ def test_a_description_of_another_shape_is_not_decompressed(tmp_path):
         SparseDelta.load(tmp_path)
 
 
-def test_more_positions_than_were_announced_take_no_memory(tmp_path):
+def test_more_positions_than_were_announced_take_no_memory():
     """3 MB of code stand for 25 million positions of one bit each; one was announced."""
     count = 25_000_000
     code = encode_indices(torch.arange(count), count)

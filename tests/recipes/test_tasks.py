@@ -273,7 +273,7 @@ def test_the_hubs_form_of_superglue_is_the_same():
     assert found["WSC"]["input"] == "wsc: #he# is *Pete*"
 
 
-def test_columns_of_the_hub_are_found(monkeypatch, tmp_path):
+def test_columns_of_the_hub_are_found(monkeypatch):
     """Labels as numbers with names, dotted columns, TriviaQA's nested answers; a hub id that is no folder."""
     rows = {"sentence": ["a", "b"] * 5, "label": [1, 0] * 5}
     features = Features({"sentence": Value("string"), "label": ClassLabel(names=["bad", "good"])})

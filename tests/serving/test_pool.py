@@ -51,7 +51,7 @@ def test_what_is_written_on_the_cpu_is_what_scatter_writes(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(dtype, tmp_path):
+def test_half_precision(dtype):
     base = bert().to(dtype)
     seed = bits_of(base)
     delta = SparseDelta.between(base.state_dict(), _noisy(base).state_dict())
@@ -133,7 +133,7 @@ def _with(base: nn.Module, seed: dict, delta: SparseDelta) -> nn.Module:
     return model
 
 
-def test_another_base_is_refused(tasks, tmp_path):
+def test_another_base_is_refused(tasks):
     base, folder, *_ = tasks
     with torch.no_grad():
         base.bert.encoder.layer[0].output.dense.weight.add_(1.0)
@@ -180,7 +180,7 @@ def test_what_does_not_fit_is_refused(tasks, tmp_path):
         DeltaPool(nn.ReLU())
 
 
-def test_tied_parameters_under_two_names(tmp_path):
+def test_tied_parameters_under_two_names():
     base = BUILDERS["gpt2"]()
     (one, other) = "transformer.wte.weight", "lm_head.weight"
     delta = SparseDelta.between({one: base.lm_head.weight.detach()}, {one: base.lm_head.weight.detach() + 1})
@@ -387,13 +387,14 @@ def test_whole_tensors_that_do_not_fit_are_refused(served, dense, message):
         served.verify(delta)
 
 
-def test_heads_alone_may_have_another_number_of_rows():
+def test_heads_may_have_another_number_of_rows_and_embeddings_more():
     """Keys of one attention head would be broadcast to all; what is kept of such a text goes with that of no other."""
     base = BUILDERS["llama"]()
     for name, size, fits in (
         ("lm_head", 70, True),
         ("lm_head", 50, True),
         ("model.embed_tokens", 70, True),
+        ("model.embed_tokens", 50, False),
         ("model.layers.0.self_attn.k_proj", 8, False),
         ("model.layers.0.mlp.down_proj", 1, False),
         ("model.layers.0.mlp.down_proj", 32, False),
@@ -405,7 +406,8 @@ def test_heads_alone_may_have_another_number_of_rows():
                 made.verify(delta)
                 continue
             with pytest.raises(
-                DeltaError, match=rf"for '{name}\.weight', .* A head alone may have another number of rows"
+                DeltaError,
+                match=rf"for '{name}\.weight', .* A head may have another number of rows, and embeddings more",
             ):
                 made.verify(delta)
 

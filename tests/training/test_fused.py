@@ -124,6 +124,24 @@ def test_kernels_that_cannot_be_compiled_are_left_out(no_compiler, monkeypatch):
     assert {int(state["step"]) for state in optimizer.state.values()} == {2}
 
 
+@pytest.mark.parametrize("trouble", ["Triton Error [CUDA]: out of memory", torch.OutOfMemoryError("out of memory")])
+def test_what_the_device_raises_is_not_taken_for_a_lack_of_a_compiler(trouble, no_compiler, monkeypatch):
+    """It is raised as it is, and the kernels are used when it is over."""
+    _, base, _, optimizer = trained(0, kernels=True)
+    with monkeypatch.context() as patched:
+
+        def fail(*args):
+            raise trouble if isinstance(trouble, Exception) else RuntimeError(trouble)
+
+        patched.setattr(kernels._Batch, "_launch", fail)
+        with pytest.raises(RuntimeError, match="out of memory$"):
+            step(base, optimizer)
+    assert not optimizer.state
+    with pytest.raises(RuntimeError, match="Failed to find C compiler"):
+        step(base, optimizer)
+    assert len(no_compiler) == 1
+
+
 def test_a_step_that_cannot_be_prepared_is_not_counted(monkeypatch):
     _, base, _, optimizer = trained(1, kernels=True)
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from peft_dst import DSTConfig, DSTOptimizer
 from peft_dst.core import Silo, hook, tiled_step
@@ -149,6 +150,22 @@ def test_hooks_of_the_optimizer_see_the_gradients_and_the_updates_that_they_alwa
     assert seen[0] == [trainable(own)]
 
 
+@pytest.mark.parametrize("register", [register_optimizer_step_pre_hook, register_optimizer_step_post_hook])
+def test_hooks_of_all_optimizers_see_them_too(register, silos):
+    own, seen = model(), []
+    optimizer = torch.optim.AdamW(trainable(own), **FUSED)
+    backward(own, 0)
+    hooked = register(lambda *args: seen.append([group["params"] for group in optimizer.param_groups]))
+    try:
+        optimizer.step()
+    finally:
+        hooked.remove()
+    assert not silos
+    assert seen == [[trainable(own)]]
+    optimizer.step()
+    assert silos
+
+
 def test_a_scaler_leaves_fused_optimizers_to_unscale(silos):
     own, twin = model(), model()
     optimizers = [torch.optim.AdamW(trainable(each), **FUSED) for each in (own, twin)]
@@ -279,7 +296,7 @@ def test_a_copy_of_the_optimizer_steps_its_own_model(stepped):
     assert_same(weights(own), weights(copied))
 
 
-def test_the_bound_of_a_seed_follows_the_seed(build):
+def test_the_bound_of_a_seed_follows_the_seed():
     own = model()
     weight = own.constraint().silos[0].weights[0]
     assert weight.seed_bound() == float(weight.data.abs().max())
