@@ -134,7 +134,7 @@ def test_what_the_device_raises_is_not_taken_for_a_lack_of_a_compiler(trouble, n
             raise trouble if isinstance(trouble, Exception) else RuntimeError(trouble)
 
         patched.setattr(kernels._Batch, "_launch", fail)
-        with pytest.raises(RuntimeError, match="out of memory$"):
+        with pytest.raises(RuntimeError, match=r"out of memory$"):
             step(base, optimizer)
     assert not optimizer.state
     with pytest.raises(RuntimeError, match="Failed to find C compiler"):
