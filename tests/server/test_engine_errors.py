@@ -207,7 +207,7 @@ def test_a_delta_that_cannot_be_read_is_tried_once_for_all_of_its_requests(causa
     monkeypatch.setattr(causal._shelf, "ready", lambda name, held=None: (tried.append(name), ready(name, held))[1])
     engine = Engine(causal)
     asked = [generating("broken", [5, 6], 3) for _ in range(4)]
-    together(engine, asked)
+    engine.submit(*(one.request for one in asked))
     for one in asked:
         assert isinstance(one.wait(), DeltaError)
     assert engine.stop(SECONDS)

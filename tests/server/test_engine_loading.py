@@ -12,7 +12,7 @@ from peft_dst.delta import DeltaError, SparseDelta
 from peft_dst.server.engine import Engine, Stopped
 from peft_dst.server.engine.loading import Loading
 from peft_dst.serving import DeltaPool
-from tests.server.engines import SECONDS, Gate, check_answers, expected, generating, noisy, together
+from tests.server.engines import SECONDS, Gate, check_answers, expected, generating, noisy
 from tests.serving.helpers import pool_of, until
 
 
@@ -114,7 +114,7 @@ def test_nothing_is_done_until_it_is_read(engine, slow, plain, monkeypatch):
 def test_an_error_is_told_to_all_that_wait_for_it(engine, slow, plain, caplog):
     slow.error = DeltaError("it is damaged")
     waiting = [generating("slow", [5, 6, 7], 4) for _ in range(3)]
-    together(engine, waiting)
+    engine.submit(*(one.request for one in waiting))
     assert slow.reading.wait(SECONDS)
     check_answers([ask(engine, None)], [plain[None]])
     slow.go.set()
@@ -198,7 +198,7 @@ def test_who_wants_the_same_as_one_that_goes_away(engine, slow, plain, monkeypat
 
     monkeypatch.setattr(Loading, "_next", late)
     slow.go.set()
-    together(engine, [stays, goes])
+    engine.submit(stays.request, goes.request)
     assert goes.wait() is None
     check_answers([stays], [plain["slow"]])
 
@@ -244,7 +244,7 @@ def test_what_others_push_out_is_read_in_place(causal, folders, plain, slow):
     with pool_of(causal.model, folders.values(), budget=size) as pool:
         engine = Engine(pool)
         asked = [generating(name, [5, 6, 7], 1) for name in folders]
-        together(engine, asked)
+        engine.submit(*(one.request for one in asked))
         assert slow.reading.wait(SECONDS)
         # All four are read while the thread computes, of which there is room for the last one.
         gate = Gate(pool.model)
