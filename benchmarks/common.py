@@ -114,12 +114,18 @@ def seconds(function: Callable[[], Any]) -> float:
 
 
 def interleaved(
-    functions: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 2
+    functions: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 2, before: Callable[[], Any] | None = None
 ) -> dict[str, dict[str, float]]:
     """Time functions in turn, every second round in reverse order, and compare each with the first round by round.
 
     Other work on the machine slows neighbouring runs alike, and it falls on every function as often: so the median over
     rounds of the ratio within a round says more than a ratio of two medians.
+
+    Args:
+        functions: what is timed, by name.
+        rounds: how many times.
+        warmup: rounds before those.
+        before: called before each of them, and not timed, so that all of them find the caches alike.
 
     Returns:
         Name → {"ms": median, "ratio": median ratio to the first function, "low" and "high": quartiles of that ratio}.
@@ -128,6 +134,8 @@ def interleaved(
     times: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(warmup + rounds):
         for name in names if turn % 2 == 0 else reversed(names):
+            if before is not None:
+                before()
             taken = seconds(functions[name])
             if turn >= warmup:
                 times[name].append(taken)

@@ -235,7 +235,9 @@ def render(results: dict[str, Results]) -> str:
     parts = {
         "selection": selection_table(results["selection"]),
         "step": step_table(results["step"]),
-        "step_rounds": "{gpt2_rounds} rounds (GPT-2) and {rounds} (MiniLM)".format(**results["step"]["options"]),
+        "step_rounds": (
+            "{gpt2_rounds} rounds (GPT-2) and {rounds} (MiniLM; {further_rounds} where there is no limit)"
+        ).format(**results["step"]["options"]),
         "memory": memory_table(results["memory"]),
         "formulas": formula_table(),
         "letters": letter_table(results["memory"]),

@@ -6,8 +6,8 @@ The first paper's Figure 3, on a CPU: what a switch adds to a request. Two rando
 turns on one base; a switch takes one out and puts the other in. `DeltaPool` switches through one flat buffer, DST's
 `set_adapter` in PEFT tensor by tensor; "scatter" is the least that it could be: writing that many entries, twice. The
 same model also switches between two LoRA adapters (r = 8, all linear layers) by `set_adapter`, and by unmerging one and
-merging the other; and between two adapters of SHiRA and of Super-Tuning, of LoRA's size. Everything is interleaved with the
-forward pass: ratios within a round, medians over rounds.
+merging the other; and between two adapters of SHiRA and of Super-Tuning, of LoRA's size. Each comes after a forward pass,
+which leaves little of what a switch needs in the caches; ratios to another one within a round, medians over rounds.
 """
 
 from __future__ import annotations
@@ -139,7 +139,8 @@ def measure(
                 functions |= others(model)
             else:
                 functions |= in_peft(copy.deepcopy(model), epsilon) | pooled(model, epsilon)
-            found = common.interleaved(functions, rounds)
+            # In what a forward pass leaves in the caches, as where a model serves.
+            found = common.interleaved(functions, rounds, before=functions["forward"])
         row: dict[str, Any] = {"model": name, "parameters": size, "epsilon": epsilon, **found}
         if epsilon is not None:
             row["entries"] = max(1, round(epsilon * size))

@@ -210,7 +210,27 @@ class Batch:
         finally:
             self._share(before)
 
-    def stacked(self, host: Host, names: Sequence[str]) -> Stacked | None:
+    def correction(self, host: Host, input: Tensor) -> tuple[int, Stacked | None]:
+        """How many rows what a host returns for an input has for the batch, and what corrects them.
+
+        Raises:
+            ValueError: as `names_for`.
+        """
+        # All that it depends on; the guard need not see how it is looked up.
+        with torch._C.DisableTorchFunction():
+            key = host, input.dim(), input.shape[:1], self.rows, self.alone
+            found = None if self.selected else self._kept.get(key)
+        if found is None:
+            names = (
+                [self.alone] * len(input) if self.alone else self.names_for(host, input, self.layout(host, [input])[0])
+            )
+            with torch._C.DisableTorchFunction():
+                found = len(names), self._stacked(host, names) if names else None
+                if not self.selected:
+                    self._kept[key] = found
+        return found
+
+    def _stacked(self, host: Host, names: Sequence[str]) -> Stacked | None:
         """The corrections of a host for these rows, in groups as large as can be."""
 
         def stack() -> Stacked | None:

@@ -197,8 +197,11 @@ class Norm(Correction):
 def _layer_norm_with_moments(module: nn.LayerNorm, input: Tensor) -> tuple[Tensor, ...]:
     """What the module's own forward computes; with the moments, if they are not rounded to few bits."""
     weight = module.weight
-    wide = weight.dtype in (torch.float32, torch.float64) and input.dtype == weight.dtype
-    if not wide or torch.is_autocast_enabled(input.device.type):
+    # The guard need not see what is looked at.
+    with torch._C.DisableTorchFunction():
+        wide = weight.dtype in (torch.float32, torch.float64) and input.dtype == weight.dtype
+        wide = wide and not torch.is_autocast_enabled(input.device.type)
+    if not wide:
         return (functional.layer_norm(input, module.normalized_shape, weight, module.bias, module.eps),)
     return torch.native_layer_norm(input, module.normalized_shape, weight, module.bias, module.eps)
 

@@ -32,21 +32,20 @@ def corrected(host: Host, batch: Batch, forward: Callable[..., Any], *args: Any,
         # Tied to what a module around it has: the values are written in already, and a correction would add them again.
         return _run_tuned(host, batch, forward, batch.alone, args, kwargs)
     output, *more = host.kind.call(forward, *args, **kwargs)
-    input = tensors_in((args, kwargs))[0]
+    input = args[0] if args and isinstance(args[0], Tensor) else tensors_in((args, kwargs))[0]
     if batch.trial is not None:
         batch.note(host, [input], output)
         return output
-    names = [batch.alone] * len(input) if batch.alone else batch.names_for(host, input, batch.layout(host, [input])[0])
-    if not names:
+    rows, stacked = batch.correction(host, input)
+    if not rows:
         return output
-    if input.shape[0] < len(names):
-        # One row for all samples, as positions often are: from here on each has its own.
-        input = input.expand(len(names), *input.shape[1:])
-        output = output.expand(len(names), *output.shape[1:])
-    output = output.contiguous()
     # What is done here is none of the guard's business.
     with torch._C.DisableTorchFunction():
-        stacked = batch.stacked(host, names)
+        if input.shape[0] < rows:
+            # One row for all samples, as positions often are: from here on each has its own.
+            input = input.expand(rows, *input.shape[1:])
+            output = output.expand(rows, *output.shape[1:])
+        output = output.contiguous()
         if stacked is not None:
             stacked.correct(output, input, *more)
     return output
