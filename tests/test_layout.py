@@ -33,36 +33,39 @@ ORDER = [
     "__init__",
     "__main__",
 ]
-# The same of the modules of the tuner.
-IN_TUNER = [
-    "entries",
-    "overlay",
-    "sums",
-    "records",
-    "states",
-    "layer",
-    "constraints",
-    "bare",
-    "targets",
-    "settling",
-    "exchange",
-    "parallel",
-    "mixed",
-    "static",
-    "weighted",
-    "plan",
-    "model",
-    "hotswap",
-    "rescale",
-    "card",
-    "saving",
-    "__init__",
-]
+# The same of the modules of a folder.
+INSIDE = {
+    "tuner": [
+        "entries",
+        "overlay",
+        "sums",
+        "records",
+        "states",
+        "layer",
+        "constraints",
+        "bare",
+        "targets",
+        "settling",
+        "exchange",
+        "parallel",
+        "mixed",
+        "static",
+        "weighted",
+        "plan",
+        "model",
+        "hotswap",
+        "rescale",
+        "card",
+        "saving",
+        "__init__",
+    ],
+    "server/engine": ["requests", "loading", "desk", "companies", "plans", "halving", "rounds", "thread", "__init__"],
+}
 MAY_IMPORT = {
     "core": {"torch", "numpy"},
     "delta": {"torch", "numpy", "safetensors"},
     "mixing": {"torch"},
-    "serving": {"torch"},
+    "serving": {"torch", "numpy"},
     "subsets": {"torch", "numpy", "safetensors", "tqdm"},
 }
 
@@ -98,11 +101,16 @@ def test_imports_point_one_way(path):
             assert level < depth
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if room(p) == "tuner"], ids=lambda p: p.stem)
-def test_the_tuner_s_imports_point_one_way(path):
+def folder(path: Path) -> str:
+    return path.parent.relative_to(PACKAGE).as_posix()
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if folder(p) in INSIDE], ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_imports_inside_a_folder_point_one_way(path):
+    order = INSIDE[folder(path)]
     for level, name in imports(path):
         if level == 1:
-            assert IN_TUNER.index(name.split(".")[0]) < IN_TUNER.index(path.stem)
+            assert order.index(name.split(".")[0]) < order.index(path.stem)
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if room(p) in MAY_IMPORT], ids=lambda p: str(p.relative_to(PACKAGE)))

@@ -3,7 +3,7 @@
 * `sampling`   how the next token is picked
 * `cohorts`    sequences that are continued together
 * `classifier` texts that are classified together
-* `engine`     the one thread that computes
+* `engine/`    the one thread that computes: from requests to batches, round by round
 * `protocol`   what clients send
 * `limits`     what they may ask for
 * `texts`      from texts to tokens and back

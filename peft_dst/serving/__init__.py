@@ -9,7 +9,7 @@
 * `pool`     one delta in the weights, or several in one batch
 * `planner`  whether they go together, or one after the other
 
-Imports torch, the core and the delta only: neither PEFT nor transformers is needed to serve.
+Imports torch, numpy, the core and the delta only: neither PEFT nor transformers is needed to serve.
 """
 
 from .planner import Planner

@@ -339,6 +339,10 @@ class DeltaPool:
         """
         return self._shelf.ready(name)
 
+    def is_ready(self, name: str) -> bool:
+        """Whether a delta is held within the budget, so that nothing is read to use it; of none that is unknown."""
+        return self._shelf.is_ready(name)
+
     def mixed_nbytes(self, name: str | None) -> int:
         """Bytes that a delta is held in for mixed batches; 0 if it was in none so far, and of the base."""
         return self._shelf.mixed_nbytes(name)

@@ -226,6 +226,11 @@ class Shelf:
         """As `DeltaPool.mixed_nbytes`."""
         return self._sizes.get(name, 0) if name is not None else 0
 
+    def is_ready(self, name: str) -> bool:
+        """As `DeltaPool.is_ready`."""
+        with self._lock:
+            return name in self._ready
+
     def prefetch(self, name: str) -> None:
         """Have a delta made ready in the background.
 

@@ -5,14 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from peft_dst.server import engine as engine_module
-from peft_dst.server.engine import Engine
+from peft_dst.server.engine import Engine, plans
 from tests.models import BUILDERS
-from tests.server.engines import (
-    SECONDS,
-    Always,
-    pooled,
-)
+from tests.server.engines import SECONDS, Always, pooled
 
 
 @pytest.fixture
@@ -25,7 +20,7 @@ def causal():
 @pytest.fixture
 def mixing(causal, monkeypatch):
     """An engine that always mixes what can be."""
-    monkeypatch.setattr(engine_module, "Planner", lambda: Always(True))
+    monkeypatch.setattr(plans, "Planner", lambda: Always(True))
     engine = Engine(causal)
     yield engine
     engine.stop(SECONDS)

@@ -63,9 +63,23 @@ class Asked:
         return self.error
 
 
+def generating(delta, prompt, limit, **options):
+    """A request to continue a text by so many tokens."""
+    return Asked(Generate, delta, continuation=Continuation(prompt, limit, **options))
+
+
+def check_answers(asked, want):
+    """Wait for these, which are to have such tokens."""
+    for one, tokens in zip(asked, want, strict=True):
+        assert one.wait() is None
+        assert one.request.continuation.tokens == tokens
+
+
 def together(engine, asked):
-    """Submit these so that they are taken in one round."""
-    with engine._changed:
+    """Submit these so that they are taken in one round: none waits for its delta to be read."""
+    for delta in {one.request.delta for one in asked} - {None}:
+        engine.pool.ready(delta)
+    with engine._desk._changed:
         for one in asked:
             engine.submit(one.request)
 
@@ -100,18 +114,16 @@ class Gate:
 
 def ask(engine, *deltas, limit=8, **options):
     """Continuations of one text with several deltas, from one round on, and what they should be."""
-    asked = [Asked(Generate, delta, continuation=Continuation([5, 6, 7], limit, **options)) for delta in deltas]
+    asked = [generating(delta, [5, 6, 7], limit, **options) for delta in deltas]
     want = [expected(engine.pool, delta, [5, 6, 7], limit) for delta in deltas]
     together(engine, asked)
-    return list(zip(asked, want, strict=True))
+    return asked, want
 
 
 def mixed_now(engine, *deltas) -> bool:
     """Whether these go together, with right answers."""
     before = engine.computed["mixed_batches"]
-    for one, want in ask(engine, *deltas):
-        assert one.wait() is None
-        assert one.request.continuation.tokens == want
+    check_answers(*ask(engine, *deltas))
     return engine.computed["mixed_batches"] > before
 
 

@@ -16,43 +16,24 @@ import httpx
 import openai
 import pytest
 import torch
-import transformers as hf
 from peft import get_peft_model
 
-from benchmarks import load
 from peft_dst import DSTConfig
 from peft_dst.delta import SparseDelta
 from peft_dst.server.limits import Limits
 from peft_dst.server.service import Service
 from tests import toys
-from tests.server.engines import noisy
+from tests.server.servers import AUTHORISED, classifier_of, files, parts_of, put, served, write_deltas
 from tests.serving.helpers import until
-
-
-TOKEN = "s3cret"
-TEMPLATE = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}answer: "
-
-
-def write_deltas(base, folder, count=3, start=0):
-    for i in range(start, start + count):
-        noisy(base, i).described(base_model_name_or_path="toy").save(folder / f"task{i}")
 
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
     """A tiny causal model in double precision, its tokenizer, and a folder of deltas."""
     folder = tmp_path_factory.mktemp("serving")
-    toys.model(folder / "llama", "llama")
-    base = hf.AutoModelForCausalLM.from_pretrained(folder / "llama", dtype=torch.float64).eval()
-    tokenizer = hf.AutoTokenizer.from_pretrained(folder / "llama")
-    tokenizer.chat_template = TEMPLATE
+    base, tokenizer = parts_of(folder, dtype=torch.float64)
     write_deltas(base, folder / "deltas")
     return base, tokenizer, folder / "deltas"
-
-
-def served(service, **options):
-    """Its address, while it runs."""
-    return load.served(service, token=TOKEN, **options)
 
 
 @pytest.fixture
@@ -199,15 +180,6 @@ def test_there_is_no_chat_without_a_template(parts):
 # Deltas that come and go
 
 
-def files(folder):
-    return {path.name: (path.name, path.read_bytes()) for path in sorted(folder.glob("adapter_*"))}
-
-
-def put(url, name, folder, token=TOKEN, **changed):
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
-    return httpx.put(f"{url}/v1/deltas/{name}", files=files(folder) | changed, headers=headers, timeout=60)
-
-
 def test_a_delta_is_uploaded_and_removed(url, client, parts, deltas, tmp_path):
     base, *_ = parts
     write_deltas(base, tmp_path, 1, start=7)
@@ -220,13 +192,12 @@ def test_a_delta_is_uploaded_and_removed(url, client, parts, deltas, tmp_path):
     made = client.completions.create(model="new", prompt="who", max_tokens=5, temperature=0)
     assert made.choices[0].text == offline(parts_of_new, "task7", "who", 5)
     assert put(url, "new", tmp_path / "task7").status_code == 409
-    headers = {"Authorization": f"Bearer {TOKEN}"}
-    assert httpx.delete(f"{url}/v1/deltas/new", headers=headers).json()["deleted"]
+    assert httpx.delete(f"{url}/v1/deltas/new", headers=AUTHORISED).json()["deleted"]
     assert {path.name for path in deltas.iterdir()} == {"task0", "task1", "task2"}
     with pytest.raises(openai.NotFoundError):
         client.completions.create(model="new", prompt="who", max_tokens=5)
     for name in ("new", "base"):
-        assert httpx.delete(f"{url}/v1/deltas/{name}", headers=headers).status_code == 404
+        assert httpx.delete(f"{url}/v1/deltas/{name}", headers=AUTHORISED).status_code == 404
 
 
 def test_uploads_that_are_refused(url, parts, deltas, tmp_path):
@@ -249,8 +220,7 @@ def test_uploads_that_are_refused(url, parts, deltas, tmp_path):
     write_deltas(elsewhere, tmp_path / "elsewhere", 1)
     answer = put(url, "new", tmp_path / "elsewhere" / "task0")
     assert (answer.status_code, "the base model's values differ" in answer.text) == (422, True)
-    headers = {"Authorization": f"Bearer {TOKEN}"}
-    answer = httpx.put(f"{url}/v1/deltas/new", files={"other": b"x"}, headers=headers)
+    answer = httpx.put(f"{url}/v1/deltas/new", files={"other": b"x"}, headers=AUTHORISED)
     assert (answer.status_code, "adapter_config.json is missing" in answer.text) == (400, True)
     assert {path.name for path in deltas.iterdir()} == {"task0", "task1", "task2"}
 
@@ -270,7 +240,7 @@ def test_uploads_have_a_limit_and_leave_nothing(parts, deltas, tmp_path):
             for _ in range(40):
                 yield bytes(10**5)
 
-        headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "multipart/form-data; boundary=x"}
+        headers = AUTHORISED | {"Content-Type": "multipart/form-data; boundary=x"}
         # Without a length: counted as it comes.
         assert httpx.put(f"{url}/v1/deltas/new", content=chunks(), headers=headers).status_code == 413
         # A client that dies in the middle.
@@ -281,9 +251,7 @@ def test_uploads_have_a_limit_and_leave_nothing(parts, deltas, tmp_path):
                 raise httpx.WriteError("gone")
 
             client.put(f"{url}/v1/deltas/new", content=dying(), headers=headers)
-        deadline = time.monotonic() + 30
-        while [p for p in deltas.iterdir() if p.name.startswith(".")] and time.monotonic() < deadline:
-            time.sleep(0.02)
+        until(lambda: not list(deltas.glob(".*")))
         assert {path.name for path in deltas.iterdir()} == {"task0", "task1", "task2"}
     with served(Service(copy.deepcopy(base), tokenizer, "base")) as url:
         assert put(url, "new", tmp_path / "task7").status_code == 403
@@ -324,10 +292,9 @@ def test_many_clients(url, parts):
     changes = []
 
     def change():
-        headers = {"Authorization": f"Bearer {TOKEN}"}
         while not stop.is_set():
             changes.append(put(url, "come-and-go", folder / "task1").status_code)
-            changes.append(httpx.delete(f"{url}/v1/deltas/come-and-go", headers=headers).status_code)
+            changes.append(httpx.delete(f"{url}/v1/deltas/come-and-go", headers=AUTHORISED).status_code)
 
     changing = threading.Thread(target=change)
     changing.start()
@@ -377,10 +344,7 @@ def test_too_much_and_too_slow(parts):
 
 
 def wait_until_idle(url):
-    deadline = time.monotonic() + 30
-    while not {"peft_dst_running 0.0", "peft_dst_waiting 0.0"} <= {*httpx.get(f"{url}/metrics").text.splitlines()}:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    until(lambda: {"peft_dst_running 0.0", "peft_dst_waiting 0.0"} <= {*httpx.get(f"{url}/metrics").text.splitlines()})
 
 
 def slowed(base, seconds):
@@ -402,7 +366,7 @@ def test_a_stream_whose_delta_goes_away_says_so(parts, deltas):
         with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as answer:
             events = events_of(answer)
             assert "choices" in next(events)
-            httpx.delete(f"{url}/v1/deltas/task1", headers={"Authorization": f"Bearer {TOKEN}"})
+            httpx.delete(f"{url}/v1/deltas/task1", headers=AUTHORISED)
             *_, last = events
         assert "task1" in last["error"]["message"]
         assert (last["error"]["type"], last["error"]["code"]) == ("invalid_request_error", "model_not_found")
@@ -424,10 +388,7 @@ def test_the_time_of_a_stream_is_that_to_its_end(parts):
 
 
 def test_a_classifier(tmp_path):
-    toys.model(tmp_path / "bert", "bert")
-    torch.manual_seed(0)
-    base = hf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "bert", num_labels=3)
-    tokenizer = hf.AutoTokenizer.from_pretrained(tmp_path / "bert")
+    base, tokenizer = classifier_of(tmp_path, num_labels=3)
     model = get_peft_model(copy.deepcopy(base), DSTConfig(epsilon=0.05, modules_to_save=["classifier"]))
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     batch = tokenizer(["who is the cat", "where is the dog"], return_tensors="pt")

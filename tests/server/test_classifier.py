@@ -14,8 +14,8 @@ from benchmarks.load import served
 from peft_dst.server.classifier import classify
 from peft_dst.server.labels import verdict
 from peft_dst.server.service import Service
-from tests import toys
 from tests.models import bert
+from tests.server.servers import classifier_of
 
 
 SMALL = {"vocab_size": 61, "num_labels": 3, "bos_token_id": None, "eos_token_id": None}
@@ -104,15 +104,12 @@ def test_what_is_said_of_a_text(config, logits, want):
 
 def test_what_is_said_is_what_the_base_was_made_for(tmp_path):
     """A model without labels, and one whose labels are independent, as clients see them."""
-    toys.model(tmp_path / "bert", "bert")
-    tokenizer = hf.AutoTokenizer.from_pretrained(tmp_path / "bert")
     for options, form in (
         ({"num_labels": 1}, ["scores"]),
         ({"num_labels": 4, "problem_type": "multi_label_classification"}, ["labels", "scores"]),
         ({"num_labels": 4}, ["label", "scores"]),
     ):
-        torch.manual_seed(0)
-        base = hf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "bert", **options).eval()
+        base, tokenizer = classifier_of(tmp_path, **options)
         with torch.no_grad():
             (logits,) = base(**tokenizer(["who is the cat"], return_tensors="pt")).logits.double()
         with served(Service(base, tokenizer, "base")) as url:
@@ -125,10 +122,7 @@ def test_what_is_said_is_what_the_base_was_made_for(tmp_path):
 
 def test_more_texts_than_may_wait(tmp_path):
     """A request is one, however many texts it has; but no more than 256."""
-    toys.model(tmp_path / "bert", "bert")
-    torch.manual_seed(0)
-    base = hf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "bert", num_labels=3).eval()
-    tokenizer = hf.AutoTokenizer.from_pretrained(tmp_path / "bert")
+    base, tokenizer = classifier_of(tmp_path, num_labels=3)
     service = Service(base, tokenizer, "base", capacity=4, queue=2)
     assert len(asyncio.run(service.classify(None, ["who is the cat"] * 50))) == 50
     with served(service) as url:

@@ -8,9 +8,8 @@ import threading
 import pytest
 import torch
 
-from peft_dst.server import engine as engine_module
-from peft_dst.server.cohorts import Cohort, Continuation
-from peft_dst.server.engine import Classify, Engine, Full, Generate, Stopped
+from peft_dst.server.cohorts import Cohort
+from peft_dst.server.engine import Classify, Engine, Full, Stopped, desk, plans, rounds
 from peft_dst.serving import DeltaPool
 from tests.models import bert
 from tests.server.engines import (
@@ -19,7 +18,9 @@ from tests.server.engines import (
     Asked,
     Gate,
     ask,
+    check_answers,
     expected,
+    generating,
     pooled,
     together,
 )
@@ -29,8 +30,8 @@ from tests.server.test_classifier import MODELS
 @pytest.mark.parametrize("mixes", [True, False, None])
 def test_many_at_once(causal, mixes, monkeypatch):
     """In waves from several threads, mixed, apart, and with that changing: no wrong answer, none lost, none told twice."""
-    monkeypatch.setattr(engine_module, "Planner", lambda: Always(mixes))
-    monkeypatch.setattr(engine_module, "STEPS", 3)
+    monkeypatch.setattr(plans, "Planner", lambda: Always(mixes))
+    monkeypatch.setattr(rounds, "STEPS", 3)
     rng = random.Random(0)
     cases = []
     for _ in range(40):
@@ -39,7 +40,7 @@ def test_many_at_once(causal, mixes, monkeypatch):
     want = [expected(causal, *case) for case in cases]
     assert len({tuple(tokens) for tokens in want}) > 20
     engine = Engine(causal, capacity=6)
-    asked = [Asked(Generate, delta, continuation=Continuation(prompt, limit)) for delta, prompt, limit in cases]
+    asked = [generating(delta, prompt, limit) for delta, prompt, limit in cases]
 
     def send(part):
         for one in part:
@@ -48,9 +49,7 @@ def test_many_at_once(causal, mixes, monkeypatch):
     threads = [threading.Thread(target=send, args=(asked[i::4],)) for i in range(4)]
     for thread in threads:
         thread.start()
-    for one, tokens in zip(asked, want, strict=True):
-        assert one.wait() is None
-        assert one.request.continuation.tokens == tokens
+    check_answers(asked, want)
     assert engine.stop(SECONDS)
     assert all(one.ends == 1 for one in asked)
     assert engine.running == engine.waiting == 0
@@ -62,8 +61,8 @@ def test_many_at_once(causal, mixes, monkeypatch):
 
 def test_a_long_text_makes_no_batch_of_long_ones(causal, monkeypatch):
     """Short ones would be padded to its length."""
-    monkeypatch.setattr(engine_module, "TOKENS", 24)
-    monkeypatch.setattr(engine_module, "Planner", lambda: Always(True))
+    monkeypatch.setattr(plans, "TOKENS", 24)
+    monkeypatch.setattr(plans, "Planner", lambda: Always(True))
     prompts = [[3 + i % 7 for i in range(size)] for size in (2, 30, 3, 9, 1, 12, 12, 2)]
     deltas = [None, *causal.names(), None, *causal.names()]
     want = [expected(causal, delta, prompt, 3) for delta, prompt in zip(deltas, prompts, strict=True)]
@@ -74,20 +73,15 @@ def test_a_long_text_makes_no_batch_of_long_ones(causal, monkeypatch):
             read.append((len(members), max(len(member.prompt) for member in members)))
             super().__init__(model, members)
 
-    monkeypatch.setattr(engine_module, "Cohort", Watched)
+    monkeypatch.setattr(rounds, "Cohort", Watched)
     engine = Engine(causal)
     shapes = []
     causal.model.register_forward_pre_hook(
         lambda module, args, given: shapes.append(tuple(given["input_ids"].shape)), with_kwargs=True
     )
-    asked = [
-        Asked(Generate, delta, continuation=Continuation(prompt, 3))
-        for delta, prompt in zip(deltas, prompts, strict=True)
-    ]
+    asked = [generating(delta, prompt, 3) for delta, prompt in zip(deltas, prompts, strict=True)]
     together(engine, asked)
-    for one, tokens in zip(asked, want, strict=True):
-        assert one.wait() is None
-        assert one.request.continuation.tokens == tokens
+    check_answers(asked, want)
     assert engine.stop(SECONDS)
     assert read == [(4, 3), (2, 12), (1, 12), (1, 30)]
     # They are continued together.
@@ -96,9 +90,9 @@ def test_a_long_text_makes_no_batch_of_long_ones(causal, monkeypatch):
 
 def test_short_texts_are_not_continued_beside_long_ones(causal, monkeypatch):
     """Whose keys and values would be as long, and as much to go through for each token. They grow out of their batch."""
-    monkeypatch.setattr(engine_module, "SHORT", 8)
-    monkeypatch.setattr(engine_module, "STEPS", 1)
-    monkeypatch.setattr(engine_module, "Planner", lambda: Always(True))
+    monkeypatch.setattr(rounds, "SHORT", 8)
+    monkeypatch.setattr(rounds, "STEPS", 1)
+    monkeypatch.setattr(plans, "Planner", lambda: Always(True))
     prompts = [[3 + i % 7 for i in range(size)] for size in (2, 5, 20, 29, 3)]
     deltas = [None, "task0", "task1", None, "task2"]
     want = [expected(causal, delta, prompt, 6) for delta, prompt in zip(deltas, prompts, strict=True)]
@@ -110,14 +104,9 @@ def test_short_texts_are_not_continued_beside_long_ones(causal, monkeypatch):
 
     monkeypatch.setattr(Cohort, "step", watched)
     engine = Engine(causal)
-    asked = [
-        Asked(Generate, delta, continuation=Continuation(prompt, 6))
-        for delta, prompt in zip(deltas, prompts, strict=True)
-    ]
+    asked = [generating(delta, prompt, 6) for delta, prompt in zip(deltas, prompts, strict=True)]
     together(engine, asked)
-    for one, tokens in zip(asked, want, strict=True):
-        assert one.wait() is None
-        assert one.request.continuation.tokens == tokens
+    check_answers(asked, want)
     assert engine.stop(SECONDS)
     assert batches[:4] == [[3, 4, 6], [21, 30], [4, 5, 7], [22, 31]]
     # Then one becomes too long for the first batch, and one for the second.
@@ -126,7 +115,7 @@ def test_short_texts_are_not_continued_beside_long_ones(causal, monkeypatch):
 
 def test_no_more_deltas_go_together_than_there_is_room_for(causal, monkeypatch):
     """Once it is known what they take. Others are computed one after the other."""
-    monkeypatch.setattr(engine_module, "Planner", lambda: Always(True))
+    monkeypatch.setattr(plans, "Planner", lambda: Always(True))
     names = causal.names()
     with causal.mix(names):
         sizes = [causal.mixed_nbytes(name) for name in names]
@@ -144,9 +133,7 @@ def test_no_more_deltas_go_together_than_there_is_room_for(causal, monkeypatch):
         engine = Engine(pool)
         for _ in range(2):
             together_with.clear()
-            for one, want in ask(engine, *names, None):
-                assert one.wait() is None
-                assert one.request.continuation.tokens == want
+            check_answers(*ask(engine, *names, None))
         assert engine.stop(SECONDS)
         # The base takes nothing.
         assert together_with[:2] == [[None, "task0", "task1"], ["task2"]]
@@ -155,20 +142,18 @@ def test_no_more_deltas_go_together_than_there_is_room_for(causal, monkeypatch):
 
 def test_many_new_prompts_do_not_hold_up_those_that_are_continued(causal, monkeypatch):
     """They are read some at a time, and everybody's next token is made in between."""
-    monkeypatch.setattr(engine_module, "READ", 24)
+    monkeypatch.setattr(desk, "READ", 24)
     prompts = [[3 + i % 7 for i in range(size)] for size in (10, 10, 10, 30, 10, 2)]
     want = [expected(causal, None, prompt, 3) for prompt in prompts]
     gate = Gate(causal.model)
     engine = Engine(causal)
-    first = Asked(Generate, None, continuation=Continuation([5], 12))
+    first = generating(None, [5], 12)
     engine.submit(first.request)
     assert gate.reached.wait(SECONDS)
-    asked = [Asked(Generate, None, continuation=Continuation(prompt, 3)) for prompt in prompts]
+    asked = [generating(None, prompt, 3) for prompt in prompts]
     together(engine, asked)
     gate.open.set()
-    for one, tokens in zip(asked, want, strict=True):
-        assert one.wait() is None
-        assert one.request.continuation.tokens == tokens
+    check_answers(asked, want)
     assert first.wait() is None
     assert engine.stop(SECONDS)
     # One that is longer than that is read by itself.
@@ -180,10 +165,10 @@ def test_many_new_prompts_do_not_hold_up_those_that_are_continued(causal, monkey
 def test_nobody_waits_for_another_s_answer_to_end(causal):
     """A short answer of one delta comes while a long one of another is being made."""
     engine = Engine(causal)
-    long = Asked(Generate, "task0", continuation=Continuation([5], 10_000))
+    long = generating("task0", [5], 10_000)
     engine.submit(long.request)
-    short = Asked(Generate, "task1", continuation=Continuation([6, 7], 3))
-    beside = Asked(Generate, "task0", continuation=Continuation([8, 9], 3))
+    short = generating("task1", [6, 7], 3)
+    beside = generating("task0", [8, 9], 3)
     for one in (short, beside):
         engine.submit(one.request)
         assert one.wait() is None
@@ -197,11 +182,11 @@ def test_nobody_waits_for_another_s_answer_to_end(causal):
 
 def test_limits(causal):
     engine = Engine(causal, capacity=1, queue=2)
-    first = Asked(Generate, None, continuation=Continuation([5], 10_000))
+    first = generating(None, [5], 10_000)
     engine.submit(first.request)
     while engine.waiting:
         pass
-    more = [Asked(Generate, None, continuation=Continuation([6], 2)) for _ in range(3)]
+    more = [generating(None, [6], 2) for _ in range(3)]
     engine.submit(more[0].request)
     engine.submit(more[1].request)
     with pytest.raises(Full, match="2 requests are waiting already"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -10,9 +9,8 @@ import torch
 from torch import nn
 
 from peft_dst.delta import DeltaError, SparseDelta
-from peft_dst.server import engine as engine_module
 from peft_dst.server.cohorts import Cohort, Continuation
-from peft_dst.server.engine import Classify, Engine, Generate, Stopped
+from peft_dst.server.engine import Classify, Engine, Generate, Stopped, companies, plans, rounds
 from peft_dst.server.sampling import Sampling
 from tests.models import bert
 from tests.server.engines import (
@@ -21,8 +19,10 @@ from tests.server.engines import (
     Asked,
     Gate,
     ask,
+    check_answers,
     expected,
     failing,
+    generating,
     mixed_now,
     noisy,
     pooled,
@@ -33,9 +33,9 @@ from tests.server.engines import (
 def test_errors_are_told_to_whom_they_concern(causal):
     engine = Engine(causal)
     causal.add("broken", SparseDelta({"no.such": noisy(nn.Linear(20, 20).double(), 0)["weight"]}))
-    broken = Asked(Generate, "broken", continuation=Continuation([5], 3))
-    unknown = Asked(Generate, "unknown", continuation=Continuation([5], 3))
-    good = Asked(Generate, "task0", continuation=Continuation([5], 3))
+    broken = generating("broken", [5], 3)
+    unknown = generating("unknown", [5], 3)
+    good = generating("task0", [5], 3)
     for one in (broken, unknown, good):
         engine.submit(one.request)
     assert isinstance(broken.wait(), DeltaError)
@@ -47,7 +47,7 @@ def test_errors_are_told_to_whom_they_concern(causal):
 @pytest.mark.parametrize("at", [1, 3])
 def test_a_model_that_cannot_be_mixed(causal, at, monkeypatch):
     """Found out when reading, or in a later step: nobody notices but the log, and it is not tried for ever."""
-    monkeypatch.setattr(engine_module, "Planner", lambda: Always(True))
+    monkeypatch.setattr(plans, "Planner", lambda: Always(True))
     calls = []
 
     def refuses(module, args, kwargs):
@@ -60,18 +60,14 @@ def test_a_model_that_cannot_be_mixed(causal, at, monkeypatch):
     cases = [(delta, [5, 6, number + 7], 9) for number, delta in enumerate(["task0", "task1", None, "task2"])]
     want = [expected(causal, *case) for case in cases]
     engine = Engine(causal)
-    asked = [Asked(Generate, delta, continuation=Continuation(prompt, limit)) for delta, prompt, limit in cases]
+    asked = [generating(delta, prompt, limit) for delta, prompt, limit in cases]
     together(engine, asked)
-    for one, tokens in zip(asked, want, strict=True):
-        assert one.wait() is None
-        assert one.request.continuation.tokens == tokens
+    check_answers(asked, want)
     tried = len(calls)
     assert tried >= at
-    again = [Asked(Generate, delta, continuation=Continuation(prompt, limit)) for delta, prompt, limit in cases]
+    again = [generating(delta, prompt, limit) for delta, prompt, limit in cases]
     together(engine, again)
-    for one, tokens in zip(again, want, strict=True):
-        assert one.wait() is None
-        assert one.request.continuation.tokens == tokens
+    check_answers(again, want)
     assert engine.stop(SECONDS)
     assert len(calls) == tried
 
@@ -95,7 +91,7 @@ def test_a_delta_that_gives_no_numbers(mixing):
     tuned["model.layers.1.self_attn.v_proj.weight"][3, 4] = 1e300
     tuned["model.norm.weight"][2] = 1e300
     mixing.pool.add("spoilt", SparseDelta.between(base, tuned))
-    asked = [Asked(Generate, delta, continuation=Continuation([5, 6, 7], 8)) for delta in ("task0", "spoilt", None)]
+    asked = [generating(delta, [5, 6, 7], 8) for delta in ("task0", "spoilt", None)]
     together(mixing, asked)
     assert isinstance(asked[1].wait(), ArithmeticError)
     for one in (asked[0], asked[2]):
@@ -107,9 +103,7 @@ def test_a_delta_that_gives_no_numbers(mixing):
 @pytest.mark.parametrize("alone", [True, False])
 def test_a_delta_that_cannot_be_mixed_does_not_keep_others_from_it(mixing, alone, caplog):
     failing(mixing.pool, "task1", alone=alone)
-    asked = [
-        Asked(Generate, delta, continuation=Continuation([5, 6, 7], 8)) for delta in ("task0", "task1", "task2", None)
-    ]
+    asked = [generating(delta, [5, 6, 7], 8) for delta in ("task0", "task1", "task2", None)]
     together(mixing, asked)
     for one in asked:
         error = one.wait()
@@ -127,7 +121,7 @@ def test_a_delta_that_cannot_be_mixed_does_not_keep_others_from_it(mixing, alone
     # It is not tried again, and others do not have to be read twice for it.
     caplog.clear()
     batches = mixing.computed["batches"]
-    asked = [Asked(Generate, delta, continuation=Continuation([5, 6, 7], 2)) for delta in ("task2", "task1", None)]
+    asked = [generating(delta, [5, 6, 7], 2) for delta in ("task2", "task1", None)]
     together(mixing, asked)
     for one in asked:
         one.wait()
@@ -138,9 +132,7 @@ def test_a_delta_that_cannot_be_mixed_does_not_keep_others_from_it(mixing, alone
 def test_a_delta_that_failed_once_is_tried_with_others_again(mixing, monkeypatch, caplog):
     """Too many open files, say, are no property of a delta. Should it fail again, it is left alone for twice as long."""
     now = [1e6]
-    monkeypatch.setattr(
-        engine_module, "time", SimpleNamespace(monotonic=lambda: now[0], perf_counter=time.perf_counter)
-    )
+    monkeypatch.setattr(companies, "time", SimpleNamespace(monotonic=lambda: now[0]))
     mix = mixing.pool.mix
     failing(mixing.pool, "task1", alone=False)
     for after in (0, 59, 2, 119):
@@ -185,11 +177,9 @@ def test_a_batch_of_one_delta_that_is_too_large_is_computed_in_halves(causal, de
     want = [expected(causal, delta, prompt, 6) for prompt in prompts]
     causal.model.register_forward_pre_hook(full, with_kwargs=True)
     engine = Engine(causal)
-    asked = [Asked(Generate, delta, continuation=Continuation(prompt, 6)) for prompt in prompts]
+    asked = [generating(delta, prompt, 6) for prompt in prompts]
     together(engine, asked)
-    for one, tokens in zip(asked, want, strict=True):
-        assert one.wait() is None
-        assert one.request.continuation.tokens == tokens
+    check_answers(asked, want)
     assert engine.stop(SECONDS)
     assert max(rows for rows, _ in shapes) == 5
 
@@ -203,7 +193,7 @@ def test_of_a_batch_of_one_delta_only_the_request_that_fails_ends(causal):
     want = [expected(causal, "task0", prompt, 1) for prompt in prompts]
     causal.model.register_forward_pre_hook(refuses, with_kwargs=True)
     engine = Engine(causal)
-    asked = [Asked(Generate, "task0", continuation=Continuation(prompt, 1)) for prompt in prompts]
+    asked = [generating("task0", prompt, 1) for prompt in prompts]
     together(engine, asked)
     for one, prompt, tokens in zip(asked, prompts, want, strict=True):
         assert isinstance(one.wait(), RuntimeError) == (9 in prompt)
@@ -216,8 +206,8 @@ def test_a_delta_that_cannot_be_read_is_tried_once_for_all_of_its_requests(causa
     tried, ready = [], causal._shelf.ready
     monkeypatch.setattr(causal._shelf, "ready", lambda name, held=None: (tried.append(name), ready(name, held))[1])
     engine = Engine(causal)
-    asked = [Asked(Generate, "broken", continuation=Continuation([5, 6], 3)) for _ in range(4)]
-    together(engine, asked)
+    asked = [generating("broken", [5, 6], 3) for _ in range(4)]
+    engine.submit(*(one.request for one in asked))
     for one in asked:
         assert isinstance(one.wait(), DeltaError)
     assert engine.stop(SECONDS)
@@ -226,7 +216,7 @@ def test_a_delta_that_cannot_be_read_is_tried_once_for_all_of_its_requests(causa
 
 def test_heads_of_different_sizes(monkeypatch, caplog):
     """Each goes with those of its own size, once it is known."""
-    monkeypatch.setattr(engine_module, "Planner", lambda: Always(True))
+    monkeypatch.setattr(plans, "Planner", lambda: Always(True))
     torch.manual_seed(0)
     base = bert().double().eval()
     pool = pooled(base, 2)
@@ -263,7 +253,7 @@ def test_whoever_cannot_be_told_hurts_nobody(causal, caplog):
 
     engine.submit(Generate(None, gone, Continuation([5], 2)))
     engine.submit(Generate(None, gone, Continuation([5], 2, on_token=gone)))
-    good = Asked(Generate, None, continuation=Continuation([5], 3))
+    good = generating(None, [5], 3)
     engine.submit(good.request)
     assert good.wait() is None
     assert engine.alive
@@ -283,8 +273,8 @@ def test_batches_that_cannot_be_put_together_or_parted_go_on(causal, mixes, monk
             return super().mixes(sizes)
 
     planner = Changing(None)
-    monkeypatch.setattr(engine_module, "Planner", lambda: planner)
-    monkeypatch.setattr(engine_module, "STEPS", 1)
+    monkeypatch.setattr(plans, "Planner", lambda: planner)
+    monkeypatch.setattr(rounds, "STEPS", 1)
     name = "join" if mixes else "divide"
     real = getattr(Cohort, name)
 
@@ -297,9 +287,7 @@ def test_batches_that_cannot_be_put_together_or_parted_go_on(causal, mixes, monk
 
     monkeypatch.setattr(Cohort, name, fails)
     engine = Engine(causal)
-    for one, want in ask(engine, None, "task0", "task1", limit=12):
-        assert one.wait() is None
-        assert one.request.continuation.tokens == want
+    check_answers(*ask(engine, None, "task0", "task1", limit=12))
     assert len(failed) == 2
     # Nobody is to blame.
     assert not [record for record in caplog.records if "computed alone" in record.getMessage()]
@@ -322,11 +310,9 @@ def test_one_that_cannot_leave_its_batch_ends_no_other(causal, monkeypatch, capl
 
     monkeypatch.setattr(Cohort, "leave", fails)
     engine = Engine(causal)
-    (goes, _), *others = ask(engine, None, None, "task0", limit=40)
+    (goes, *others), (_, *want) = ask(engine, None, None, "task0", limit=40)
     goes.request.continuation.on_token = lambda token: setattr(goes.request.continuation, "cancelled", True)
-    for one, want in others:
-        assert one.wait() is None
-        assert one.request.continuation.tokens == want
+    check_answers(others, want)
     assert goes.wait() is None
     assert failed
     assert engine.stop(SECONDS)
@@ -336,13 +322,13 @@ def test_one_that_cannot_leave_its_batch_ends_no_other(causal, monkeypatch, capl
 def test_an_error_where_none_is_expected(causal, monkeypatch, caplog):
     """Those in computation are told; others come after them."""
     engine = Engine(causal)
-    monkeypatch.setattr(engine, "_arrange", lambda new: 1 / 0)
-    bad = Asked(Generate, None, continuation=Continuation([5], 9))
+    monkeypatch.setattr(engine._rounds, "_arrange", lambda new: 1 / 0)
+    bad = generating(None, [5], 9)
     engine.submit(bad.request)
     assert isinstance(bad.wait(), ZeroDivisionError)
     monkeypatch.undo()
     assert engine.running == 0
-    good = Asked(Generate, None, continuation=Continuation([5], 3))
+    good = generating(None, [5], 3)
     engine.submit(good.request)
     assert good.wait() is None
     assert engine.stop(SECONDS)
@@ -359,7 +345,7 @@ def test_should_the_thread_die_everybody_is_told(causal, caplog):
         raise End
 
     engine = Engine(causal, capacity=1)
-    asked = [Asked(Generate, None, continuation=Continuation([5], 9)) for _ in range(3)]
+    asked = [generating(None, [5], 9) for _ in range(3)]
     for one in asked:
         engine.submit(one.request)
     assert gate.reached.wait(SECONDS)
@@ -371,6 +357,6 @@ def test_should_the_thread_die_everybody_is_told(causal, caplog):
     engine._thread.join(SECONDS)
     assert not engine.alive
     with pytest.raises(Stopped):
-        engine.submit(Asked(Generate, None, continuation=Continuation([5], 9)).request)
+        engine.submit(generating(None, [5], 9).request)
     assert not engine.stop(SECONDS)
     assert "the engine broke down" in caplog.text

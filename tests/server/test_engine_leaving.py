@@ -7,29 +7,20 @@ import threading
 
 import pytest
 
-from peft_dst.server import engine as engine_module
 from peft_dst.server.cohorts import Continuation
-from peft_dst.server.engine import Engine, Full, Generate
-from tests.server.engines import (
-    SECONDS,
-    Always,
-    Asked,
-    Gate,
-    expected,
-    noisy,
-    together,
-)
+from peft_dst.server.engine import Engine, Full, Generate, plans, rounds
+from tests.server.engines import SECONDS, Always, Asked, Gate, expected, generating, noisy, together
 
 
 def test_a_delta_removed_under_way(causal):
     engine = Engine(causal)
-    long = Asked(Generate, "task0", continuation=Continuation([5], 10_000))
+    long = generating("task0", [5], 10_000)
     engine.submit(long.request)
     while not long.request.continuation.tokens:
         pass
     causal.remove("task0")
     assert isinstance(long.wait(), KeyError)
-    other = Asked(Generate, "task1", continuation=Continuation([5], 2))
+    other = generating("task1", [5], 2)
     engine.submit(other.request)
     assert other.wait() is None
     engine.stop(SECONDS)
@@ -37,7 +28,7 @@ def test_a_delta_removed_under_way(causal):
 
 def test_a_delta_that_goes_takes_no_other_with_it(causal, monkeypatch):
     """Of a mixed batch only its own requests fail."""
-    monkeypatch.setattr(engine_module, "Planner", lambda: Always(True))
+    monkeypatch.setattr(plans, "Planner", lambda: Always(True))
     engine = Engine(causal)
     begun = threading.Event()
     members = {
@@ -59,7 +50,7 @@ def test_a_delta_that_goes_takes_no_other_with_it(causal, monkeypatch):
 @pytest.mark.parametrize("where", ["between steps", "before a step"])
 def test_a_delta_replaced_under_way(causal, where, mixes, monkeypatch):
     """No token of the new one comes into an answer of the old one; others go on."""
-    monkeypatch.setattr(engine_module, "STEPS", 1)
+    monkeypatch.setattr(rounds, "STEPS", 1)
     other = noisy(copy.deepcopy(causal.model), 7)
     want = {delta: expected(causal, delta, [5, 6, 7], 9) for delta in ("task0", "task1")}
     members = {delta: Continuation([5, 6, 7], 9) for delta in ("task0", "task1")}
@@ -85,7 +76,7 @@ def test_a_delta_replaced_under_way(causal, where, mixes, monkeypatch):
         return mix(names, copies)
 
     monkeypatch.setattr(causal, "mix", mixing)
-    monkeypatch.setattr(engine_module, "Planner", lambda: Replacing(mixes))
+    monkeypatch.setattr(plans, "Planner", lambda: Replacing(mixes))
     engine = Engine(causal)
     asked = {delta: Asked(Generate, delta, continuation=member) for delta, member in members.items()}
     together(engine, asked.values())
@@ -97,7 +88,7 @@ def test_a_delta_replaced_under_way(causal, where, mixes, monkeypatch):
     assert members["task0"].tokens == want["task0"][:3]
     assert members["task1"].tokens == want["task1"]
     # The new one is there for those who come now.
-    after = Asked(Generate, "task0", continuation=Continuation([5, 6, 7], 9))
+    after = generating("task0", [5, 6, 7], 9)
     engine.submit(after.request)
     assert after.wait() is None
     assert after.request.continuation.tokens == expected(causal, "task0", [5, 6, 7], 9)
@@ -109,18 +100,18 @@ def test_nothing_is_remembered_of_deltas_that_are_gone(causal):
     engine = Engine(causal)
     for _ in range(20):
         causal.add("new", delta)
-        asked = Asked(Generate, "new", Continuation([5, 6], 2))
+        asked = generating("new", [5, 6], 2)
         engine.submit(asked.request)
         assert asked.wait() is None
         causal.remove("new")
     assert engine.stop(SECONDS)
-    assert len(engine._companies) <= 2 * (len(causal) + 1) + 2
+    assert len(engine._rounds._companies._shapes) <= 2 * (len(causal) + 1) + 2
 
 
 def test_nothing_is_computed_for_those_that_went_away_while_they_waited(causal):
     engine = Engine(causal, capacity=1)
-    first = Asked(Generate, None, continuation=Continuation([5], 10_000))
-    second = Asked(Generate, "task0", continuation=Continuation([6], 2))
+    first = generating(None, [5], 10_000)
+    second = generating("task0", [6], 2)
     for one in (first, second):
         engine.submit(one.request)
     for one in (second, first):
@@ -134,13 +125,13 @@ def test_nothing_is_computed_for_those_that_went_away_while_they_waited(causal):
 def test_those_that_went_away_leave_the_queue(causal):
     gate = Gate(causal.model)
     engine = Engine(causal, capacity=1, queue=2)
-    first = Asked(Generate, None, continuation=Continuation([5], 2))
+    first = generating(None, [5], 2)
     engine.submit(first.request)
     assert gate.reached.wait(SECONDS)
-    waiting = [Asked(Generate, "task0", continuation=Continuation([6, 7], 2)) for _ in range(2)]
+    waiting = [generating("task0", [6, 7], 2) for _ in range(2)]
     for one in waiting:
         engine.submit(one.request)
-    third = Asked(Generate, "task1", continuation=Continuation([5, 6, 7], 2))
+    third = generating("task1", [5, 6, 7], 2)
     with pytest.raises(Full, match="2 requests are waiting already"):
         engine.submit(third.request)
     for one in waiting:
@@ -159,10 +150,10 @@ def test_those_that_went_away_leave_the_queue(causal):
 
 def test_nothing_is_computed_for_those_that_went_away_under_way(causal, monkeypatch):
     """Neither a further token, nor a prompt that was to be read after another delta's."""
-    monkeypatch.setattr(engine_module, "Planner", lambda: Always(False))
+    monkeypatch.setattr(plans, "Planner", lambda: Always(False))
     gate = Gate(causal.model)
     engine = Engine(causal)
-    asked = [Asked(Generate, f"task{i}", continuation=Continuation([5, 6], 9)) for i in range(2)]
+    asked = [generating(f"task{i}", [5, 6], 9) for i in range(2)]
     together(engine, asked)
     assert gate.reached.wait(SECONDS)
     for one in asked:

@@ -10,21 +10,17 @@ import shutil
 import stat
 
 import pytest
-import transformers as hf
 
 from peft_dst.delta import DeltaError
 from peft_dst.server.folder import ABANDONED, DeltaFolder
 from peft_dst.server.limits import Refused
 from peft_dst.serving import DeltaPool
-from tests import toys
-from tests.server.test_app import write_deltas
+from tests.server.servers import parts_of, write_deltas
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
-    toys.model(folder, "llama")
-    return hf.AutoModelForCausalLM.from_pretrained(folder).eval()
+    return parts_of(tmp_path_factory.mktemp("base"))[0]
 
 
 @pytest.fixture

@@ -13,36 +13,31 @@ import socket
 import struct
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pydantic
 import pytest
 import torch
-import transformers as hf
 from safetensors.torch import save
 
+from peft_dst.delta import SparseDelta
 from peft_dst.delta.packed import DESCRIPTION
 from peft_dst.server.app import create_app
-from peft_dst.server.cohorts import Continuation
-from peft_dst.server.engine import Generate, Stopped
+from peft_dst.server.engine import Stopped
 from peft_dst.server.limits import Limits
 from peft_dst.server.protocol import ChatRequest
 from peft_dst.server.sampling import Sampling
 from peft_dst.server.service import Service
 from peft_dst.serving import UnknownDelta
-from tests import toys
-from tests.server.engines import SECONDS, Asked, Gate
-from tests.server.test_app import TEMPLATE, TOKEN, put, served, write_deltas
+from tests.server.engines import SECONDS, Gate, generating
+from tests.server.servers import TOKEN, parts_of, put, served, write_deltas
 
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
     """A tiny causal model and its tokenizer."""
-    folder = tmp_path_factory.mktemp("serving")
-    toys.model(folder, "llama")
-    tokenizer = hf.AutoTokenizer.from_pretrained(folder)
-    tokenizer.chat_template = TEMPLATE
-    return hf.AutoModelForCausalLM.from_pretrained(folder).eval(), tokenizer
+    return parts_of(tmp_path_factory.mktemp("serving"))
 
 
 @pytest.fixture
@@ -171,7 +166,7 @@ def test_a_service_that_closes_says_so(service, url, tmp_path):
 def test_who_closes_again_does_not_wait_again(service):
     """As the server does: when it is told to stop, and when its last answer has gone. A pass may last beyond both."""
     gate = Gate(service.model)
-    asked = Asked(Generate, None, continuation=Continuation([5], 9))
+    asked = generating(None, [5], 9)
     service.engine.submit(asked.request)
     assert gate.reached.wait(SECONDS)
     begin = time.monotonic()
@@ -247,6 +242,31 @@ def test_a_request_that_does_not_come_to_its_end(parts, tmp_path):
             assert b"connection: close" in answer.lower()
             assert b"the request has not come within 0.5 seconds." in answer
         assert list(tmp_path.iterdir()) == []
+
+
+def test_who_waits_for_a_delta_is_told_in_time(parts, tmp_path, monkeypatch):
+    """And others do not wait with it."""
+    base, tokenizer = copy.deepcopy(parts[0]), parts[1]
+    write_deltas(base, tmp_path, 1)
+    service = Service(base, tokenizer, "base", tmp_path, limits=Limits(seconds=2.0))
+    reading, go, load = threading.Event(), threading.Event(), SparseDelta.load
+
+    def slowly(path):
+        reading.set()
+        assert go.wait(SECONDS)
+        return load(path)
+
+    monkeypatch.setattr(SparseDelta, "load", slowly)
+    with served(service) as url, ThreadPoolExecutor(1) as threads:
+        waits = threads.submit(ask, url, model="task0")
+        try:
+            assert reading.wait(SECONDS)
+            assert ask(url).status_code == 200
+            answer = waits.result()
+            assert (answer.status_code, answer.json()["error"]["code"]) == (504, "timeout")
+        finally:
+            go.set()
+        assert ask(url, model="task0").status_code == 200
 
 
 def test_an_upload_whose_description_is_too_large_is_not_parsed(url, tmp_path, monkeypatch):

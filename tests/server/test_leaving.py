@@ -8,23 +8,18 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
-import torch
-import transformers as hf
 
 from benchmarks.load import served
 from peft_dst.server.service import Service
-from tests import toys
 from tests.server.engines import SECONDS, Gate
+from tests.server.servers import classifier_of, parts_of
 from tests.serving.helpers import until
 
 
 @pytest.mark.parametrize("kind", ["stream", "whole", "texts"])
 def test_who_went_away_does_not_wait(tmp_path, kind):
-    toys.model(tmp_path / "base", "bert" if kind == "texts" else "llama")
-    torch.manual_seed(0)
-    auto = hf.AutoModelForSequenceClassification if kind == "texts" else hf.AutoModelForCausalLM
-    base = auto.from_pretrained(tmp_path / "base").eval()
-    service = Service(base, hf.AutoTokenizer.from_pretrained(tmp_path / "base"), "base", capacity=1, queue=1)
+    base, tokenizer = classifier_of(tmp_path) if kind == "texts" else parts_of(tmp_path)
+    service = Service(base, tokenizer, "base", capacity=1, queue=1)
     gate = Gate(base)
     path = "/v1/classify" if kind == "texts" else "/v1/completions"
 

@@ -8,24 +8,22 @@ import random
 import shutil
 import socket
 import struct
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import httpx
 import pytest
 import torch
-import transformers as hf
 
 from benchmarks import load
 from benchmarks.load import Answer, Ask
 from peft_dst.server.service import Service
 from tests import toys
-from tests.server.test_app import TEMPLATE, TOKEN, files, write_deltas
+from tests.server.servers import AUTHORISED, files, parts_of, served, write_deltas
+from tests.serving.helpers import until
 
 
 CLIENTS, EACH, SUBSETS, LIMIT = 64, 4, 100, 6
-AUTHORISED = {"Authorization": f"Bearer {TOKEN}"}
 # Removed while it is asked for; those that come and go again.
 GOES, NEW = "task99", ["task100", "task101", "task102", "task103"]
 SECONDS = 60
@@ -37,10 +35,7 @@ def parts(tmp_path):
 
     Of the server, and all that there are.
     """
-    toys.model(tmp_path / "llama", "llama")
-    base = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "llama", dtype=torch.float64).eval()
-    tokenizer = hf.AutoTokenizer.from_pretrained(tmp_path / "llama")
-    tokenizer.chat_template = TEMPLATE
+    base, tokenizer = parts_of(tmp_path, dtype=torch.float64)
     write_deltas(base, tmp_path / "all", SUBSETS + len(NEW))
     shutil.copytree(tmp_path / "all", tmp_path / "deltas", ignore=lambda *_: NEW)
     return base, tokenizer, tmp_path / "deltas", tmp_path / "all"
@@ -118,12 +113,10 @@ def test_64_clients_and_100_subsets(parts, caplog):
     texts = [" ".join(rng.choices(toys.WORDS[:12], k=k)) for k in (1, 3, 6)]
     plans = load.planned(rng, names, texts, CLIENTS, EACH, LIMIT, chats=True)
     service = Service(base, tokenizer, load.BASE, deltas)
-    with load.served(service, token=TOKEN) as url:
+    with served(service) as url:
         clients, beside = asyncio.run(everything(url, plans, deltas, others))
         # Of uploads that were cut off, and of deltas that went again, there is nothing left.
-        deadline = time.monotonic() + SECONDS
-        while any(name.startswith(".") for name in names_in(deltas)) and time.monotonic() < deadline:
-            time.sleep(0.01)
+        until(lambda: not any(name.startswith(".") for name in names_in(deltas)))
         left = {f"task{i}" for i in range(SUBSETS)} - {GOES}
         assert names_in(deltas) == set(service.pool.names()) == left
         assert {model["id"] for model in httpx.get(f"{url}/v1/models").json()["data"]} == left | {load.BASE}

@@ -21,8 +21,8 @@ from peft_dst.server.limits import Limits
 from peft_dst.server.logs import JsonLines
 from peft_dst.server.service import Service
 from peft_dst.server.start import Server, load
-from tests import toys
 from tests.models import BUILDERS, bert
+from tests.server.servers import parts_of
 from tests.server.test_cohorts import SMALL
 from tests.serving.helpers import until
 
@@ -59,9 +59,7 @@ def test_what_is_not_served(tmp_path, model, task, message):
 
 
 def test_health_is_that_of_what_computes(tmp_path):
-    toys.model(tmp_path / "llama", "llama")
-    base = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "llama").eval()
-    service = Service(base, hf.AutoTokenizer.from_pretrained(tmp_path / "llama"), "base")
+    service = Service(*parts_of(tmp_path), "base")
     with served(service) as url:
         assert (httpx.get(f"{url}/health").status_code, service.engine.alive) == (200, True)
         assert service.engine.stop(60)
@@ -70,12 +68,19 @@ def test_health_is_that_of_what_computes(tmp_path):
         assert (answer.status_code, answer.json()["error"]["message"]) == (503, "the engine was stopped.")
 
 
+def started(service, grace):
+    """A server, its thread, and where it takes completions."""
+    server = Server(uvicorn.Config(create_app(service, grace=grace), port=0, log_level="error"), service, grace)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    until(lambda: server.started)
+    return server, thread, f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/v1/completions"
+
+
 def test_what_is_left_when_the_grace_is_over_is_told_so(tmp_path, caplog):
     """In OpenAI's form, a whole answer by its status, a stream by its last event; and the log does not say otherwise."""
-    toys.model(tmp_path / "llama", "llama")
-    base = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "llama").eval()
+    base, tokenizer = parts_of(tmp_path)
     base.generation_config.eos_token_id = None
-    tokenizer = hf.AutoTokenizer.from_pretrained(tmp_path / "llama")
     service = Service(base, tokenizer, "base")
     hanging, over = threading.Event(), threading.Event()
 
@@ -85,12 +90,7 @@ def test_what_is_left_when_the_grace_is_over_is_told_so(tmp_path, caplog):
 
     base.register_forward_pre_hook(hang)
     caplog.set_level(logging.INFO, "peft_dst.server")
-    config = uvicorn.Config(create_app(service, grace=0.2), port=0, log_level="error")
-    server = Server(config, service, 0.2)
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    until(lambda: server.started)
-    url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/v1/completions"
+    server, thread, url = started(service, 0.2)
     body = {"model": "base", "prompt": "who", "max_tokens": 1000}
     try:
         with ThreadPoolExecutor(2) as threads:
@@ -118,16 +118,11 @@ def test_what_is_left_when_the_grace_is_over_is_told_so(tmp_path, caplog):
 
 def test_a_second_interrupt_does_not_wait_for_the_grace(tmp_path):
     """As uvicorn has it: the first Ctrl-C ends in peace, the second at once."""
-    toys.model(tmp_path / "llama", "llama")
-    base = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "llama").eval()
+    base, tokenizer = parts_of(tmp_path)
     base.generation_config.eos_token_id = None
-    service = Service(base, hf.AutoTokenizer.from_pretrained(tmp_path / "llama"), "base", limits=Limits(tokens=10**6))
+    service = Service(base, tokenizer, "base", limits=Limits(tokens=10**6))
     base.register_forward_pre_hook(lambda *_: time.sleep(0.05))
-    server = Server(uvicorn.Config(create_app(service, grace=60), port=0, log_level="error"), service, 60)
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    until(lambda: server.started)
-    url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/v1/completions"
+    server, thread, url = started(service, 60)
     body = {"model": "base", "prompt": "who", "max_tokens": 1000, "stream": True}
     with httpx.stream("POST", url, json=body, timeout=60) as stream:
         lines = stream.iter_lines()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from torch import nn
 
 from peft_dst import DSTConfig
 from peft_dst.delta import SparseDelta
+from peft_dst.serving import DeltaPool
 from tests.models import BUILDERS, train
 
 
@@ -27,6 +28,14 @@ def deltas_of(name: str, folder: Path, count: int = 3, dtype: torch.dtype = torc
         model.save_pretrained(folder / f"task{i}")
         found.append(folder / f"task{i}")
     return [base, *found]
+
+
+def pool_of(base: nn.Module, folders: Iterable[Path], **options: int) -> DeltaPool:
+    """A pool of these deltas, each called like its folder."""
+    made = DeltaPool(base, **options)
+    for folder in folders:
+        made.add(folder.name, folder)
+    return made
 
 
 def bits_of(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -16,7 +16,7 @@ from peft_dst.serving import DeltaPool, FlatStorage, pool
 from peft_dst.serving.heads import heads_of
 from peft_dst.serving.placed import Part, Placed, write
 from tests.models import BUILDERS, bert, train
-from tests.serving.helpers import answer, applied, bits_of, deltas_of, same
+from tests.serving.helpers import answer, applied, bits_of, deltas_of, pool_of, same
 
 
 @pytest.mark.parametrize("name", sorted(BUILDERS))
@@ -250,9 +250,7 @@ def test_an_error_between_whole_tensors_leaves_the_base(tmp_path, at, done, monk
     """A head has two: those of the delta that leaves are put back, then those of the other one come."""
     base, *folders = deltas_of("bert", tmp_path, count=2, modules_to_save=["classifier"])
     seed, own = bits_of(base), dict(base.named_parameters())
-    with DeltaPool(base) as made:
-        for folder in folders:
-            made.add(folder.name, folder)
+    with pool_of(base, folders) as made:
         with made.use("task1"):
             want = bits_of(base)
         with made.use("task0"):
@@ -349,9 +347,7 @@ def test_a_version_is_another_one_s_after_a_delta_was_added_again(served, tasks)
 
 def test_parameters_that_were_assigned_anew_are_told(tasks):
     base, *folders = tasks
-    made = DeltaPool(base)
-    for folder in folders:
-        made.add(folder.name, folder)
+    made = pool_of(base, folders)
     base.load_state_dict({name: tensor.clone() for name, tensor in base.state_dict().items()}, assign=True)
 
     def switch() -> None:

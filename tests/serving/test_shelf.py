@@ -9,19 +9,15 @@ import torch
 
 from peft_dst.delta import DeltaError, SparseDelta
 from peft_dst.serving import DeltaPool, pool
-from tests.serving.helpers import bits_of, same, until
+from tests.serving.helpers import bits_of, pool_of, same, until
 
 
 def test_deltas_are_held_within_the_budget(tasks):
     base, *folders = tasks
-    with DeltaPool(base) as made:
-        made.add("task0", folders[0])
-        with made.use("task0"):
-            size = made.statistics.nbytes
+    with pool_of(base, folders[:1]) as made, made.use("task0"):
+        size = made.statistics.nbytes
     assert size > 0
-    with DeltaPool(base, budget=2 * size + size // 2) as made:
-        for folder in folders:
-            made.add(folder.name, folder)
+    with pool_of(base, folders, budget=2 * size + size // 2) as made:
         for task in ("task0", "task1", "task0", "task2", "task0", "task1"):
             with made.use(task):
                 assert made.statistics.nbytes <= made.budget
@@ -34,9 +30,8 @@ def test_deltas_are_held_within_the_budget(tasks):
             2,
             6,
         )
-    with DeltaPool(base, budget=0) as made:
+    with pool_of(base, folders[:1], budget=0) as made:
         seed = bits_of(base)
-        made.add("task0", folders[0])
         with made.use("task0"):
             assert not same(bits_of(base), seed)
             assert made.statistics.ready == 0
@@ -48,9 +43,7 @@ def test_what_was_read_is_kept_in_the_host_s_memory(tasks, monkeypatch):
     read = []
     load = SparseDelta.load
     monkeypatch.setattr(SparseDelta, "load", lambda path, **options: (read.append(path.name), load(path, **options))[1])
-    with DeltaPool(base, budget=0, host_budget=2**20) as kept:
-        for folder in folders:
-            kept.add(folder.name, folder)
+    with pool_of(base, folders, budget=0, host_budget=2**20) as kept:
         want = []
         for _ in range(2):
             for folder in folders:
@@ -69,9 +62,7 @@ def test_what_was_read_is_kept_in_the_host_s_memory(tasks, monkeypatch):
         with kept.use("task0") as model:
             assert same(bits_of(model), want[1])
         assert len(read) == 4
-    with DeltaPool(base, budget=0, host_budget=size // 2) as small:
-        for folder in folders:
-            small.add(folder.name, folder)
+    with pool_of(base, folders, budget=0, host_budget=size // 2) as small:
         for folder in folders:
             with small.use(folder.name):
                 pass

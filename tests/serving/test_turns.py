@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from peft_dst.delta import SparseDelta
-from peft_dst.serving import DeltaPool, placed
+from peft_dst.serving import placed
 from peft_dst.serving.turns import Turn
-from tests.serving.helpers import answer, bits_of, same, until
+from tests.serving.helpers import answer, bits_of, pool_of, same, until
 
 
 def test_threads_get_what_they_ask_for(served, tasks):
@@ -24,9 +24,7 @@ def test_threads_get_what_they_ask_for(served, tasks):
     served_bytes = served.statistics.nbytes
     served.close()
     # So that they are read again, too.
-    tight = DeltaPool(served.model, budget=served_bytes // 2)
-    for folder in tasks[1:]:
-        tight.add(folder.name, folder)
+    tight = pool_of(served.model, tasks[1:], budget=served_bytes // 2)
     wrong, errors = [], []
 
     def work(seed: int) -> None:
@@ -59,8 +57,7 @@ def test_those_who_come_beside_others_write_nothing(tasks, budget):
     """Also if there is no room to hold it beside the weights."""
     base, folder, *_ = tasks
     inside = []
-    with DeltaPool(base, budget=budget) as made:
-        made.add("task0", folder)
+    with pool_of(base, [folder], budget=budget) as made:
 
         def beside() -> None:
             with made.use("task0"):
