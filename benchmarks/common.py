@@ -114,7 +114,10 @@ def seconds(function: Callable[[], Any]) -> float:
 
 
 def interleaved(
-    functions: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 2, before: Callable[[], Any] | None = None
+    functions: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    warmup: int = 2,
+    before: Mapping[str, Callable[[], Any]] | None = None,
 ) -> dict[str, dict[str, float]]:
     """Time functions in turn, every second round in reverse order, and compare each with the first round by round.
 
@@ -125,7 +128,7 @@ def interleaved(
         functions: what is timed, by name.
         rounds: how many times.
         warmup: rounds before those.
-        before: called before each of them, and not timed, so that all of them find the caches alike.
+        before: for some of them what is called before each time, and not timed.
 
     Returns:
         Name → {"ms": median, "ratio": median ratio to the first function, "low" and "high": quartiles of that ratio}.
@@ -134,8 +137,8 @@ def interleaved(
     times: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(warmup + rounds):
         for name in names if turn % 2 == 0 else reversed(names):
-            if before is not None:
-                before()
+            if before is not None and name in before:
+                before[name]()
             taken = seconds(functions[name])
             if turn >= warmup:
                 times[name].append(taken)

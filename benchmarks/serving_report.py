@@ -131,8 +131,9 @@ def render(results: dict[str, Results]) -> str:
         [
             "",
             "A switch from one random subset to another and back in turn, for one sample of 24 tokens, on one thread of "
-            "a CPU (medians of ratios within a round, those to the bare writes and to 16 tokens ratios of medians; limits "
-            "are ours):",
+            "a CPU, each right after a forward pass of the same model (medians of ratios within a round, those to the bare "
+            "writes, which are two calls of torch's `scatter_` into the same memory, and to 16 tokens ratios of medians; "
+            "limits are ours):",
             "",
             switching_table(results["switching"]),
             "",

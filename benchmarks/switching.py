@@ -4,10 +4,10 @@
 
 The first paper's Figure 3, on a CPU: what a switch adds to a request. Two random subsets of a fraction epsilon each take
 turns on one base; a switch takes one out and puts the other in. `DeltaPool` switches through one flat buffer, DST's
-`set_adapter` in PEFT tensor by tensor; "scatter" is the least that it could be: writing that many entries, twice. The
+`set_adapter` in PEFT tensor by tensor; "scatter" are torch's two bare calls that write as many entries. The
 same model also switches between two LoRA adapters (r = 8, all linear layers) by `set_adapter`, and by unmerging one and
-merging the other; and between two adapters of SHiRA and of Super-Tuning, of LoRA's size. Each comes after a forward pass,
-which leaves little of what a switch needs in the caches; ratios to another one within a round, medians over rounds.
+merging the other; and between two adapters of SHiRA and of Super-Tuning, of LoRA's size. Each comes after a forward pass of
+the model that it switches; ratios to a forward pass within a round, medians over rounds.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import peft
 import torch
@@ -64,8 +64,15 @@ def alternating(first: Any, second: Any, do: Callable[[Any], object]) -> Callabl
     return lambda: (do(next(turns)), None)[1]
 
 
-def pooled(model: nn.Module, epsilon: float) -> dict[str, Callable[[], None]]:
-    """The pool's switch, and the two bare scatters that it cannot do without."""
+class Way(NamedTuple):
+    """A way to switch, and the model that it switches."""
+
+    model: nn.Module
+    switch: Callable[[], None]
+
+
+def pooled(model: nn.Module, epsilon: float) -> dict[str, Way]:
+    """The pool's switch, and bare scatters of as many entries into the same memory."""
     pool = DeltaPool(model)
     for seed, name in enumerate("ab"):
         pool.add(name, random_delta(model, epsilon, seed))
@@ -77,32 +84,31 @@ def pooled(model: nn.Module, epsilon: float) -> dict[str, Callable[[], None]]:
     switch = alternating("a", "b", use)
     (buffer,) = pool.storage.buffers
     parts = [part for name in "ab" for part in pool.ready(name).parts]
-    spare = buffer.clone()
 
     def scatter() -> None:
         for part in parts:
-            spare.scatter_(0, part.positions, part.values)
+            buffer.scatter_(0, part.positions, part.values)
 
-    return {"DeltaPool": switch, "scatter": scatter}
+    return {"DeltaPool": Way(model, switch), "scatter": Way(model, scatter)}
 
 
-def in_peft(model: nn.Module, epsilon: float) -> dict[str, Callable[[], None]]:
+def in_peft(model: nn.Module, epsilon: float) -> dict[str, Way]:
     """Between two of our adapters in PEFT."""
     config = [peft_dst.DSTConfig(epsilon=epsilon, selection="random", selection_seed=seed) for seed in range(2)]
     wrapped: Any = peft.get_peft_model(model, config[0], "a")
     wrapped.add_adapter("b", config[1])
-    return {"DST in PEFT, set_adapter": alternating("a", "b", partial(wrapped.set_adapter, inference_mode=True))}
+    switch = alternating("a", "b", partial(wrapped.set_adapter, inference_mode=True))
+    return {"DST in PEFT, set_adapter": Way(wrapped, switch)}
 
 
-def others(model: nn.Module) -> dict[str, Callable[[], None]]:
+def others(model: nn.Module) -> dict[str, Way]:
     """How other methods switch, on models of their own."""
     found = {}
     for name, make in (("LoRA", lora), ("SHiRA", shira), ("Super-Tuning", super_tuning)):
         wrapped: Any = make(copy.deepcopy(model))
         wrapped.add_adapter("other", copy.deepcopy(wrapped.peft_config["default"]))
-        found[f"{name}, set_adapter"] = alternating(
-            "default", "other", partial(wrapped.set_adapter, inference_mode=True)
-        )
+        switch = alternating("default", "other", partial(wrapped.set_adapter, inference_mode=True))
+        found[f"{name}, set_adapter"] = Way(wrapped, switch)
     merged: Any = lora(copy.deepcopy(model))
     merged.add_adapter("other", copy.deepcopy(merged.peft_config["default"]))
 
@@ -111,7 +117,7 @@ def others(model: nn.Module) -> dict[str, Callable[[], None]]:
         merged.merge_adapter([adapter])
 
     merged.merge_adapter(["other"])
-    found["LoRA, unmerge and merge"] = alternating("default", "other", merge)
+    found["LoRA, unmerge and merge"] = Way(merged, alternating("default", "other", merge))
     return found
 
 
@@ -136,11 +142,13 @@ def measure(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if epsilon is None:
-                functions |= others(model)
+                ways = others(model)
             else:
-                functions |= in_peft(copy.deepcopy(model), epsilon) | pooled(model, epsilon)
-            # In what a forward pass leaves in the caches, as where a model serves.
-            found = common.interleaved(functions, rounds, before=functions["forward"])
+                ways = in_peft(copy.deepcopy(model), epsilon) | pooled(model, epsilon)
+            # In what its own model leaves in the caches, as where it serves.
+            before = {name: partial(way.model, **batch) for name, way in ways.items()}
+            functions |= {name: way.switch for name, way in ways.items()}
+            found = common.interleaved(functions, rounds, before=before)
         row: dict[str, Any] = {"model": name, "parameters": size, "epsilon": epsilon, **found}
         if epsilon is not None:
             row["entries"] = max(1, round(epsilon * size))

@@ -14,6 +14,10 @@ from peft_dst import DSTConfig
 
 
 VOCABULARY = 61
+# An argument of Trainer's, as transformers 5.23 calls it; before that it was gradient_checkpointing.
+CHECKPOINTING = "activation_checkpointing"
+if CHECKPOINTING not in hf.TrainingArguments.__dataclass_fields__:
+    CHECKPOINTING = "gradient_checkpointing"
 
 
 def bert(**options: object) -> nn.Module:
@@ -193,8 +197,14 @@ def compile_layers(model: nn.Module) -> None:
 
 
 def checkpoint_layers(model: nn.Module) -> None:
-    """A Llama's layers, with wrappers around them that compute activations anew."""
-    apply_activation_checkpointing(model, check_fn=lambda module: type(module).__name__ == "LlamaDecoderLayer")
+    """A Llama's or a BERT's layers, with wrappers around them that compute activations anew."""
+    layers = {"LlamaDecoderLayer", "BertLayer"}
+    apply_activation_checkpointing(model, check_fn=lambda module: type(module).__name__ in layers)
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that an optimizer is given."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 class Outer(torch.optim.Optimizer):

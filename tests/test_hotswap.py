@@ -17,7 +17,7 @@ import peft_dst
 from peft_dst import DSTConfig, DSTOptimizer, hotswap_adapter, set_training_steps
 from peft_dst.tuner import hotswap
 from peft_dst.tuner.records import HostRecords
-from tests.models import assert_same, batch, bert, logits, loss, train, weights
+from tests.models import assert_same, batch, bert, logits, loss, train, trainable, weights
 
 
 @pytest.fixture
@@ -125,10 +125,6 @@ def test_from_a_fixed_subset_to_a_dynamic_one(build, saved):
     for one in (model, reference):
         train(one, "bert", first=30)
     assert_same(weights(model), weights(reference))
-
-
-def trainable(model):
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def step(model, optimizer, number):

@@ -83,11 +83,11 @@ def _meant_for(device: torch.device) -> bool:
 
 @functools.cache
 def failure(device: torch.device) -> Exception | None:
-    """What went wrong when a kernel was tried on a device, as without a C compiler. None if nothing did, or if there is no
-    kernel for that device.
+    """What went wrong when a kernel was tried on a device, as without a C compiler or with a driver too old for it. None if
+    nothing did, or if there is no kernel for that device.
 
     Raises:
-        RuntimeError: what the device itself raises, as where its memory is full. It is tried again next time.
+        RuntimeError: if the device's memory is full, or it has failed before. It is tried again next time.
     """
     if not _meant_for(device):
         return None
@@ -98,8 +98,8 @@ def failure(device: torch.device) -> Exception | None:
     try:
         batch.read(first, first)
     except Exception as error:
-        # The device's own trouble, as where its memory is full, is not the compiler's, and may pass.
-        if isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError) or "[CUDA]" in str(error):
+        # Where the device's memory is full, or a kernel before has failed, that says nothing of this one.
+        if isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError) or "[CUDA]: out of memory" in str(error):
             raise
         # Whose frames hold tensors.
         return error.with_traceback(None)

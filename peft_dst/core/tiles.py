@@ -28,7 +28,7 @@ class NonFiniteDistanceError(FloatingPointError):
 
 def bits(tensor: Tensor) -> Tensor:
     """The bit patterns of a floating tensor as integers of the same width: 0.0 and -0.0 differ, NaN equals itself."""
-    return tensor.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
+    return tensor.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
 
 
 def tile_size(device: torch.device, size: int) -> int:

@@ -32,44 +32,55 @@ class _Mixed(NamedTuple):
 _MIXED = object()
 
 
-class _Mine(threading.local):
+class _Held:
     """What a thread has in use, and how many times."""
 
-    has: object = None
-    times = 0
+    __slots__ = ("has", "times")
+
+    def __init__(self) -> None:
+        self.has: object = None
+        self.times = 0
 
     def __str__(self) -> str:
         return "computes a mixed batch" if self.has is _MIXED else f"uses {self.has!r}"
 
 
+class _Mine(threading.local):
+    """What this thread has."""
+
+    def __init__(self) -> None:
+        self.held = _Held()
+
+
 class _Use:
     """A delta in the weights while a block runs. A generator would take longer than the rest of a small switch."""
 
-    __slots__ = ("_name", "_pool")
+    __slots__ = ("_held", "_name", "_pool")
 
     def __init__(self, pool: DeltaPool, name: str | None) -> None:
         self._pool, self._name = pool, name
 
     def __enter__(self) -> nn.Module:
         pool, name = self._pool, self._name
-        mine = pool._mine
-        if mine.times:
-            if mine.has != name:
-                raise RuntimeError(f"this thread {mine}, and would wait for itself to have {name!r}; leave that first.")
+        held = pool._mine.held
+        if held.times:
+            if held.has != name:
+                raise RuntimeError(f"this thread {held}, and would wait for itself to have {name!r}; leave that first.")
             # Tasks of one thread need not leave in the order in which they came.
             pool._turn.again()
         else:
             placed = UNCHANGED if name is None else pool._shelf.ready(name, pool._shown)
             # Those who come to others find the delta in place: only the first one may write while nobody reads.
             pool._turn.take(placed, pool._show, placed)
-        mine.has = name
-        mine.times += 1
+        held.has = name
+        held.times += 1
+        # It may be left in another thread, as what web frameworks set up for a request is.
+        self._held = held
         return pool.model
 
     def __exit__(self, *error: object) -> None:
-        pool = self._pool
-        pool._mine.times -= 1
-        pool._turn.leave()
+        self._held.times -= 1
+        self._pool._turn.leave()
 
 
 @dataclass(frozen=True)
@@ -121,8 +132,8 @@ class DeltaPool:
     Errors: what goes wrong in the middle of a switch leaves the base's weights, bit for bit.
 
     Args:
-        model: the base, on its device and in its dtype. It must not be moved, cast or trained while it has a pool. A
-            model of PEFT's is none: give its base.
+        model: the base, on its device and in its dtype. It must not be moved, cast, trained or shared with other processes
+            (`share_memory`) while it has a pool. A model of PEFT's is none: give its base.
         budget: bytes of deltas held ready, on the model's device. Each takes 8 + 2 × (bytes of a value) for an entry,
             and its whole tensors. The one in use is held in any case. Those of mixed batches are also held arranged for
             that, within as much again: 45 to 95 bytes an entry (ε from 1e-2 to 1e-4; most where embeddings are tied), with
@@ -199,6 +210,7 @@ class DeltaPool:
 
         Raises:
             UnknownDelta: if there is none of that name.
+            RuntimeError: if the pool is closed, or this thread uses it.
         """
         with self._alone():
             self._shelf.remove(name)
@@ -285,7 +297,8 @@ class DeltaPool:
             with self.use(next(iter(wanted))) as model:
                 yield model
             return
-        before = self._mixed.deltas if self._mixed is not None else {}
+        last = self._mixed
+        before = last.deltas if last is not None else {}
         found = {name: self._shelf.mixable(name, before.get(name)) for name in wanted if name is not None}
 
         with self._alone(self._show_base, list(found.values())), self._noted_as_mixed():
@@ -299,12 +312,13 @@ class DeltaPool:
 
     @contextmanager
     def _noted_as_mixed(self) -> Iterator[None]:
-        self._mine.has = _MIXED
-        self._mine.times += 1
+        held = self._mine.held
+        held.has = _MIXED
+        held.times += 1
         try:
             yield
         finally:
-            self._mine.times -= 1
+            held.times -= 1
 
     def _alone(self, enter: Callable[..., None] | None = None, *given: Any) -> AbstractContextManager[None]:
         """Wait for everybody else to leave the weights.
@@ -316,8 +330,9 @@ class DeltaPool:
         Raises:
             RuntimeError: if this thread itself uses them.
         """
-        if self._mine.times:
-            raise RuntimeError(f"this thread {self._mine}; leave that first.")
+        held = self._mine.held
+        if held.times:
+            raise RuntimeError(f"this thread {held}; leave that first.")
         return self._turn.of(object(), enter, *given)
 
     def prefetch(self, *names: str) -> None:

@@ -112,6 +112,7 @@ class Shelf:
 
         Raises:
             UnknownDelta: if there is none of that name.
+            RuntimeError: if this is closed.
         """
         with self._lock:
             self._of(name)

@@ -17,8 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..core.tiles import bits
-
 
 # Parameters start at multiples of so many bytes, as torch's allocators have them.
 ALIGNMENT = 64
@@ -55,7 +53,8 @@ class FlatStorage:
         parameters: all of the model's, by each of their names; also those that stay where they are.
         owners: by each of these names the module that has the parameter, and what it is called there.
         buffers: one for each dtype and device, (n,).
-        arrays: for each of them its bits over the same memory, if it is on the CPU.
+        arrays: for each of them its bits over the same memory, as integers, if it is on the CPU. They keep that memory,
+            whatever becomes of the tensors.
         places: where parameters are in them, by each of their names.
     """
 
@@ -88,7 +87,11 @@ class FlatStorage:
                 starts.append(end)
                 end += -(-owners[key].numel() // step) * step
             with torch.inference_mode(False):
-                buffer = _zeros(end, dtype, device)
+                if device.type == "cpu":
+                    memory = _memory(end * dtype.itemsize)
+                    buffer, array = torch.from_numpy(memory).view(dtype), memory.view(f"i{dtype.itemsize}")
+                else:
+                    buffer, array = torch.zeros(end, dtype=dtype, device=device), None
             for key, start in zip(members, starts, strict=True):
                 parameter = owners[key]
                 view = buffer[start : start + parameter.numel()].view(parameter.shape)
@@ -97,7 +100,7 @@ class FlatStorage:
                 for name in names[key]:
                     self.places[name] = Place(len(self.buffers), start, parameter.shape)
             self.buffers.append(buffer)
-            self.arrays.append(bits(buffer).numpy() if buffer.is_cpu else None)
+            self.arrays.append(array)
         self._watched = [(name, *self.owners[name], self._pointer(place)) for name, place in self.places.items()]
         self._looked = 0
 
@@ -170,20 +173,19 @@ class FlatStorage:
             )
 
 
-def _zeros(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros (size,), in huge pages where the system has them.
+def _memory(nbytes: int) -> np.ndarray:
+    """Zeros, uint8 (nbytes,), in huge pages where the system has them.
 
     What is written in a switch is spread over all of the memory: in pages of 4 KiB, nearly each entry is in one of its own,
     whose address has to be looked up.
     """
-    nbytes = size * dtype.itemsize
-    if device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE") or nbytes < HUGE:
-        return torch.zeros(size, dtype=dtype, device=device)
+    if not hasattr(mmap, "MADV_HUGEPAGE") or nbytes < HUGE:
+        return np.zeros(nbytes, dtype=np.uint8)
     # Zeros, as the system gives them; before the first of them is touched.
     memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):
         memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype)
+    return np.frombuffer(memory, dtype=np.uint8)
 
 
 def _check_apart(parameters: Mapping[str, nn.Parameter]) -> None:

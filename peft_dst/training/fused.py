@@ -44,9 +44,9 @@ def warn_once(device: torch.device, error: Exception) -> None:
 
 def _remedy(device: torch.device, error: Exception) -> str:
     return (
-        f"Triton cannot compile a kernel for {device}: {str(error).rstrip('.')}. It needs a C compiler (gcc or clang, or "
-        "what CC names) and Python's headers, which slim images lack. Install them, or make the DSTOptimizer with "
-        "kernels=False, which steps on working copies."
+        f"Triton cannot compile or load a kernel for {device}: {str(error).rstrip('.')}. It needs a C compiler (gcc or "
+        "clang, or what CC names) and Python's headers, which slim images lack, and a driver that is new enough. Install "
+        "them, or make the DSTOptimizer with kernels=False, which steps on working copies."
     )
 
 

@@ -9,11 +9,10 @@ import torch
 import torch.distributed as dist
 from peft import PeftModel, get_peft_model
 from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.nn.parallel import DistributedDataParallel
 
 from peft_dst import DSTConfig, DSTOptimizer
-from tests.models import BUILDERS, assert_same, batch, logits, weights
+from tests.models import BUILDERS, assert_same, batch, checkpoint_layers, logits, weights
 
 
 def make(world, options, **ddp):
@@ -150,10 +149,6 @@ def steps_around_a_save(rank, world, model, wrapped, folder):
         optimizer.zero_grad()
         if rank == 0 and number == 1:
             model.save_pretrained(folder)
-
-
-def checkpoint_layers(model):
-    apply_activation_checkpointing(model, check_fn=lambda module: type(module).__name__ == "BertLayer")
 
 
 @pytest.mark.parametrize("options", [{}, RANDOM], ids=["dynamic", "random"])

@@ -25,6 +25,7 @@ from tests.server.engines import (
     together,
 )
 from tests.server.test_classifier import MODELS
+from tests.serving.helpers import until
 
 
 @pytest.mark.parametrize("mixes", [True, False, None])
@@ -184,8 +185,7 @@ def test_limits(causal):
     engine = Engine(causal, capacity=1, queue=2)
     first = generating(None, [5], 10_000)
     engine.submit(first.request)
-    while engine.waiting:
-        pass
+    until(lambda: not engine.waiting)
     more = [generating(None, [6], 2) for _ in range(3)]
     engine.submit(more[0].request)
     engine.submit(more[1].request)

@@ -10,14 +10,14 @@ import pytest
 from peft_dst.server.cohorts import Continuation
 from peft_dst.server.engine import Engine, Full, Generate, plans, rounds
 from tests.server.engines import SECONDS, Always, Asked, Gate, expected, generating, noisy, together
+from tests.serving.helpers import until
 
 
 def test_a_delta_removed_under_way(causal):
     engine = Engine(causal)
     long = generating("task0", [5], 10_000)
     engine.submit(long.request)
-    while not long.request.continuation.tokens:
-        pass
+    until(lambda: long.request.continuation.tokens)
     causal.remove("task0")
     assert isinstance(long.wait(), KeyError)
     other = generating("task1", [5], 2)

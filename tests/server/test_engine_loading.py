@@ -271,3 +271,21 @@ def test_a_closed_pool_is_told_of(causal):
     assert "the pool is closed" in str(error)
     check_answers([ask(engine, None)], [expected(causal, None, [5, 6, 7], 4)])
     assert engine.stop(SECONDS)
+
+
+def test_where_no_thread_can_be_started_deltas_are_read_in_place(slow, causal, folders, plain, monkeypatch):
+    with pool_of(causal.model, [folders["other"]]) as pool:
+        engine = Engine(pool)
+        start = threading.Thread.start
+
+        def refuse(thread):
+            if thread.name == "peft-dst-loading":
+                raise RuntimeError("can't start new thread")
+            start(thread)
+
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+        asked = generating("other", [5, 6, 7], 4)
+        engine.submit(asked.request)
+        assert asked.wait() is None
+        assert asked.request.continuation.tokens == plain["other"]
+        assert engine.stop(SECONDS)

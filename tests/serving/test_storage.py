@@ -34,12 +34,14 @@ def test_storage_changes_nothing_but_where_parameters_are(name):
 
 def test_storage_of_several_dtypes_and_layouts():
     model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Linear(2, 2).bfloat16(), nn.Embedding(3, 2).half(), nn.Linear(1, 1))
+    model.register_parameter("eight", nn.Parameter(torch.ones(5).to(torch.float8_e4m3fn), requires_grad=False))
     model[0].weight.data = model[0].weight.data.to(memory_format=torch.channels_last)
     model.register_parameter("counts", nn.Parameter(torch.arange(3), requires_grad=False))
     model.register_parameter("later", nn.Parameter(torch.empty(3, device="meta")))
     before = {name: p.detach().clone() for name, p in model.named_parameters() if not p.is_meta}
     flat = FlatStorage(model)
-    assert [buffer.dtype for buffer in flat.buffers] == [torch.float32, torch.bfloat16, torch.float16]
+    dtypes = [torch.float8_e4m3fn, torch.float32, torch.bfloat16, torch.float16]
+    assert [buffer.dtype for buffer in flat.buffers] == dtypes
     assert all(torch.equal(model.get_parameter(name), tensor) for name, tensor in before.items())
     assert "counts" not in flat
     assert "later" not in flat

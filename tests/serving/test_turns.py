@@ -213,6 +213,27 @@ def test_tasks_of_one_thread_are_counted(served):
         pass
 
 
+def test_it_may_be_left_in_another_thread(served):
+    """As what a web framework sets up for a request, and tears down after it."""
+    entered = served.use("task0")
+    entered.__enter__()
+    thread = threading.Thread(target=entered.__exit__, args=(None, None, None))
+    thread.start()
+    thread.join(60)
+    with served.use("task1"):
+        assert served.shown == "task1"
+    found = []
+
+    def other() -> None:
+        with served.use("task0"):
+            found.append(served.shown)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    thread.join(60)
+    assert found == ["task0"]
+
+
 def test_who_has_it_does_not_queue_behind_others(served):
     """Else it would wait for those who wait for it."""
 

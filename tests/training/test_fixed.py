@@ -19,7 +19,7 @@ from peft_dst import (
     score_parameters,
 )
 from peft_dst.training.callback import training_advice
-from tests.models import Outer, assert_same, batch, logits, loss, weights
+from tests.models import Outer, assert_same, batch, logits, loss, trainable, weights
 from tests.training.test_trainer import Rows, arguments
 
 
@@ -33,10 +33,6 @@ OPTIMIZERS = {
 
 def fixed(build, name="bert", **options):
     return get_peft_model(build(name), DSTConfig(**{"epsilon": 0.02, "selection": "random", **options}))
-
-
-def trained(model):
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def subset(model):
@@ -64,7 +60,7 @@ def test_equals_a_dense_optimizer_with_filtered_gradients(kind, architecture, bu
     make = OPTIMIZERS[kind]
     model = fixed(build, architecture)
     positions = subset(model)
-    optimizer = make(trained(model))
+    optimizer = make(trainable(model))
     dense = OPTIMIZERS["sgd"] if kind == "silo_by_silo" else make
     for step, wanted in enumerate(filtered(build, architecture, positions, dense, 4)):
         loss(model, architecture, step).backward()
@@ -85,7 +81,7 @@ def test_equals_a_dense_optimizer_with_filtered_gradients(kind, architecture, bu
 def test_the_optimizer_sees_the_subset_only(build):
     model = fixed(build)
     budget = model.constraint().budget
-    optimizer = torch.optim.AdamW(trained(model))
+    optimizer = torch.optim.AdamW(trainable(model))
     for step in range(2):
         loss(model, "bert", step).backward()
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
@@ -105,10 +101,10 @@ def test_weights_without_free_values_get_no_gradient(build):
 
 def test_accumulation_and_clipping_act_on_the_subset(build):
     model, other = fixed(build), fixed(build)
-    one, two = torch.optim.SGD(trained(model), lr=0.1), torch.optim.SGD(trained(other), lr=0.1)
+    one, two = torch.optim.SGD(trainable(model), lr=0.1), torch.optim.SGD(trainable(other), lr=0.1)
     for step in range(3):
         (loss(model, "bert", step) / 3).backward()
-    norm = torch.nn.utils.clip_grad_norm_(trained(model), 0.01)
+    norm = torch.nn.utils.clip_grad_norm_(trainable(model), 0.01)
     one.step()
     sum(loss(other, "bert", step) / 3 for step in range(3)).backward()
     dense = build("bert")
@@ -116,7 +112,7 @@ def test_accumulation_and_clipping_act_on_the_subset(build):
     positions = subset(model)
     gathered = [p.grad.flatten()[positions[n]] for n, p in dense.named_parameters() if p.grad is not None]
     torch.testing.assert_close(norm, torch.cat(gathered).norm(), rtol=1e-5, atol=0)
-    torch.nn.utils.clip_grad_norm_(trained(other), 0.01)
+    torch.nn.utils.clip_grad_norm_(trainable(other), 0.01)
     two.step()
     for key, value in weights(model.get_base_model()).items():
         torch.testing.assert_close(weights(other.get_base_model())[key], value, rtol=1e-5, atol=1e-8)
@@ -150,7 +146,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(make, dtype, build, tmp_pa
 def test_bfloat16_weights_train_with_float32_values(build):
     """Updates far below a bfloat16 weight's last bit add up."""
     model = get_peft_model(build("bert").bfloat16(), DSTConfig(epsilon=0.02, selection="random"))
-    optimizer = torch.optim.SGD(trained(model), lr=1.0)
+    optimizer = torch.optim.SGD(trainable(model), lr=1.0)
     start = {weight: weight.free.detach().clone() for weight in model.constraint().weights if weight.free is not None}
     for _ in range(64):
         for weight in start:
@@ -176,16 +172,16 @@ def test_trainer_with_its_own_optimizer(build, tmp_path):
 
 def test_saved_loaded_and_trained_further(build, tmp_path):
     model = fixed(build)
-    optimizer = torch.optim.AdamW(trained(model), lr=1e-2)
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
     loss(model, "bert").backward()
     optimizer.step()
     model.save_pretrained(tmp_path)
     before, positions = logits(model, "bert"), subset(model)
     frozen = PeftModel.from_pretrained(build("bert"), tmp_path)
     assert torch.equal(logits(frozen, "bert"), before)
-    assert not trained(frozen)
+    assert not trainable(frozen)
     again = PeftModel.from_pretrained(build("bert"), tmp_path, is_trainable=True)
-    optimizer = torch.optim.AdamW(trained(again), lr=1e-2)
+    optimizer = torch.optim.AdamW(trainable(again), lr=1e-2)
     loss(again, "bert", 1).backward()
     optimizer.step()
     assert_same(subset(again), positions)
@@ -199,7 +195,7 @@ def test_switching_disabling_and_deleting(build):
     results = {}
     for name in ("default", "other", "default"):
         model.set_adapter(name)
-        optimizer = torch.optim.AdamW(trained(model), lr=1e-2)
+        optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
         for step in range(2):
             loss(model, "bert", step).backward()
             with model.disable_adapter():
@@ -243,7 +239,7 @@ def test_a_deep_copy_trains_as_the_original(build):
     model = fixed(build)
     twin = copy.deepcopy(model)
     for each in (model, twin):
-        optimizer = torch.optim.AdamW(trained(each), lr=1e-2)
+        optimizer = torch.optim.AdamW(trainable(each), lr=1e-2)
         for step in range(3):
             loss(each, "bert", step).backward()
             optimizer.step()
@@ -270,7 +266,7 @@ def test_parameter_groups_hold_the_values(build):
 def test_the_callback_has_no_advice(build, tmp_path):
     """Weight decay, dropout and half precision are ordinary where only the subset is trained."""
     model = fixed(build)
-    optimizer = torch.optim.AdamW(trained(model), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(trainable(model), weight_decay=0.1)
     assert training_advice(model, model.constraint(), optimizer) == []
     trainer = Trainer(model, arguments(tmp_path), train_dataset=Rows("bert"), callbacks=[DSTCallback()])
     trainer.train()
@@ -296,13 +292,13 @@ def test_the_seed_is_out_of_every_optimizers_reach(build):
     model = fixed(build)
     seed, positions = weights(build("bert")), subset(model)
     model.requires_grad_(True)
-    optimizer = Outer(torch.optim.SGD(trained(model), lr=0.1))
+    optimizer = Outer(torch.optim.SGD(trainable(model), lr=0.1))
     for step in range(3):
         loss(model, "bert", step).backward()
         optimizer.step()
         optimizer.zero_grad()
     assert moved_outside(model, seed, positions) == 0
-    assert len(optimizer.param_groups[0]["params"]) == len(trained(model))
+    assert len(optimizer.param_groups[0]["params"]) == len(trainable(model))
 
 
 def test_a_frozen_adapter_loaded_beside_leaves_training_alone(build, tmp_path):
@@ -320,14 +316,14 @@ def test_a_frozen_adapter_loaded_beside_leaves_training_alone(build, tmp_path):
 def test_a_frozen_adapter_added_beside_leaves_training_alone(build):
     """One that is not loaded: nothing follows that would look at the subsets again."""
     model = fixed(build)
-    optimizer = torch.optim.SGD(trained(model), lr=0.1)
+    optimizer = torch.optim.SGD(trainable(model), lr=0.1)
     loss(model, "bert").backward()
-    gradients = [parameter.grad.clone() for parameter in trained(model) if parameter.grad is not None]
+    gradients = [parameter.grad.clone() for parameter in trainable(model) if parameter.grad is not None]
     before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     model.add_adapter("reference", DSTConfig(epsilon=0.02, inference_mode=True))
     after = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     assert {name: after[name] for name in before} == before
-    kept = [parameter.grad for parameter in trained(model) if parameter.grad is not None]
+    kept = [parameter.grad for parameter in trainable(model) if parameter.grad is not None]
     assert all(torch.equal(one, other) for one, other in zip(gradients, kept, strict=True))
     optimizer.step()
     with model.disable_adapter():
@@ -364,7 +360,7 @@ def test_gradients_from_before_are_not_gathered(build):
 
 def test_two_optimizers_in_turn_keep_float32_values(build):
     model = get_peft_model(build("bert").bfloat16(), DSTConfig(epsilon=0.02, selection="random"))
-    optimizers = [torch.optim.SGD(trained(model), lr=1.0) for _ in range(2)]
+    optimizers = [torch.optim.SGD(trainable(model), lr=1.0) for _ in range(2)]
     weight = next(w for w in model.constraint().weights if w.free is not None)
     start = weight.free.detach().clone()
     for i in range(8):
@@ -390,7 +386,7 @@ def test_an_outer_optimizer_that_moves_first(build):
 
     model = fixed(build)
     values = {w: w.free.detach().clone() for w in model.constraint().weights if w.free is not None}
-    inner = torch.optim.SGD(trained(model), lr=0.0)
+    inner = torch.optim.SGD(trainable(model), lr=0.0)
     loss(model, "bert").backward()
     First(inner).step()
     for weight, before in values.items():
@@ -405,7 +401,7 @@ def test_a_checkpoint_loaded_over_a_subset_that_was_not_chosen(build, tmp_path):
     two = get_peft_model(build("bert"), DSTConfig(epsilon=0.02, selection="fisher"))
     two.load_adapter(tmp_path, "default", is_trainable=True)
     assert_same(subset(two), subset(one))
-    optimizer = torch.optim.SGD(trained(two), lr=0.1)
+    optimizer = torch.optim.SGD(trainable(two), lr=0.1)
     before = weights(two.get_base_model())
     loss(two, "bert").backward()
     optimizer.step()

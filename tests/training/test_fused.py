@@ -142,6 +142,19 @@ def test_what_the_device_raises_is_not_taken_for_a_lack_of_a_compiler(trouble, n
     assert len(no_compiler) == 1
 
 
+def test_kernels_that_the_driver_does_not_load_are_left_out(monkeypatch, no_compiler):
+    model, base, _, optimizer = trained(0)
+    monkeypatch.setattr(fused, "BY_DEFAULT", "cpu")
+
+    def fail(*args):
+        raise RuntimeError("Triton Error [CUDA]: device kernel image is invalid")
+
+    monkeypatch.setattr(kernels._Batch, "_launch", fail)
+    with pytest.warns(RuntimeWarning, match=r"device kernel image is invalid.*kernels=False"):
+        step(base, optimizer)
+    assert model.constraint().steps == 1
+
+
 def test_a_step_that_cannot_be_prepared_is_not_counted(monkeypatch):
     _, base, _, optimizer = trained(1, kernels=True)
 

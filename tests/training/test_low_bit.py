@@ -8,7 +8,7 @@ from peft import get_peft_model
 from torch.optim import Optimizer
 
 from peft_dst import DSTConfig, DSTOptimizer
-from tests.models import assert_same, bert, loss, weights
+from tests.models import assert_same, bert, loss, trainable, weights
 from tests.training.resuming import assert_resumed_equals_uninterrupted
 
 
@@ -57,10 +57,6 @@ def model():
         return get_peft_model(base.to(dtype), DSTConfig(epsilon=0.02))
 
     return make
-
-
-def trainable(model):
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def kinds_of_state(optimizer):

@@ -14,7 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from peft_dst import DSTConfig, DSTOptimizer
 from peft_dst.core import Silo, hook, tiled_step
-from tests.models import assert_same, weights
+from tests.models import assert_same, trainable, weights
 
 
 FUSED = {"lr": 1e-2, "fused": True}
@@ -32,10 +32,6 @@ def backward(own, step):
     torch.manual_seed(step)
     for parameter in own.parameters():
         parameter.grad = torch.randn_like(parameter) if parameter.requires_grad else None
-
-
-def trainable(own):
-    return [parameter for parameter in own.parameters() if parameter.requires_grad]
 
 
 @pytest.fixture

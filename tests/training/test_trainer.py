@@ -17,13 +17,7 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, Trai
 from peft_dst import DSTCallback, DSTConfig, DSTOptimizer, create_dst_optimizer, parameter_groups
 from peft_dst.core.reference import reference_step
 from peft_dst.training import subset_metrics
-from tests.models import assert_same, batch, logits, train, weights
-
-
-# Later versions of transformers have the first name, earlier ones the second.
-CHECKPOINTING = "activation_checkpointing"
-if not hasattr(TrainingArguments, CHECKPOINTING):
-    CHECKPOINTING = "gradient_checkpointing"
+from tests.models import CHECKPOINTING, assert_same, batch, logits, train, weights
 
 
 class Rows(Dataset):

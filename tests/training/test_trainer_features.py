@@ -12,10 +12,10 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import Seq2SeqTrainer, Trainer, TrainerCallback, TrainingArguments
+from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
 
 from peft_dst import DSTCallback, DSTConfig, DSTOptimizer
-from tests.models import assert_same, batch, logits, loss, native, tuned_model, weights
+from tests.models import CHECKPOINTING, assert_same, batch, logits, loss, native, trainable, tuned_model, weights
 from tests.training.test_trainer import Rows, arguments, make
 from tests.training.twins import Dense, Project, differing
 
@@ -28,19 +28,9 @@ class RaggedRows(Rows):
         return {**row, "input_ids": row["input_ids"][: 1 + index % 7]}
 
 
-# As transformers 5.23 calls it; before that it was gradient_checkpointing, which is deprecated now.
-CHECKPOINTING = "activation_checkpointing"
-if CHECKPOINTING not in TrainingArguments.__dataclass_fields__:
-    CHECKPOINTING = "gradient_checkpointing"
-
-
 def padded(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     tokens = nn.utils.rnn.pad_sequence([row["input_ids"] for row in rows], batch_first=True)
     return {"input_ids": tokens, "attention_mask": tokens != 0, "labels": torch.stack([row["labels"] for row in rows])}
-
-
-def trainable(model: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def equal_to_the_twin(

@@ -39,10 +39,13 @@ class Loading:
             if fitted:
                 del self._read[key]
             return True
-        idle = not self._wanted
+        if not self._wanted:
+            try:
+                threading.Thread(target=self._work, name="peft-dst-loading", daemon=True).start()
+            except RuntimeError:
+                # The system gives no more threads: it is read in place.
+                return True
         self._wanted[key] = request
-        if idle:
-            threading.Thread(target=self._work, name="peft-dst-loading", daemon=True).start()
         return False
 
     def errors(self) -> dict[Key, BaseException]:
