@@ -273,8 +273,8 @@ def test_a_closed_pool_is_told_of(causal):
     assert engine.stop(SECONDS)
 
 
-def test_where_no_thread_can_be_started_deltas_are_read_in_place(slow, causal, folders, plain, monkeypatch):
-    with pool_of(causal.model, [folders["other"]]) as pool:
+def test_where_no_thread_can_be_started_deltas_are_read_in_place(causal, folders, plain, monkeypatch):
+    with pool_of(copy.deepcopy(causal.model), [folders["other"]]) as pool:
         engine = Engine(pool)
         start = threading.Thread.start
 
