@@ -53,11 +53,12 @@ def test_selection(tmp_path):
 
 
 def test_step(tmp_path):
-    found = run(step, tmp_path / "step.json", "--toy", "--gpt2-rounds", 2, "--epsilons", 0.01)
-    (row,) = found["rows"]
-    names = ["full", "hook", "DSTOptimizer", "static"]
-    assert row.keys() == {"case", "epsilon", *names}
-    assert all(row[name].keys() == TIMES | {"optimizer_ms"} for name in names)
+    found = run(step, tmp_path / "step.json", "--toy", "--gpt2-rounds", 2)
+    names = ["full", "hook", "DSTOptimizer"]
+    assert [row["epsilon"] for row in found["rows"]] == [1e-4, 1e-3]
+    for row in found["rows"]:
+        assert row.keys() == {"case", "epsilon", "rounds", *names}
+        assert all(row[name].keys() == TIMES | {"optimizer_ms"} for name in names)
 
 
 def test_the_constrained_step_is_constrained():

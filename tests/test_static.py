@@ -14,8 +14,8 @@ from peft_dst import (
     fix_subset,
     start_from,
 )
-from tests.models import BUILDERS, assert_same, logits, loss, train, weights
-from tests.training.test_fixed import fixed, subset, trained
+from tests.models import BUILDERS, assert_same, logits, loss, train, trainable, weights
+from tests.training.test_fixed import fixed, subset
 
 
 def test_random_subsets_follow_their_seed(build):
@@ -52,12 +52,12 @@ def test_scores_choose_the_subset(build):
         "bert.encoder.layer.1.output.dense.weight": [3 * 32 + 4],
         "classifier.bias": [1],
     }
-    assert [tuple(p.shape) for p in trained(model) if p.dim() == 1 and p.numel() == 1] == [(1,)] * 3
+    assert [tuple(p.shape) for p in trainable(model) if p.dim() == 1 and p.numel() == 1] == [(1,)] * 3
 
 
 def test_the_subset_of_another_adapter(build, tmp_path):
     dynamic = get_peft_model(build("bert"), DSTConfig(epsilon=0.02))
-    optimizer = torch.optim.AdamW(trained(dynamic), lr=1e-2)
+    optimizer = torch.optim.AdamW(trainable(dynamic), lr=1e-2)
     loss(dynamic, "bert").backward()
     optimizer.step()
     dynamic.save_pretrained(tmp_path / "a")
@@ -66,7 +66,7 @@ def test_the_subset_of_another_adapter(build, tmp_path):
     assert_same(subset(model), subset(dynamic))
     assert model.peft_config["default"].num_free_parameters == model.constraint().budget
     assert_same(weights(model.get_base_model()), weights(build("bert")))
-    optimizer = torch.optim.AdamW(trained(model), lr=1e-2)
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
     loss(model, "bert", 1).backward()
     optimizer.step()
     model.save_pretrained(tmp_path / "b")
@@ -77,7 +77,7 @@ def test_the_subset_of_another_adapter(build, tmp_path):
 @pytest.mark.parametrize("values", [False, True])
 def test_a_dynamic_run_started_from_a_subset(values, build, tmp_path):
     first = get_peft_model(build("bert"), DSTConfig(epsilon=0.02))
-    optimizer = torch.optim.AdamW(trained(first), lr=1e-2)
+    optimizer = torch.optim.AdamW(trainable(first), lr=1e-2)
     loss(first, "bert").backward()
     optimizer.step()
     first.save_pretrained(tmp_path / "a")
@@ -86,7 +86,7 @@ def test_a_dynamic_run_started_from_a_subset(values, build, tmp_path):
     assert_same(subset(model), subset(first))
     wanted = first.get_base_model() if values else build("bert")
     assert_same(weights(model.get_base_model()), weights(wanted))
-    optimizer = torch.optim.AdamW(trained(model), lr=1e-2)
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
     kept = []
     for step in range(1, 4):
         loss(model, "bert", step).backward()
@@ -145,7 +145,7 @@ def test_refusals_of_sources(build):
     with refused(scored, r"classifier\.bias"):
         fix_subset(scored, {**ones, "classifier.bias": torch.ones(4)})
     fix_subset(scored, ones)
-    optimizer = torch.optim.SGD(trained(scored), lr=0.1)
+    optimizer = torch.optim.SGD(trainable(scored), lr=0.1)
     loss(scored, "bert").backward()
     optimizer.step()
     with refused(scored, "trained values already"):
@@ -173,7 +173,7 @@ def test_untrained_is_asked_of_the_adapter_itself(build):
     ones = {name: torch.ones_like(parameter) for name, parameter in build("bert").named_parameters()}
     model = get_peft_model(build("bert"), DSTConfig(epsilon=0.02, selection="fisher"))
     fix_subset(model, ones)
-    optimizer = torch.optim.SGD(trained(model), lr=0.1)
+    optimizer = torch.optim.SGD(trainable(model), lr=0.1)
     loss(model, "bert").backward()
     optimizer.step()
     model.add_adapter("b", DSTConfig(epsilon=0.02, selection="fisher"))
@@ -249,7 +249,7 @@ def test_chosen_under_inference_mode(build):
     model.add_adapter("b", DSTConfig(epsilon=0.02, selection="random"))
     with torch.inference_mode():
         model.set_adapter("b")
-    optimizer = torch.optim.SGD(trained(model), lr=0.1)
+    optimizer = torch.optim.SGD(trainable(model), lr=0.1)
     loss(model, "bert").backward()
     optimizer.step()
 
@@ -258,7 +258,7 @@ def test_a_start_survives_a_warm_up(build, saved):
     folder, _, first = saved()
     model = get_peft_model(build("bert"), DSTConfig(epsilon=0.02))
     start_from(model, folder)
-    optimizer = torch.optim.SGD(trained(model), lr=0.0)
+    optimizer = torch.optim.SGD(trainable(model), lr=0.0)
     for lr, kept in ((0.0, True), (0.1, True), (0.1, False)):
         optimizer.param_groups[0]["lr"] = lr
         loss(model, "bert", 1).backward()

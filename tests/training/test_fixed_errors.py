@@ -10,14 +10,14 @@ from peft import get_peft_model
 
 from peft_dst import DSTConfig, fix_subset
 from peft_dst.core import free, scatter
-from tests.models import assert_same, loss, weights
-from tests.training.test_fixed import fixed, trained
+from tests.models import assert_same, loss, trainable, weights
+from tests.training.test_fixed import fixed
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_non_finite_values_are_refused_and_nothing_changes(value, build):
     model = fixed(build)
-    optimizer = torch.optim.SGD(trained(model), lr=0.1)
+    optimizer = torch.optim.SGD(trainable(model), lr=0.1)
     loss(model, "bert").backward()
     optimizer.step()
     before = weights(model.get_base_model())
@@ -32,7 +32,7 @@ def test_non_finite_values_are_refused_and_nothing_changes(value, build):
 
 def test_non_finite_values_leave_the_others_their_precision(build):
     model = get_peft_model(build("bert").bfloat16(), DSTConfig(epsilon=0.02, selection="random"))
-    optimizer = torch.optim.SGD(trained(model), lr=1.0)
+    optimizer = torch.optim.SGD(trainable(model), lr=1.0)
     one, other = [weight for weight in model.constraint().weights if weight.free is not None][:2]
     step = torch.full_like(one.free, -(2.0**-20))
     one.free.grad, other.free.grad = step.clone(), torch.zeros_like(other.free)
@@ -64,11 +64,11 @@ def test_an_adapter_loaded_after_an_interrupted_step(again, build, tmp_path):
                 weight.stepped = True
     model.save_pretrained(tmp_path)
     model = fixed(build)
-    first = torch.optim.SGD(trained(model), lr=0.0)
+    first = torch.optim.SGD(trainable(model), lr=0.0)
     interrupted(first)
     model.load_adapter(tmp_path, "default", is_trainable=True)
     before = weights(model.get_base_model())
-    optimizer = first if again == "the same optimizer" else torch.optim.SGD(trained(model), lr=0.0)
+    optimizer = first if again == "the same optimizer" else torch.optim.SGD(trainable(model), lr=0.0)
     loss(model, "bert").backward()
     optimizer.step()
     assert_same(weights(model.get_base_model()), before)
@@ -103,7 +103,7 @@ def test_an_optimizer_without_the_values_is_refused(build):
 
 def test_a_subset_that_was_not_chosen_is_asked_for(build):
     model = get_peft_model(build("bert"), DSTConfig(epsilon=0.02, selection="fisher"))
-    optimizer = torch.optim.SGD(trained(model), lr=0.1)
+    optimizer = torch.optim.SGD(trainable(model), lr=0.1)
     loss(model, "bert").backward()
     with pytest.raises(RuntimeError, match="fix_subset"):
         optimizer.step()
@@ -120,7 +120,7 @@ def test_data_parallelism_is_refused(build, monkeypatch):
 def test_steps_while_disabled_or_with_two_adapters_are_refused(build):
     model = fixed(build)
     seed = weights(build("bert"))
-    optimizer = torch.optim.SGD(trained(model), lr=0.1)
+    optimizer = torch.optim.SGD(trainable(model), lr=0.1)
     with model.disable_adapter():
         loss(model, "bert").backward()
         with pytest.raises(RuntimeError, match="adapter is disabled"):
@@ -138,7 +138,7 @@ def test_an_optimizer_of_a_replaced_subset_is_refused(build):
     model = get_peft_model(build("bert"), DSTConfig(num_free_parameters=150, selection="fisher", siloing="none"))
     shapes = {name: parameter.shape for name, parameter in build("bert").named_parameters()}
     fix_subset(model, {name: torch.rand(shape) for name, shape in shapes.items()})
-    optimizer = torch.optim.SGD(trained(model), lr=0.1)
+    optimizer = torch.optim.SGD(trainable(model), lr=0.1)
     fix_subset(model, {name: torch.rand(shape) for name, shape in shapes.items()})
     loss(model, "bert").backward()
     with pytest.raises(RuntimeError, match="replaced after the optimizer was made"):
@@ -147,18 +147,18 @@ def test_an_optimizer_of_a_replaced_subset_is_refused(build):
 
 def test_lbfgs_is_refused(build):
     model = fixed(build)
-    optimizer = torch.optim.LBFGS(trained(model))
+    optimizer = torch.optim.LBFGS(trainable(model))
     with pytest.raises(NotImplementedError, match="LBFGS"):
         optimizer.step(lambda: loss(model, "bert"))
 
 
 def test_the_values_of_an_inactive_adapter_are_not_stepped(build):
     model = fixed(build)
-    first = trained(model)
+    first = trainable(model)
     model.add_adapter("b", DSTConfig(epsilon=0.02, selection="random", selection_seed=1))
     loss(model, "bert").backward()
     model.set_adapter("b")
-    optimizer = torch.optim.SGD({id(p): p for p in (*first, *trained(model))}.values(), lr=0.1)
+    optimizer = torch.optim.SGD({id(p): p for p in (*first, *trainable(model))}.values(), lr=0.1)
     loss(model, "bert").backward()
     with pytest.raises(RuntimeError, match="not active"):
         optimizer.step()
@@ -166,7 +166,7 @@ def test_the_values_of_an_inactive_adapter_are_not_stepped(build):
 
 def test_float16_values_beyond_its_range_are_refused(build):
     model = get_peft_model(build("bert").half(), DSTConfig(epsilon=0.02, selection="random"))
-    optimizer = torch.optim.SGD(trained(model), lr=1.0)
+    optimizer = torch.optim.SGD(trainable(model), lr=1.0)
     before = weights(model.get_base_model())
     for weight in model.constraint().weights:
         if weight.free is not None:
@@ -178,7 +178,7 @@ def test_float16_values_beyond_its_range_are_refused(build):
 
 def test_a_step_that_is_interrupted_while_it_is_written(build, monkeypatch):
     model = fixed(build)
-    optimizer = torch.optim.SGD(trained(model), lr=0.1)
+    optimizer = torch.optim.SGD(trainable(model), lr=0.1)
     loss(model, "bert").backward()
     before = weights(model.get_base_model())
     written = []
@@ -200,9 +200,9 @@ def test_a_step_that_is_interrupted_while_it_is_written(build, monkeypatch):
 def test_two_models_in_one_optimizer_step_together_or_not_at_all(build):
     one, two = fixed(build), fixed(build)
     before = weights(one.get_base_model()), weights(two.get_base_model())
-    optimizer = torch.optim.SGD([*trained(one), *trained(two)], lr=0.1)
+    optimizer = torch.optim.SGD([*trainable(one), *trainable(two)], lr=0.1)
     (loss(one, "bert") + loss(two, "bert")).backward()
-    next(p for p in reversed(trained(two)) if p.grad is not None).grad.fill_(float("nan"))
+    next(p for p in reversed(trainable(two)) if p.grad is not None).grad.fill_(float("nan"))
     with pytest.raises(FloatingPointError):
         optimizer.step()
     assert_same(weights(one.get_base_model()), before[0])
