@@ -216,31 +216,25 @@ class Batch:
         Raises:
             ValueError: as `names_for`.
         """
-        # All that it depends on; the guard need not see how it is looked up.
+        # All that it depends on, but for rows that were selected; the guard need not see how it is looked up.
         with torch._C.DisableTorchFunction():
             key = host, input.dim(), input.shape[:1], self.rows, self.alone
-            found = None if self.selected else self._kept.get(key)
+            found = self._kept.get(key) if self.alone or input not in self.selected else None
         if found is None:
             names = (
                 [self.alone] * len(input) if self.alone else self.names_for(host, input, self.layout(host, [input])[0])
             )
             with torch._C.DisableTorchFunction():
-                found = len(names), self._stacked(host, names) if names else None
-                if not self.selected:
-                    self._kept[key] = found
+                found = self._kept[key] = len(names), self._stacked(host, names) if names else None
         return found
 
     def _stacked(self, host: Host, names: Sequence[str]) -> Stacked | None:
         """The corrections of a host for these rows, in groups as large as can be."""
-
-        def stack() -> Stacked | None:
-            if (arrangement := self._arrangements.get(host)) is None:
-                arrangement = self._arrangements[host] = host.kind.arrange(host.corrections, host.module)
-            # Runs of one name whose lengths have a common divisor are made of groups of that size.
-            size = math.gcd(*(len(list(run)) for _, run in groupby(names)))
-            return arrangement(names[::size])
-
-        return self.kept((host, *names), stack)
+        if (arrangement := self._arrangements.get(host)) is None:
+            arrangement = self._arrangements[host] = host.kind.arrange(host.corrections, host.module)
+        # Runs of one name whose lengths have a common divisor are made of groups of that size.
+        size = math.gcd(*(len(list(run)) for _, run in groupby(names)))
+        return arrangement(names[::size])
 
     def kept(self, key: tuple[Any, ...], make: Callable[[], T]) -> T:
         """What was made under a key before, or is made now."""

@@ -85,9 +85,6 @@ class Selected:
     def __init__(self) -> None:
         self._tensors = WeakTensorKeyDictionary()
 
-    def __len__(self) -> int:
-        return len(self._tensors)
-
     def __contains__(self, tensor: object) -> bool:
         return len(self._tensors) > 0 and isinstance(tensor, Tensor) and tensor in self._tensors
 
