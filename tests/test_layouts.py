@@ -140,8 +140,16 @@ class Sorted(SequenceFirst):
         return self.inner(hidden[order] * 1.0)[order.argsort()]
 
 
+class SortedLater(SequenceFirst):
+    """Of one module's calls the first gets the samples in their places."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        order = hidden.sum((1, 2)).argsort()
+        return self.inner(hidden) + self.inner(hidden[order] * 1.0)[order.argsort()]
+
+
 @pytest.mark.parametrize("length", [1, 4, 5])
-@pytest.mark.parametrize(("kind", "why"), [(SequenceFirst, ELSEWHERE), (Sorted, SELECTED)])
+@pytest.mark.parametrize(("kind", "why"), [(SequenceFirst, ELSEWHERE), (Sorted, SELECTED), (SortedLater, SELECTED)])
 def test_samples_in_other_places_are_refused(kind, why, length):
     model = with_adapters(kind().double(), "a", "b")
     for rows in (torch.arange(4.0).flip(0), torch.randn(4)):

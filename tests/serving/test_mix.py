@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from peft_dst.delta import SparseDelta, SparseTensor
 from peft_dst.serving import DeltaPool
 from tests.serving.helpers import bits_of, deltas_of, same
 from tests.serving.mixtures import NAMES, one_by_one, rows, twins_of
@@ -185,3 +186,29 @@ def test_pools_in_several_threads_leave_the_compiler_as_it_was(twinned, tmp_path
             assert not compiles()
         assert compiles()
     torch.compiler.reset()
+
+
+class WithPositions(nn.Module):
+    """Positions are one row for all samples, however many there are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions = nn.Embedding(5, 8)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden + self.positions(torch.arange(hidden.shape[1])[None])
+
+
+def test_calls_with_and_without_repeated_samples_in_one_batch():
+    """As where only some of a generation's calls have a row for each beam."""
+    model = WithPositions().eval()
+    hidden, tables = torch.randn(4, 5, 8), {}
+    with DeltaPool(model) as pool:
+        for name in "ab":
+            tables[name] = torch.randn(5, 8)
+            entries = SparseTensor((5, 8), torch.arange(40), tables[name].flatten())
+            pool.add(name, SparseDelta({"positions.weight": entries}))
+        with pool.mix(["a", "b"], copies=2) as mixed:
+            for count, names in ((4, "aabb"), (2, "ab"), (4, "aabb")):
+                want = hidden[:count] + torch.stack([tables[name] for name in names])
+                assert torch.equal(mixed(hidden[:count]), want)
